@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench.NAME --help`, from the project's root; result files go to bench/results."""

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# One call on a machine with a GPU: build, all tests, compute-sanitizer over the GPU tests, every bench; a summary at the end.
+# The results go to $OUT, by default bench/results.  PYTHON: the interpreter, with torch and the build tools installed.
+# MODEL, CALIBRATION and TEXT (a model and two texts) are needed for bench.quality, which is skipped without the texts.
+# It ends with 1 if something failed; what cannot run here, for want of a GPU or a file, is skipped and said so.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python="${PYTHON:-python3}"
+out="${OUT:-bench/results}"
+failed=0
+summary=()
+mkdir -p "$out" || exit 1
+
+step() { # NAME COMMAND...: runs it, keeps its output in NAME.log
+    local name="$1" began=$SECONDS verdict=ok code
+    shift
+    echo "== $name: $*"
+    "$@" 2>&1 | tee "$out/$name.log"
+    code=${PIPESTATUS[0]}
+    if [ "$code" -ne 0 ]; then
+        verdict="FAILED (exit code $code)"
+        failed=1
+    fi
+    summary+=("$(printf '%-20s %-24s %5d s' "$name" "$verdict" "$((SECONDS - began))")")
+}
+
+skip() { # NAME REASON
+    summary+=("$(printf '%-20s skipped: %s' "$1" "$2")")
+}
+
+gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>&1 | tail -n 1)"
+step build "$python" -m pip install -q --no-build-isolation --no-deps -e .
+step tests "$python" -m pytest -q -rs
+if [ -z "$gpu" ]; then
+    skip sanitizer "no CUDA device"
+elif ! command -v compute-sanitizer >/dev/null; then
+    skip sanitizer "compute-sanitizer is not installed"
+elif [ -z "$("$python" -m pytest -q --collect-only -m gpu 2>/dev/null | grep '::')" ]; then
+    skip sanitizer "there are no GPU tests"
+else
+    for tool in memcheck racecheck synccheck initcheck; do
+        step "$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 "$python" -m pytest -q -m gpu
+    done
+fi
+step dequantize "$python" -m bench.dequantize --json "$out/dequantize.json"
+if [ -n "${CALIBRATION:-}" ] && [ -n "${TEXT:-}" ]; then
+    model=()
+    [ -z "${MODEL:-}" ] || model=(--model "$MODEL")
+    step quality-layers "$python" -m bench.quality --layers "${model[@]}" --calibration "$CALIBRATION" --heldout "$TEXT" \
+        --json "$out/quality-layers.json"
+    step quality-perplexity "$python" -m bench.quality --perplexity "${model[@]}" --calibration "$CALIBRATION" --text "$TEXT" \
+        --json "$out/quality-perplexity.json"
+else
+    skip quality "CALIBRATION and TEXT name no files"
+fi
+
+echo
+echo "== summary"
+if [ -n "$gpu" ]; then echo "GPU: $gpu"; else echo "NO CUDA DEVICE: nothing above ran on a GPU"; fi
+printf '%s\n' "${summary[@]}"
+exit "$failed"

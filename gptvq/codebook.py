@@ -1,0 +1,76 @@
+"""Codebooks: seeding, fitting by EM, and the int8 and SVD forms in which they are stored."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+@dataclass
+class Codebooks:
+    """Centroids [row groups, strips, K, d] as floats and, once compressed, the stored tables that give exactly them."""
+
+    centroids: Tensor
+    tables: dict[str, Tensor] | None = None     # {"cb"} or {"cb_u", "cb_v"}
+    gs: Tensor | None = None                    # bf16 [row groups, strips]
+
+
+def seed(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    """Mahalanobis seeding: x [G, N, d], weight [G, N] (0: padding) -> [G, k, d] points of x.
+
+    The points sorted by (x - mean)^T S^-1 (x - mean), taken at equally spaced ranks (arXiv 2402.15319, section 3.2).
+    """
+    valid = (weight > 0).to(x.dtype).unsqueeze(-1)
+    count = valid.sum(1, keepdim=True).clamp_min(1)
+    centred = (x - (x * valid).sum(1, keepdim=True) / count) * valid
+    S = (centred.transpose(1, 2) @ centred / count).double()
+    d = x.shape[2]
+    trace = S.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+    S = S / trace[:, None, None] + 1e-6 * torch.eye(d, dtype=S.dtype, device=x.device)   # flat groups stay invertible
+    y = torch.linalg.solve(S, centred.double().transpose(1, 2)).transpose(1, 2)
+    distance = (y * centred).sum(2).masked_fill(valid[..., 0] == 0, torch.inf)
+    order = distance.argsort(dim=1, stable=True)
+    rank = torch.arange(k, device=x.device) * (count[:, 0] - 1) / max(k - 1, 1)
+    picked = order.gather(1, rank.round().long())
+    return x.gather(1, picked.unsqueeze(-1).expand(-1, -1, d))
+
+
+def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int) -> Tensor:
+    """Seeds and fits all groups: x [G, N, d], metric [N, d, d] or [G, N, d, d], weight [G, N] >= 0 -> centroids [G, k, d].
+
+    A point's metric is weight * metric; weight 0 is padding, and s^2 under block scales s.
+    """
+    weighted = metric * weight[..., None, None]
+    return ops.quantizer(x.device).em(x, weighted, seed(x, weight, k), iterations)
+
+
+def compress(centroids: Tensor) -> Codebooks:
+    """Rounds to symmetric int8 with one bf16 scale per codebook -> the codebooks that are stored."""
+    gs = table_scale(centroids.abs().amax((2, 3)))
+    cb = (centroids / gs[..., None, None].to(centroids.dtype)).round().clamp(-127, 127).to(torch.int8)
+    return Codebooks(stored(cb, gs, centroids.dtype), {"cb": cb.transpose(2, 3).contiguous()}, gs)
+
+
+def stored(cb: Tensor, gs: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 [.., K, d] and bf16 scales -> the float values that decoding gives (a float32 product)."""
+    return (cb.float() * gs.float()[..., None, None]).to(dtype)
+
+
+def expand(cb_u: Tensor, cb_v: Tensor) -> Tensor:
+    """SVD factors s8 [row groups, strips, rank], f16 [rank, K] -> s8 [row groups, strips, K], summed in float32 in rank order."""
+    u, v = cb_u.float(), cb_v.float()
+    table = torch.zeros(*u.shape[:2], v.shape[1], device=u.device)
+    for r in range(len(v)):
+        table += u[..., r, None] * v[r]
+    return table.round().clamp(-127, 127).to(torch.int8)
+
+
+def table_scale(peak: Tensor) -> Tensor:
+    """Largest |entry| -> the smallest bf16 scale with |entry| / scale <= 127; 1 for a codebook of zeros."""
+    need = torch.where(peak > 0, peak / 127, torch.ones_like(peak)).float()
+    scale = need.to(torch.bfloat16)
+    up = (scale.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(scale.float() < need, up, scale)

@@ -1,0 +1,299 @@
+"""What the user asks for (VQConfig), what one layer gets (QuantSpec), how it is solved (Recipe)."""
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from dataclasses import dataclass, field
+
+from .errors import ConfigError
+
+LAYOUT_VERSION = 1
+TILE_ROWS, BLOCK_COLS = 16, 32
+#: (dim, index bits per weight) -> index bits per vector; only formats that every backend decodes are legal.
+FORMATS = {(1, 2): 2, (1, 3): 3, (1, 4): 4, (2, 2): 4, (2, 3): 6, (2, 4): 8, (4, 2): 8}
+SCALE_BLOCKS = (16, 32, 64)
+METHODS = ("gptvq", "paper")
+ORDERS = ("importance", "sequential")
+
+# label -> (dim, index bits per weight, weights per codebook); method.md's table, "-sN" doubles the group and adds scales.
+_PRESETS = {
+    "1d-2.125": (1, 2, 256), "2d-2.125": (2, 2, 2048), "4d-2.125": (4, 2, 65536),
+    "1d-2.25": (1, 2, 128), "2d-2.25": (2, 2, 1024), "4d-2.25": (4, 2, 32768),
+    "1d-3.125": (1, 3, 512), "2d-3.125": (2, 3, 8192),
+    "1d-4.125": (1, 4, 1024), "2d-4.125": (2, 4, 32768),
+}
+PRESETS = tuple(_PRESETS) + tuple(f"{p}-s64" for p in _PRESETS if p != "4d-2.125")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Storage format of one [rows, cols] weight; every instance is legal and has a decoder.
+
+    `group_rows` x `group_cols` weights share one codebook of 2**(dim * index_bits) int8 centroids; the last group of a
+    row or column may be smaller.  `scale_block` consecutive weights of a row share a 4-bit scale (0: no scales).
+    `svd_rank` > 0 stores the 1D codebooks as a product of that rank.
+    """
+
+    rows: int
+    cols: int
+    dim: int
+    index_bits: int
+    group_rows: int
+    group_cols: int
+    scale_block: int = 0
+    svd_rank: int = 0
+
+    def __post_init__(self):
+        for name in ("rows", "cols", "group_rows", "group_cols"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if (self.dim, self.index_bits) not in FORMATS:
+            raise ConfigError(f"no kernel decodes dim={self.dim} with index_bits={self.index_bits}; legal (dim, index_bits): "
+                              f"{sorted(FORMATS)}")
+        if self.group_cols % self.dim:
+            raise ConfigError(f"group_cols={self.group_cols} must be a multiple of dim={self.dim}: a vector may not span two groups")
+        if self.scale_block and self.scale_block not in SCALE_BLOCKS:
+            raise ConfigError(f"scale_block must be 0 (none) or one of {SCALE_BLOCKS}, got {self.scale_block!r}")
+        if self.scale_block and self.strips > 1 and self.group_cols % self.scale_block:
+            raise ConfigError(f"group_cols={self.group_cols} must be a multiple of scale_block={self.scale_block}: "
+                              "a scale may not span two groups")
+        if self.svd_rank and (self.dim != 1 or not 0 < self.svd_rank < self.codewords):
+            raise ConfigError(f"svd_rank={self.svd_rank} needs dim=1 and a rank below the {self.codewords} centroids, got dim={self.dim}")
+
+    # ---- derived sizes
+    @property
+    def codewords(self) -> int:
+        """K: centroids per codebook."""
+        return 1 << self.code_bits
+
+    @property
+    def code_bits(self) -> int:
+        """Index bits per vector, log2 K."""
+        return FORMATS[self.dim, self.index_bits]
+
+    @property
+    def vectors(self) -> int:
+        """Vectors per row; the last one is padded where dim does not divide cols."""
+        return -(-self.cols // self.dim)
+
+    @property
+    def row_groups(self) -> int:
+        return -(-self.rows // self.group_rows)
+
+    @property
+    def strips(self) -> int:
+        return -(-self.cols // self.group_cols)
+
+    @property
+    def scale_blocks(self) -> int:
+        """Scale blocks per row (0 without block scales)."""
+        return -(-self.cols // self.scale_block) if self.scale_block else 0
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.cols // BLOCK_COLS)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of indices per 16 x 32 block: 128, 192 or 256."""
+        return TILE_ROWS * BLOCK_COLS // self.dim * self.code_bits // 8
+
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """{buffer name: (shape, dtype name)} of the packed form, in file order."""
+        shapes = {"idx": ((self.tiles, self.blocks, self.block_bytes), "uint8")}
+        if self.svd_rank:
+            shapes["cb_u"] = ((self.row_groups, self.strips, self.svd_rank), "int8")
+            shapes["cb_v"] = ((self.svd_rank, self.codewords), "float16")
+        else:
+            shapes["cb"] = ((self.row_groups, self.strips, self.dim, self.codewords), "int8")
+        shapes["gs"] = ((self.row_groups, self.strips), "bfloat16")
+        if self.scale_block:
+            shapes["sc"] = ((self.tiles, -(-self.scale_blocks // 2), TILE_ROWS), "uint8")
+            shapes["sz"] = ((self.scale_blocks, 2), "float16")
+        return shapes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed buffers, padding included."""
+        size = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2}
+        return sum(math.prod(shape) * size[dtype] for shape, dtype in self.buffer_shapes().values())
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per weight: indices, codebooks, their scales, block scales, and padding."""
+        return 8 * self.nbytes / (self.rows * self.cols)
+
+    @property
+    def paper_bits_per_value(self) -> float:
+        """The paper's count, log2(K)/d + K d 8 / l + 4 / N_s, for comparison with published tables."""
+        table = self.svd_rank or self.codewords * self.dim
+        return (self.index_bits + table * 8 / (self.group_rows * self.group_cols)
+                + (4 / self.scale_block if self.scale_block else 0))
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> QuantSpec:
+        return cls(**_known(cls, values))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the solver reaches a spec.  The defaults are the recipe that measured best; `method="paper"` is arXiv 2402.15319."""
+
+    method: str = "gptvq"
+    order: str = "importance"       # of the columns: by descending diag H, or "sequential" from left to right
+    damp: float = 0.03              # of mean diag H, added to the diagonal
+    em_iterations: int = 50
+    passes: int = 3                 # full quantisation passes; codebooks are fixed after the first
+    sweeps: int = 2                 # coordinate-descent sweeps over all indices
+    cg_iterations: int = 10         # of each codebook update
+    block_cols: int = 128           # lazy-update block
+    dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ConfigError(f"method must be one of {METHODS}, got {self.method!r}")
+        if self.order not in ORDERS:
+            raise ConfigError(f"order must be one of {ORDERS}, got {self.order!r}")
+        if self.dtype not in ("float32", "float64"):
+            raise ConfigError(f"dtype must be float32 or float64, got {self.dtype!r}")
+        if not (isinstance(self.damp, (int, float)) and math.isfinite(self.damp) and self.damp > 0):
+            raise ConfigError(f"damp must be a positive number, got {self.damp!r}")
+        for name, least in (("em_iterations", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+        if self.block_cols % 4:
+            raise ConfigError(f"block_cols must be a multiple of 4, got {self.block_cols}")
+        if self.method == "paper" and (self.order, self.passes, self.sweeps) != ("sequential", 1, 0):
+            raise ConfigError('method="paper" is one sequential pass without sweeps: use Recipe.paper(), or VQConfig(method="paper")')
+
+    @classmethod
+    def paper(cls, **changes) -> Recipe:
+        """The published procedure: damping 0.01, up to 100 EM iterations, one left-to-right pass, 25 Adam steps."""
+        return cls(**{"method": "paper", "order": "sequential", "damp": 0.01, "em_iterations": 100, "passes": 1,
+                      "sweeps": 0, **changes})
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """What the user asks for, for every linear: format, recipe and per-layer exceptions.
+
+    `group_size` weights share one codebook; the group's rows and columns are chosen to fit each layer unless
+    `group_rows` and `group_cols` are given.  `rules` is a sequence of (pattern, change): layers whose name matches the
+    shell pattern take `change`, a dict of settings, a preset's name, or None to leave the layer as it is; the first match counts.
+    """
+
+    dim: int = 2
+    index_bits: int = 2
+    group_size: int = 1024
+    group_rows: int | None = None
+    group_cols: int | None = None
+    scale_block: int = 0
+    svd_rank: int = 0
+    rules: tuple[tuple[str, str | dict | None], ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0                   # picks the calibration samples; the solver itself draws no random number
+
+    def __post_init__(self):
+        object.__setattr__(self, "rules", tuple((str(p), c) for p, c in self.rules))
+        if (self.group_rows is None) != (self.group_cols is None):
+            raise ConfigError("group_rows and group_cols go together: give both, or neither and group_size")
+        if not isinstance(self.group_size, int) or self.group_size < 1:
+            raise ConfigError(f"group_size must be a positive integer, got {self.group_size!r}")
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+        self.spec(4096, 4096)       # proves that the settings fit together
+        for pattern, change in self.rules:
+            if change is not None:
+                self._changed(change, f"rule for {pattern!r}").spec(4096, 4096)
+
+    @classmethod
+    def preset(cls, label: str, **changes) -> VQConfig:
+        """Settings of a published size, for instance "2d-2.25" or "2d-3.125-s64" (64-column block scales)."""
+        base, _, scale = label.partition("-s")
+        if base not in _PRESETS or scale not in ("", *map(str, SCALE_BLOCKS)) or (scale and base == "4d-2.125"):
+            raise ConfigError(f"unknown preset {label!r}; presets: {', '.join(PRESETS)}")
+        dim, bits, size = _PRESETS[base]
+        return cls(**{"dim": dim, "index_bits": bits, "group_size": size * (2 if scale else 1),
+                      "scale_block": int(scale or 0), **_known(cls, changes)})
+
+    def spec(self, rows: int, cols: int, name: str = "weight") -> QuantSpec:
+        """The format of one [rows, cols] layer; raises ConfigError naming it where no legal one exists."""
+        try:
+            if self.group_rows is not None:
+                group_rows, group_cols = self.group_rows, self.group_cols
+            else:
+                group_rows, group_cols = group_shape(self.group_size, rows, cols, self.scale_block)
+            return QuantSpec(rows, cols, self.dim, self.index_bits, min(group_rows, rows),
+                             min(group_cols, -(-cols // 4) * 4), self.scale_block, self.svd_rank)
+        except ConfigError as error:
+            raise ConfigError(f"{name} [{rows}, {cols}]: {error}") from None
+
+    def resolve(self, shapes: dict[str, tuple[int, int]]) -> dict[str, QuantSpec]:
+        """{layer: spec} for {layer: (rows, cols)}; layers that a rule leaves alone are absent."""
+        specs = {}
+        for name, (rows, cols) in shapes.items():
+            change = next((c for pattern, c in self.rules if fnmatch.fnmatchcase(name, pattern)), {})
+            if change is not None:
+                specs[name] = self._changed(change, name).spec(rows, cols, name)
+        if not specs:
+            raise ConfigError(f"nothing to quantize: {len(shapes)} linear layers found"
+                              + (" and every one is excluded by a rule" if shapes else "; is this a decoder-only model?"))
+        for pattern, _ in self.rules:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+                raise ConfigError(f"rule {pattern!r} matches no layer; layers are named like {next(iter(shapes))!r}")
+        return specs
+
+    def _changed(self, change, where: str) -> VQConfig:
+        if isinstance(change, str):
+            return VQConfig.preset(change)
+        if not isinstance(change, dict) or not set(change) <= {"dim", "index_bits", "group_size", "group_rows", "group_cols",
+                                                               "scale_block", "svd_rank"}:
+            raise ConfigError(f"{where}: expected a preset name, None, or a dict of format settings, got {change!r}")
+        return dataclasses.replace(self, rules=(), **change)
+
+    def to_dict(self) -> dict:
+        values = dataclasses.asdict(self)
+        values["rules"] = [list(rule) for rule in self.rules]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> VQConfig:
+        values = dict(_known(cls, values))
+        if "recipe" in values:
+            values["recipe"] = Recipe(**_known(Recipe, values["recipe"]))
+        if "rules" in values:
+            values["rules"] = tuple(tuple(rule) for rule in values["rules"])
+        return cls(**values)
+
+
+def group_shape(size: int, rows: int, cols: int, scale_block: int = 0) -> tuple[int, int]:
+    """(rows, columns) of a group of about `size` weights in a [rows, cols] layer.
+
+    Columns: the largest power of two from 32 to 256 that divides `cols`, so that rows x columns hits a power-of-two
+    `size` exactly and no scale block is cut; where none does, 256 with a narrower last strip. Rows: tall groups that
+    do not divide the layer are evened out in steps of a tile, lest a short last group pay for a whole codebook.
+    """
+    widths = (c for c in (256, 128, 64, 32) if cols % c == 0 and c >= scale_block)
+    width = next(widths, min(256, -(-cols // 4) * 4))
+    height = max(1, round(size / width))
+    if height > TILE_ROWS and rows % height:
+        height = -(-rows // max(1, round(rows / height)))
+        height = -(-height // TILE_ROWS) * TILE_ROWS
+    return height, width
+
+
+def _known(cls, values: dict) -> dict:
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigError(f"unknown {cls.__name__} setting {', '.join(map(repr, unknown))}; known: {', '.join(names)}")
+    return values

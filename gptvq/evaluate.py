@@ -1,0 +1,94 @@
+"""Perplexity the standard way, and decoding speed."""
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, NumericalError
+
+DEFAULT_WINDOW = 2048
+_CHUNK = 256                    # positions per float32 log-softmax: 256 x 49k vocabulary = 50 MB
+
+
+def default_window(model) -> int:
+    """2048 tokens, or the most the model can see."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", None) or DEFAULT_WINDOW)
+
+
+def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: int | None = None, device=None,
+               progress=None) -> float:
+    """exp of the mean negative log-likelihood per predicted token, over non-overlapping windows of `window` tokens.
+
+    tokens: int [n], the whole text tokenised at once; a last partial window is dropped, the first token of each window is
+    context only.  The model is moved where `device` says, if given; `progress(windows done, of, perplexity so far)` is called
+    after each window.  ConfigError: fewer tokens than one window.  NumericalError: a loss that is not finite.
+    """
+    window = default_window(model) if window is None else window
+    if window < 2:
+        raise ConfigError(f"window: got {window}, need at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"max_windows: got {max_windows}, need at least 1")
+    tokens = torch.as_tensor(tokens).flatten()
+    windows = min(len(tokens) // window, max_windows or len(tokens))
+    if windows == 0:
+        raise ConfigError(f"text of {len(tokens)} tokens is shorter than one window of {window}: give a longer text, or a smaller window")
+    if device is not None:
+        model.to(device)
+    place = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for i, ids in enumerate(tokens[: windows * window].view(windows, 1, window)):
+            total += _nll(model, ids.to(place))
+            if not math.isfinite(total):
+                raise NumericalError(f"window {i + 1} of {windows}: the loss is {total}; the model's weights or activations "
+                                     "overflow, try dtype bfloat16 or float32")
+            if progress is not None:
+                progress(i + 1, windows, _exp(total / (i + 1) / (window - 1)))
+    finally:
+        model.train(training)
+    return _exp(total / windows / (window - 1))
+
+
+@torch.inference_mode()
+def _nll(model, ids: Tensor) -> float:
+    """Summed negative log-likelihood of ids[0, 1:] given what precedes each, [1, n] ids."""
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    target = ids[0, 1:]
+    chunks = (torch.nn.functional.cross_entropy(part.float(), target[i * _CHUNK:][: len(part)], reduction="sum")
+              for i, part in enumerate(logits.split(_CHUNK)))
+    return float(sum(chunk.double() for chunk in chunks))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+@torch.inference_mode()
+def decode(model, prompt: Tensor, new_tokens: int) -> tuple[list[int], float]:
+    """(`new_tokens` ids that follow the prompt, tokens per second): greedy, batch 1, with a cache; the prompt is not timed.
+
+    prompt: int [n] ids.  The speed is that of the `new_tokens - 1` steps after the first; an end-of-text token does not stop it.
+    """
+    ids = torch.as_tensor(prompt).view(1, -1).to(next(model.parameters()).device)
+    if ids.numel() == 0 or new_tokens < 2:
+        raise ConfigError(f"got a prompt of {ids.numel()} tokens and {new_tokens} new tokens, need at least 1 and 2")
+    out = model(input_ids=ids, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    found = [int(token)]                        # reading it also waits for a GPU
+    began = time.perf_counter()
+    while len(found) < new_tokens:
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        found.append(int(token))
+    return found, (new_tokens - 1) / (time.perf_counter() - began)
+
+
+def tokens_per_second(model, prompt: Tensor, new_tokens: int = 32) -> float:
+    """Greedy decoding speed after the prompt, int [n] ids, batch 1."""
+    return decode(model, prompt, new_tokens)[1]

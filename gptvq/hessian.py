@@ -1,0 +1,117 @@
+"""Hessian of a layer's inputs, and the factor of its damped inverse that the solver propagates errors with."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NumericalError
+
+DAMP_STEPS = (1, 2, 5, 10, 100)     # repair ladder: multiples of the asked damping
+
+
+class Hessian:
+    """H = (2 / n) sum_t x_t x_t^T over n tokens x_t of a layer's [.., cols] inputs; layers with one input share one.
+
+    Sums are float32 on `device`.  Batches with non-finite values are left out and counted; `matrix` raises
+    NumericalError when they make up more than 1 % of the tokens.
+    """
+
+    def __init__(self, cols: int, device: torch.device | str | None = None):
+        self.sum = torch.zeros(cols, cols, dtype=torch.float32, device=device)
+        self.tokens = self.dropped = 0
+        self._factors: dict[tuple, HessianFactor] = {}
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, tokens: int = 0) -> Hessian:
+        """Wraps a given H [cols, cols]."""
+        self = cls(0)
+        self.sum, self.tokens = matrix, tokens
+        self.matrix = lambda: checked(matrix)
+        return self
+
+    def add(self, x: Tensor) -> None:
+        """x [.., cols] inputs of any float dtype."""
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device, torch.float32)
+        if not bool(torch.isfinite(x).all()):
+            self.dropped += x.shape[0]
+            return
+        self.tokens += x.shape[0]
+        self.sum.addmm_(x.T, x)
+
+    def matrix(self) -> Tensor:
+        """H [cols, cols] float32; zeros where no token was seen."""
+        if self.dropped > 0.01 * (self.tokens + self.dropped):
+            raise NumericalError(f"{self.dropped} of {self.tokens + self.dropped} calibration tokens gave non-finite activations; "
+                                 "at most 1 % may be dropped. Check the model's dtype (try dtype=float32) and the text")
+        return checked(self.sum * (2 / max(self.tokens, 1)))
+
+    def factor(self, key: tuple, columns: Tensor, damp: float, dtype: torch.dtype) -> HessianFactor:
+        """The factor for the padded column order `columns`, cached under `key` for the layers that share this Hessian."""
+        key = (*key, damp, dtype)
+        if key not in self._factors:
+            self._factors[key] = factorize(pad(self.matrix(), len(columns))[columns][:, columns], damp, dtype)
+        return self._factors[key]
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """U upper triangular with U^T U = (H + damp * mean diag H * I)^-1; `repair` says what it took, "" if nothing."""
+
+    U: Tensor
+    damp: float
+    repair: str
+
+
+def checked(matrix: Tensor) -> Tensor:
+    """A square, finite, symmetrized Hessian; raises NumericalError otherwise."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise NumericalError(f"Hessian: got shape {tuple(matrix.shape)}, need a square matrix")
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError("Hessian: got non-finite entries; check the calibration activations")
+    return (matrix + matrix.T) / 2
+
+
+def pad(matrix: Tensor, size: int) -> Tensor:
+    """Zero rows and columns up to [size, size]: inputs that do not exist and so cost nothing."""
+    extra = size - matrix.shape[0]
+    return torch.nn.functional.pad(matrix, (0, extra, 0, extra)) if extra else matrix
+
+
+def factorize(matrix: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> HessianFactor:
+    """Damps and factorizes H [n, n]; climbs the repair ladder until the factor reproduces the inverse.
+
+    Ladder: float32, float64, damping x 2, 5, 10, 100 in float64, the diagonal alone.  A Hessian of zeros (a layer that
+    saw no token) counts as the identity: plain least squares on the weights.
+    """
+    diag = matrix.diagonal().double()
+    mean = diag.clamp_min(0).mean()
+    if not mean > 0:
+        return HessianFactor(torch.eye(len(matrix), dtype=dtype, device=matrix.device), damp, "no calibration data: unweighted")
+    scaled = matrix.double() / mean     # U scales by mean^-1/2; working near 1 makes the ladder independent of H's units
+    eye = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    attempts = [(1, dtype), (1, torch.float64)] if dtype != torch.float64 else [(1, torch.float64)]
+    attempts += [(step, torch.float64) for step in DAMP_STEPS[1:]]
+    for step, precision in attempts:
+        damped = (scaled + damp * step * eye).to(precision)
+        U = _inverse_upper(damped)
+        if U is not None:
+            repair = "" if (step, precision) == attempts[0] else "float64" if step == 1 else f"damping x {step}"
+            return HessianFactor((U.double() / mean.sqrt()).to(dtype), damp * step, repair)
+    diagonal = torch.diag(((diag.clamp_min(0) / mean) + damp).rsqrt() / mean.sqrt())
+    return HessianFactor(diagonal.to(dtype), damp, "diagonal only")
+
+
+def _inverse_upper(A: Tensor) -> Tensor | None:
+    """Upper U with U^T U = A^-1, or None where A is not positive definite enough for its precision.
+
+    With J the reversal and J A J = L L^T, U = J L^-1 J: one factorization and one triangular inverse, no A^-1.
+    """
+    L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
+    if int(info) != 0:
+        return None
+    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
+    U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
+    probe = A @ (U.T @ (U @ torch.ones(len(A), 1, dtype=A.dtype, device=A.device)))
+    return U if bool(torch.isfinite(U).all()) and float((probe - 1).abs().max()) < 1e-2 else None

@@ -1,0 +1,254 @@
+"""transformers: opening dense and packed models, and the quantizer that loads packed checkpoints.
+
+Importing this module registers the format; `import gptvq` arranges for that once transformers is loaded.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import checkpoint
+from .calibration import read_tokens
+from .config import LAYOUT_VERSION
+from .errors import ConfigError, FormatError, GptvqError
+from .experts import is_fused, unfuse
+from .linear import VQLinear
+from .model import is_conv1d
+
+__all__ = ["GptvqConfig", "GptvqQuantizer", "attach", "load", "open_dense", "open_model", "read_tokens"]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+#: llama.cpp's pre-tokenizers that split every digit off before GPT-2's rule.
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+
+class GptvqConfig(QuantizationConfigMixin):
+    """config.json's quantization_config.  Raises FormatError for a newer layout or damaged settings."""
+
+    def __init__(self, layers: dict | None = None, layout_version: int = LAYOUT_VERSION, version: str = "", config: dict | None = None,
+                 bits_per_value: float = 0.0, calibration: dict | None = None, experts: list | None = None, quant_method=checkpoint.METHOD,
+                 **unknown):
+        self.quant_method = checkpoint.METHOD
+        self.version, self.layout_version = version, layout_version
+        self.config, self.layers = config, layers
+        self.bits_per_value, self.calibration = bits_per_value, calibration
+        self.experts = experts or []        # fused experts that were unfused into linears
+        self.specs()
+        if unknown:
+            raise FormatError(f"quantization_config: unknown settings {sorted(unknown)}; config.json is damaged or of a newer gptvq")
+
+    def specs(self):
+        return checkpoint.layer_specs(self.__dict__, "quantization_config")
+
+
+class GptvqQuantizer(HfQuantizer):
+    """Puts VQLinears in place on the meta device and checks the files against them before any tensor is read."""
+
+    requires_calibration = True             # refuses quantization_config= on a dense checkpoint
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        specs = self.quantization_config.specs()
+        prefix = model.base_model_prefix + "."
+        modules = dict(model.named_modules())
+        strip = not any(name in modules for name in specs) and not any(name.startswith(prefix) for name in modules)
+
+        def local(name: str) -> str:        # a base model without its head lacks the prefix
+            return name.removeprefix(prefix) if strip else name
+
+        with torch.device("meta"):
+            for name in map(local, self.quantization_config.experts):
+                if name not in modules or not is_fused(modules[name]):
+                    raise FormatError(f"quantization_config: {name!r} is no fused experts module of {type(model).__name__}; use the "
+                                      "transformers version that the checkpoint was made with")
+                model.set_submodule(name, unfuse(modules[name]))
+            modules = dict(model.named_modules())
+            for full, spec in specs.items():
+                name, linear = local(full), modules.get(local(full))
+                shape = linear_shape(linear)
+                if shape != (spec.rows, spec.cols):
+                    raise FormatError(f"quantization_config: layer {full!r}: got a spec for {(spec.rows, spec.cols)}, {type(model).__name__} has "
+                                      f"{shape or 'no linear'} there; config.json is damaged or of another model")
+                bias = linear.bias
+                model.set_submodule(name, VQLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype, name))
+        if checkpoint_files and not strip:
+            self._check_files(model, [Path(file) for file in checkpoint_files], specs)
+
+    def _check_files(self, model, files, specs):
+        packed = {f"{layer}.{buffer}": dtype for layer, spec in specs.items() for buffer, (_, dtype) in spec.buffer_shapes().items()}
+        expected = {name: (tuple(tensor.shape), packed.get(name)) for name, tensor in model.state_dict().items()}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        checkpoint.check_tensors(checkpoint.read_headers(files), expected, {*tied, *tied.values()}, str(files[0].parent))
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, module in model.named_modules():
+            if isinstance(module, VQLinear):
+                module.check(name)
+        return model
+
+    def update_weight_conversions(self, weight_conversions, *_):
+        return []                           # packed checkpoints are stored under the names of the modules
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return False
+
+
+def attach(model: nn.Module, settings: dict) -> None:
+    """Marks a model whose linears were replaced in memory, so that save_pretrained writes a checkpoint that loads."""
+    config = GptvqConfig(**settings)
+    model.hf_quantizer = GptvqQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, checkpoint.METHOD
+    model.config.quantization_config = config
+    model._weight_conversions = []
+
+
+def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dtype: str | torch.dtype = "auto") -> nn.Module:
+    """The packed model of a local folder, in eval mode; device "auto" is the GPU where there is one.
+
+    `dtype` is that of the tensors not quantized, "auto" as stored.  Raises FormatError for a damaged or incomplete checkpoint
+    and ConfigError for a folder that holds none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; need one written by gptvq.quantize")
+    if not (folder / checkpoint.CONFIG).exists() and any(folder.glob("*.safetensors")):
+        raise FormatError(f"{folder}: no config.json, so this checkpoint was never finished; quantize or copy it again")
+    if not checkpoint.is_packed(folder):
+        raise ConfigError(f"{folder}: not a gptvq checkpoint; quantize a model into it first")
+    checkpoint.layer_specs(checkpoint.read_json(folder / checkpoint.CONFIG)["quantization_config"], str(folder / checkpoint.CONFIG))
+    checkpoint.read_headers(checkpoint.tensor_files(folder))
+    model = _from_pretrained(folder, FormatError, dtype=_dtype(dtype), local_files_only=True)
+    return model.to(pick_device(device)).eval()
+
+
+def open_model(source: str | os.PathLike, device=None, dtype="auto") -> tuple[nn.Module, object]:
+    """(model in eval mode, tokenizer or None) of a packed or dense folder, a .gguf file or a hub id."""
+    if Path(source).is_dir() and checkpoint.is_packed(Path(source)):
+        return load(source, device, dtype), _tokenizer(Path(source))
+    model, tokenizer, _ = open_dense(source, dtype)
+    return model.to(pick_device(device)), tokenizer
+
+
+def open_dense(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> tuple[nn.Module, object, str]:
+    """(model on the CPU in eval mode, tokenizer or None, a name) of a folder, a .gguf file or a hub id.
+
+    Dtype "auto" is the stored one, bfloat16 for GGUF files, whose weights are unpacked.
+    """
+    dtype, path = _dtype(dtype), Path(source)
+    gguf = _gguf_file(path)
+    if gguf is not None:
+        settings = transformers.GgufConfig(gguf_file=gguf.name, dequantize=True)
+        model = _from_pretrained(gguf.parent, ConfigError, gguf_file=gguf.name, quantization_config=settings,
+                                 dtype=torch.bfloat16 if dtype == "auto" else dtype)
+        for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            with contextlib.suppress(AttributeError):
+                delattr(holder, name)       # the weights are dense now
+        model.is_quantized = False
+        tokenizer = _tokenizer(gguf.parent, gguf_file=gguf.name)
+        _mend_from_gguf(gguf, tokenizer, model)
+        return model.eval(), tokenizer, gguf.name
+    if path.is_dir():
+        if not (path / checkpoint.CONFIG).is_file():
+            raise ConfigError(f"{path}: no config.json and no .gguf file in this folder; name a Hugging Face model's folder")
+    elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise ConfigError(f"{source}: no such model; need a folder, a .gguf file or a hub id")
+    model = _from_pretrained(source, ConfigError, dtype=dtype)
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if method is not None:
+        raise ConfigError(f"{source}: already quantized ({getattr(method, 'value', method)}); start from the dense model")
+    return model.eval(), _tokenizer(source), path.resolve().name if path.is_dir() else str(source)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """None and "auto" are the GPU where there is one, else the CPU; raises ConfigError for one that is not there."""
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {device!r}, need cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {device}, but torch sees no CUDA device; use cpu")
+    return device
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(out, in) of an nn.Linear or Conv1D, else None."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape[::-1]) if module is not None and is_conv1d(module) else None
+
+
+def _from_pretrained(source, failure, **kwargs) -> nn.Module:
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    except GptvqError:
+        raise
+    except Exception as error:      # whatever the hub, a config class or a tensor file raises: here it all means "cannot be loaded"
+        raise failure(f"{source}: transformers cannot load it as a causal language model ({type(error).__name__}: {error})") from error
+
+
+def _tokenizer(source, **kwargs):
+    """The tokenizer, or None where a local folder holds no tokenizer files."""
+    if Path(source).is_dir() and not kwargs and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, **kwargs)
+    except Exception as error:      # as above
+        raise ConfigError(f"{source}: transformers cannot load its tokenizer ({type(error).__name__}: {error})") from error
+
+
+def _gguf_file(path: Path) -> Path | None:
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; check the path")
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / checkpoint.CONFIG).exists() else []
+    if len(files) > 1:
+        raise ConfigError(f"{path}: holds {len(files)} .gguf files; name one of them")
+    return files[0] if files else None
+
+
+def _mend_from_gguf(path: Path, tokenizer, model) -> None:
+    """Special tokens and digit splitting as the file's metadata says; transformers before 5.20 gets both wrong for some files."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    fields = GGUFReader(path).fields
+
+    def value(key: str):
+        return fields[key].contents() if key in fields else None
+
+    for token, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = value(f"tokenizer.ggml.{key}_token_id")
+        if number is None:
+            continue
+        setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(number))
+        for settings in (model.config, model.generation_config) if token != "unk" else ():
+            if not isinstance(getattr(settings, f"{token}_token_id", None), list):      # several ends are set on purpose
+                setattr(settings, f"{token}_token_id", number)
+    if value("tokenizer.ggml.pre") in _DIGITS_APART:
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+
+
+def _dtype(dtype: str | torch.dtype):
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, need one of {', '.join(DTYPES)}")
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(checkpoint.METHOD, GptvqConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(checkpoint.METHOD, GptvqQuantizer)

@@ -1,0 +1,99 @@
+"""VQLinear: nn.Linear over a packed weight."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import QuantSpec
+from .errors import ConfigError
+from .weight import DTYPES, VQWeight, check_buffers, decode_tables
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class VQLinear(nn.Module):
+    """x [.., in_features] -> [.., out_features] in x's dtype (fp32, fp16 or bf16): F.linear with the dequantized weight.
+
+    The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
+    `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.
+    """
+
+    def __init__(self, spec: QuantSpec, bias: bool = False, device=None, dtype: torch.dtype | None = None, name: str = ""):
+        super().__init__()
+        self.spec, self.name = spec, name
+        self.in_features, self.out_features = spec.cols, spec.rows
+        for buffer, (shape, kind) in spec.buffer_shapes().items():
+            self.register_buffer(buffer, torch.zeros(shape, dtype=DTYPES[kind], device=device))
+        self.bias = nn.Parameter(torch.zeros(spec.rows, device=device, dtype=dtype)) if bias else None
+        self._tables: tuple | None = None
+
+    @classmethod
+    def from_weight(cls, vq: VQWeight, bias: Tensor | None = None, name: str = "") -> VQLinear:
+        """Takes over the buffers of `vq` and a copy of `bias` [rows]."""
+        if bias is not None and tuple(bias.shape) != (vq.spec.rows,):
+            raise ConfigError(f"{name or 'VQLinear'}: got a bias {tuple(bias.shape)}, need ({vq.spec.rows},)")
+        self = cls(vq.spec, device="meta", name=name)
+        for buffer, tensor in vq.buffers.items():
+            setattr(self, buffer, tensor)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return self
+
+    @property
+    def packed(self) -> VQWeight:
+        """The weight, sharing this module's buffers."""
+        return VQWeight(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()})
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out_features, in_features] in `dtype`."""
+        return ops.dequantize(*self._decode_tables(), self.spec, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ConfigError(f"{self.name or 'VQLinear'}: got x {x.dtype} {tuple(x.shape)}, need torch.float32, float16 or bfloat16 "
+                              f"with last dimension {self.in_features}")
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """nn.Linear with the dequantized weight; its forward equals this one for inputs of `dtype`."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=self.bias.requires_grad)
+        return dense
+
+    def check(self, where: str = "") -> None:
+        """Raises FormatError unless the buffers are what the spec asks for."""
+        check_buffers(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()}, where or self.name)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        scales = f", scale_block={s.scale_block}" if s.scale_block else ""
+        svd = f", svd_rank={s.svd_rank}" if s.svd_rank else ""
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {s.dim}D "
+                f"K{s.codewords} in groups of {s.group_rows}x{s.group_cols}{scales}{svd}, {s.bits_per_value:.3f} bits per value")
+
+    def _decode_tables(self) -> tuple:
+        # Expanded codebooks and scale tables cost more than a small GEMV: kept until the buffers change.
+        if self._tables is None or self._tables[0] is not self.idx:
+            self._tables = decode_tables(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()})
+        return self._tables
+
+    def _apply(self, fn, recurse=True):
+        before = {buffer: self._buffers[buffer] for buffer in self.spec.buffer_shapes()}
+        super()._apply(fn, recurse)
+        for buffer, tensor in before.items():
+            if self._buffers[buffer].dtype != tensor.dtype:     # fn was a cast: redo the move alone
+                self._buffers[buffer] = tensor.to(self._buffers[buffer].device)
+        self._tables = None
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        for buffer, (_, kind) in self.spec.buffer_shapes().items():
+            got = state_dict.get(prefix + buffer)
+            if got is not None and got.dtype != DTYPES[kind]:   # copy_ would convert it silently
+                error_msgs.append(f"{prefix}{buffer}: got {got.dtype}, need {DTYPES[kind]}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._tables = None

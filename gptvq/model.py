@@ -1,0 +1,259 @@
+"""The decoder blocks of a model and their linears, discovered from a real call."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, NumericalError
+from .experts import is_fused, unfuse
+from .hessian import Hessian
+
+#: Last name of a mixture-of-experts router; its few weights decide where tokens go and stay as they are.
+ROUTERS = ("gate", "wg", "router", "shared_expert_gate")
+_PROBE_TOKENS = 8
+
+
+@dataclass
+class Block:
+    """One decoder block and how the model calls it; `args` and `kwargs` hold everything but the hidden state."""
+
+    name: str
+    module: nn.Module
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    hidden_at: int | str = 0            # position or keyword of the hidden state
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[1, tokens, width] -> [1, tokens, width], with the recorded masks and position tables."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.hidden_at, int):
+            args[self.hidden_at] = hidden
+        else:
+            kwargs[self.hidden_at] = hidden
+        return _output(self.module(*args, **kwargs))
+
+    def to(self, device: torch.device | str) -> Block:
+        """Moves the module and the recorded arguments; the module moves in place."""
+        self.module.to(device)
+        self.args, self.kwargs = _map(lambda t: t.to(device), (self.args, self.kwargs))
+        return self
+
+
+class _Stop(Exception):
+    """Ends a forward once everything wanted has been seen."""
+
+
+@torch.no_grad()
+def find_blocks(model: nn.Module, tokens: Tensor) -> list[Block]:
+    """The members of the nn.ModuleList that a real call runs one after the other, each on the output of the one before.
+
+    tokens: [1, n] ids; a few are enough.  Among several such lists, outermost ones first, the one with most parameters
+    counts.  Raises ConfigError where there is none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    calls: dict[str, list] = {name: [] for name in lists}
+    handles = []
+    for name, members in lists.items():
+        for index, member in enumerate(members):
+            handles.append(member.register_forward_hook(
+                lambda m, args, kwargs, out, log=calls[name], i=index: log.append((i, _hidden(args, kwargs)[1], _output(out))),
+                with_kwargs=True))
+    try:
+        _call(model, tokens[:, :_PROBE_TOKENS])
+    finally:
+        for handle in handles:
+            handle.remove()
+    chains = [name for name in lists if _is_chain(calls[name], len(lists[name]))]
+    outer = [name for name in chains if not any(name.startswith(other + ".") for other in chains)]
+    if not outer:
+        linears = sum(isinstance(m, nn.Linear) for m in model.modules())
+        raise ConfigError(f"{type(model).__name__}: no list of decoder blocks was called one after the other, each on the output of "
+                          f"the one before ({linears} nn.Linear in the model); need a decoder-only language model")
+    best = max(outer, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return [Block(f"{best}.{index}", member) for index, member in enumerate(lists[best])]
+
+
+@torch.no_grad()
+def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device) -> None:
+    """Fills in the arguments of every block from one real call on `tokens` [1, n], whose blocks run on `device`."""
+    handles = []
+    for block in blocks:
+        def before(module, args, kwargs, block=block):
+            block.hidden_at, _ = _hidden(args, kwargs)
+            block.args = tuple(None if block.hidden_at == i else a for i, a in enumerate(args))
+            block.kwargs = {k: v for k, v in kwargs.items() if k != block.hidden_at}
+            module.to(device)
+            return _map(lambda t: t.to(device), (args, kwargs))
+
+        def after(module, args, out, block=block, home=next(model.parameters()).device):
+            module.to(home)
+            if block is blocks[-1]:
+                raise _Stop
+            return _map(lambda t: t.to(home), out)
+
+        handles += [block.module.register_forward_pre_hook(before, with_kwargs=True), block.module.register_forward_hook(after)]
+    _until_stopped(model, tokens, handles)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, blocks: list[Block], tokens: Tensor) -> list[Tensor]:
+    """The hidden states [1, tokens, width] that enter the first block, one per row of `tokens` [samples, n].
+
+    Raises ConfigError for models whose blocks get more from the tokens than the hidden state, and NumericalError for
+    non-finite values.
+    """
+    first, hidden = blocks[0], []
+
+    def stop(module, args, kwargs):
+        at, state = _hidden(args, kwargs)
+        rest = tuple(None if at == i else a for i, a in enumerate(args)), {k: v for k, v in kwargs.items() if k != at}
+        if not _same(rest, (first.args, first.kwargs)):
+            raise ConfigError(f"{first.name}: its arguments beside the hidden state differ from sample to sample; "
+                              f"{type(model).__name__} feeds tokens to its blocks in another way, which is not supported")
+        hidden.append(state.clone())
+        raise _Stop
+
+    for ids in tokens:
+        _until_stopped(model, ids[None], [first.module.register_forward_pre_hook(stop, with_kwargs=True)])
+        if not bool(torch.isfinite(hidden[-1]).all()):
+            raise NumericalError(f"embeddings: non-finite activations enter {first.name}; the source checkpoint is damaged or its "
+                                 "dtype overflowed, try dtype float32")
+    return hidden
+
+
+def linears(root: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """{full name: module} of every nn.Linear and Conv1D (transformers', transposed) below `root`, routers left out."""
+    found = {}
+    for name, module in root.named_modules(prefix=prefix):
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and name.rpartition(".")[2] not in ROUTERS:
+            found[name] = module
+    return found
+
+
+def unfuse_experts(model: nn.Module, blocks: list[Block]) -> tuple[list[str], list[str]]:
+    """Unfuses the experts inside the blocks, in place -> (their names, warnings about those that are left as they are)."""
+    names, warnings = [], []
+    for block in blocks:
+        for name, module in list(block.module.named_modules(prefix=block.name)):
+            unfused = unfuse(module) if is_fused(module) else None
+            if unfused is not None:
+                model.set_submodule(name, unfused)
+                names.append(name)
+            elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
+                size = sum(p.numel() for p in module.parameters(recurse=False))
+                warnings.append(f"{name}: {size} weights in 3-D parameters of {type(module).__name__}, a form not known, were left dense")
+    return names, warnings
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """[out, in], whatever way round the module stores it."""
+    return linear.weight.T if is_conv1d(linear) else linear.weight
+
+
+class InputCollector:
+    """Hessians of the inputs of `linears` while their block runs; linears called on one tensor share one Hessian.
+
+    Use as a context manager around the calls, and call `next_sample` between two of them.  `hessian(name)` afterwards.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], device: torch.device):
+        self.linears, self.device = linears, device
+        self.leader: dict[str, str] = {}                # linear -> the first one seen on the same input
+        self.hessians: dict[str, Hessian] = {}
+        self._seen: dict[tuple, tuple[str, Tensor]] = {}
+        self._handles: list = []
+
+    def __enter__(self) -> InputCollector:
+        for name, linear in self.linears.items():
+            self._handles.append(linear.register_forward_pre_hook(lambda m, args, name=name: self._add(name, args[0])))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._seen.clear()
+
+    def next_sample(self) -> None:
+        self._seen.clear()
+
+    def hessian(self, name: str) -> Hessian:
+        """With 0 tokens for a linear that was never called."""
+        if name not in self.leader:
+            self.hessians[name] = Hessian(dense_weight(self.linears[name]).shape[1], self.device)
+            self.leader[name] = name
+        return self.hessians[self.leader[name]]
+
+    def _add(self, name: str, x: Tensor) -> None:
+        # The tensor is kept with its key: a freed one's address would be given out again.
+        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
+        first, _ = self._seen.setdefault(key, (name, x))
+        leader = self.leader.setdefault(name, self.leader.get(first, first))
+        if leader == name:
+            self.hessians.setdefault(name, Hessian(x.shape[-1], self.device)).add(x)
+
+
+def _call(model: nn.Module, tokens: Tensor) -> Any:
+    parameters = inspect.signature(model.forward).parameters
+    cache = {"use_cache": False} if "use_cache" in parameters or hasattr(model, "generation_config") else {}
+    return model(tokens.to(next(model.parameters()).device), **cache)
+
+
+def _until_stopped(model: nn.Module, tokens: Tensor, handles: list) -> None:
+    try:
+        _call(model, tokens)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hidden(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
+    """Where the hidden state is among a block's arguments: the first floating tensor; (0, None) where there is none."""
+    for at, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return at, value
+    return 0, None
+
+
+def _output(out: Any) -> Any:
+    return out[0] if isinstance(out, (tuple, list)) and out else out
+
+
+def _is_chain(calls: list, members: int) -> bool:
+    if [index for index, _, _ in calls] != list(range(members)):
+        return False
+    if any(not isinstance(t, Tensor) for _, x, y in calls for t in (x, y)) or any(x.shape != y.shape for _, x, y in calls):
+        return False
+    return all(x is y or torch.equal(x, y) for (_, _, y), (_, x, _) in zip(calls, calls[1:]))
+
+
+def _map(move: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `move` applied to every tensor in its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(move, v) for v in value)
+    if type(value) is dict:
+        return {k: _map(move, v) for k, v in value.items()}
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and (a is b or a.shape == b.shape and torch.equal(a, b))
+    if type(a) in (tuple, list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if type(a) is dict:
+        return type(b) is dict and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return True

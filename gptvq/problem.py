@@ -1,0 +1,78 @@
+"""The least-squares problem of one layer: decode codes to weights, measure the loss, collect gradients per centroid."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import QuantSpec
+from .scaling import fit_scales, scales_of
+
+
+class Problem:
+    """Weights W [rows, n] and Hessian H [n, n] of a layer, n = vectors * dim (columns past the layer's are zero).
+
+    An `index` is [rows, vectors] long, `centroids` [row groups, strips, K, d], both in natural column order.
+    Block scales live here because every decode needs them: `scale` is [rows, vectors] or None.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, spec: QuantSpec):
+        n = spec.vectors * spec.dim
+        self.spec = spec
+        self.W = torch.nn.functional.pad(weight, (0, n - spec.cols))
+        self.H = hessian
+        self.strip = torch.arange(spec.vectors, device=weight.device) * spec.dim // spec.group_cols
+        self.group = torch.arange(spec.rows, device=weight.device) // spec.group_rows
+        self._base = (self.group[:, None] * spec.strips + self.strip) * spec.codewords
+        self.power = float((weight_loss(self.W, self.H)))
+        self.scale: Tensor | None = None
+        if spec.scale_block:
+            self.scale_codes = torch.zeros(spec.rows, spec.scale_blocks, dtype=torch.uint8, device=weight.device)
+            self.sz = torch.zeros(spec.scale_blocks, 2, dtype=torch.float16, device=weight.device)
+            self.scale = weight.new_ones(spec.rows, spec.vectors)
+
+    def rescale(self, W: Tensor, first: int, last: int) -> None:
+        """Takes the scales of columns [first, last) from the current weights W [rows, last - first]."""
+        if self.scale is None:
+            return
+        block = self.spec.scale_block
+        codes, sz = fit_scales(W[:, : self.spec.cols - first], block)
+        at = slice(first // block, first // block + codes.shape[1])
+        self.scale_codes[:, at], self.sz[at] = codes, sz
+        vector = torch.arange(first // self.spec.dim, -(-last // self.spec.dim), device=W.device)
+        self.scale[:, vector] = scales_of(codes, sz).to(self.scale.dtype)[:, (vector * self.spec.dim - first) // block]
+
+    def decode(self, index: Tensor, centroids: Tensor) -> Tensor:
+        """Q [rows, n]."""
+        vectors = centroids.reshape(-1, self.spec.dim)[self._base + index]
+        if self.scale is not None:
+            vectors = vectors * self.scale.unsqueeze(-1)
+        return vectors.reshape(self.W.shape)
+
+    def collect(self, index: Tensor, values: Tensor) -> Tensor:
+        """values [rows, vectors, f] summed per centroid in float64 -> [row groups, strips, K, f]."""
+        slot = (self._base + index).flatten()
+        size = self.spec.row_groups * self.spec.strips * self.spec.codewords
+        sums = [torch.bincount(slot, v.flatten().double(), size) for v in values.unbind(-1)]
+        return torch.stack(sums, -1).view(self.spec.row_groups, self.spec.strips, self.spec.codewords, -1)
+
+    def gradient(self, index: Tensor, residual: Tensor) -> Tensor:
+        """Half the descent direction of the loss in the centroids, collect((W - Q) H s), as float64 [.., K, d]."""
+        pull = (residual @ self.H).view(self.spec.rows, self.spec.vectors, self.spec.dim)
+        return self.collect(index, pull if self.scale is None else pull * self.scale.unsqueeze(-1))
+
+    def curvature(self, index: Tensor) -> Tensor:
+        """The d x d diagonal blocks sum s^2 H_PP of each centroid, without the coupling of vectors: [.., K, d, d]."""
+        spec, d = self.spec, self.spec.dim
+        blocks = self.H.view(spec.vectors, d, spec.vectors, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(1, -1, d * d)
+        values = blocks.expand(spec.rows, -1, -1) if self.scale is None else blocks * self.scale.square().unsqueeze(-1)
+        return self.collect(index, values).unflatten(-1, (d, d))
+
+    def error(self, index: Tensor, centroids: Tensor) -> float:
+        """Relative layer error tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
+        loss = float(weight_loss(self.W - self.decode(index, centroids), self.H))
+        return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf")
+
+
+def weight_loss(W: Tensor, H: Tensor) -> Tensor:
+    """tr(W H W^T) as a float64 scalar."""
+    return ((W @ H) * W).sum(dtype=torch.float64)

@@ -1,0 +1,41 @@
+"""Block scales: one 4-bit logarithmic scale per row and block of columns."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fit_scales(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """[rows, cols] -> (codes u8 [rows, blocks], (z, a) f16 [blocks, 2]) with scale 2**(z + a * code) about max|w|.
+
+    z is the least log2 max|w| of a block column over the rows, a a fifteenth of its range; a block of zeros counts as
+    scale 1 unless its column holds larger ones.  Formula: arXiv 2402.15319 section 3.2, "blockwise data normalization".
+    """
+    rows, cols = weight.shape
+    blocks = -(-cols // block)
+    padded = weight.new_zeros(rows, blocks * block)
+    padded[:, :cols] = weight
+    peak = padded.view(rows, blocks, block).abs().amax(2)
+    log = torch.where(peak > 1e-30, peak, torch.ones_like(peak)).double().log2()
+    # A zero block follows its column: as an outlier at log2 = 0 it would stretch the range of all other rows.
+    log = torch.where(peak > 1e-30, log, log.masked_fill(peak <= 1e-30, torch.inf).amin(0).nan_to_num(posinf=0.0))
+    low, high = log.amin(0), log.amax(0)
+    sz = torch.stack([low, (high - low) / 15], 1).to(torch.float16)
+    z, a = sz.double().unbind(1)
+    codes = ((log - z) / a.clamp_min(1e-12)).round().clamp(0, 15)
+    return codes.to(torch.uint8), sz
+
+
+def scale_table(sz: Tensor) -> Tensor:
+    """(z, a) f16 [blocks, 2] -> f32 [blocks, 16]: all scales a block can have.
+
+    2**x is taken in float64 and rounded once, so that every backend and device decodes the same values.
+    """
+    z, a = sz.double().cpu().unbind(1)
+    code = torch.arange(16, dtype=torch.float64)
+    return torch.exp2(z[:, None] + a[:, None] * code).float().to(sz.device)
+
+
+def scales_of(codes: Tensor, sz: Tensor) -> Tensor:
+    """codes u8 [rows, blocks] -> f32 [rows, blocks]."""
+    return scale_table(sz).gather(1, codes.long().T).T.contiguous()

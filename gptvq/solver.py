@@ -1,0 +1,228 @@
+"""quantize_weight: GPTVQ on one layer. Read `solve` from top to bottom for the algorithm."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import codebook, ops
+from .codebook import Codebooks
+from .config import QuantSpec, Recipe, VQConfig
+from .errors import ConfigError, NumericalError
+from .hessian import Hessian, HessianFactor, pad
+from .problem import Problem
+from .refine import adam_codebook, coordinate_descent, svd_codebook, update_codebook
+from .weight import VQWeight
+
+
+@dataclass
+class LayerRecord:
+    """What happened to one linear: size, relative layer error after every stage, repairs, time."""
+
+    name: str
+    spec: QuantSpec
+    error: float                    # tr((W-Q) H (W-Q)^T) / tr(W H W^T)
+    stages: dict[str, float] = field(default_factory=dict)
+    repair: str = ""
+    damp: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    sha256: str = ""
+
+    @property
+    def rows(self) -> int:
+        return self.spec.rows
+
+    @property
+    def cols(self) -> int:
+        return self.spec.cols
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+    @property
+    def bits_per_value(self) -> float:
+        return self.spec.bits_per_value
+
+    @property
+    def snr_db(self) -> float:
+        return -10 * math.log10(max(self.error, 1e-30))
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "rows": self.rows, "cols": self.cols, "nbytes": self.nbytes,
+                "bits_per_value": self.bits_per_value, "snr_db": self.snr_db}
+
+
+def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec | str = "2d-2.25") -> VQWeight:
+    """W [rows, cols], H [cols, cols] or a Hessian -> VQWeight; `config` may be a VQConfig, a preset's name or a QuantSpec.
+
+    Raises ConfigError for shapes that do not fit and NumericalError for non-finite values.
+    """
+    if W.ndim != 2:
+        raise ConfigError(f"weight: got shape {tuple(W.shape)}, need [rows, cols]")
+    if isinstance(config, str):
+        config = VQConfig.preset(config)
+    spec = config if isinstance(config, QuantSpec) else config.spec(*W.shape)
+    return solve(W, H, spec, config.recipe if isinstance(config, VQConfig) else Recipe())[0]
+
+
+@torch.no_grad()
+def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Recipe = Recipe(),
+          name: str = "weight") -> tuple[VQWeight, LayerRecord]:
+    """Quantizes one layer to `spec` -> the packed weight and its record."""
+    start = time.perf_counter()
+    hessian = hessian if isinstance(hessian, Hessian) else Hessian.from_matrix(hessian)
+    problem = _problem(weight, hessian, spec, recipe, name)
+    order = _visiting_order(problem, recipe)
+    columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
+    factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype)
+    if factor.repair.startswith("no calibration"):
+        problem = Problem(problem.W[:, : spec.cols], torch.eye(len(problem.H), dtype=problem.H.dtype, device=order.device), spec)
+
+    index, centroids = column_pass(problem, factor, order, recipe, None)
+    best = _Best(problem, spec)
+    best.offer("pass 1", *_refit(problem, index, centroids, recipe))
+    for i in range(2, recipe.passes + 1):
+        index, _ = column_pass(problem, factor, order, recipe, best.codebooks.centroids)
+        best.offer(f"pass {i}", *_refit(problem, index, best.codebooks.centroids, recipe))
+    for i in range(1, recipe.sweeps + 1):
+        index = coordinate_descent(problem, best.index, best.codebooks.centroids, recipe.block_cols)
+        best.offer(f"sweep {i}", *_refit(problem, index, best.codebooks.centroids, recipe))
+
+    if not math.isfinite(best.error):
+        raise NumericalError(f"{name}: the layer error is not finite; check the weights' range ({float(weight.abs().max()):.3g}) "
+                             "and the calibration activations, or use dtype float64")
+    vq = VQWeight.from_parts(spec, best.index.to(torch.uint8), best.codebooks.tables, best.codebooks.gs,
+                             *((problem.scale_codes, problem.sz) if spec.scale_block else ()))
+    digest = hashlib.sha256()
+    for buffer in vq.buffers.values():
+        digest.update(buffer.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return vq, LayerRecord(name, spec, best.error, best.stages, factor.repair, factor.damp, hessian.tokens,
+                           time.perf_counter() - start, digest.hexdigest())
+
+
+def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str) -> Problem:
+    if tuple(weight.shape) != (spec.rows, spec.cols):
+        raise ConfigError(f"{name}: got a weight {tuple(weight.shape)}, the spec is for ({spec.rows}, {spec.cols})")
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError(f"{name}: the weight holds {int((~torch.isfinite(weight)).sum())} non-finite values; "
+                             "the source checkpoint is damaged or its dtype overflowed")
+    try:
+        H = hessian.matrix()
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from None
+    if len(H) != spec.cols:
+        raise ConfigError(f"{name}: got a Hessian {tuple(H.shape)} for a weight with {spec.cols} columns")
+    dtype = getattr(torch, recipe.dtype)
+    return Problem(weight.detach().to(dtype), pad(H.to(weight.device, dtype), spec.vectors * spec.dim), spec)
+
+
+def _visiting_order(problem: Problem, recipe: Recipe) -> Tensor:
+    """Vectors in the order of quantization: descending summed diag H (the codes stay in natural order), or left to right."""
+    if recipe.order == "sequential":
+        return torch.arange(problem.spec.vectors, device=problem.W.device)
+    return problem.H.diagonal().view(-1, problem.spec.dim).sum(1).argsort(descending=True, stable=True)
+
+
+def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: Recipe,
+                centroids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One full pass: every vector column in `order`, its error propagated to all later ones -> (index, centroids).
+
+    Without `centroids` they are fitted: in importance order all of them at once on the weights as they are; in
+    sequential order strip by strip on the weights as compensated so far, scales included.
+    """
+    spec, d = problem.spec, problem.spec.dim
+    columns = (order[:, None] * d + torch.arange(d, device=order.device)).flatten()
+    roots, metric = metrics(factor.U, d, recipe.method)
+    by_strip = centroids is None and recipe.order == "sequential"
+    if centroids is None:
+        centroids = problem.W.new_zeros(spec.row_groups, spec.strips, spec.codewords, d)
+        if not by_strip:
+            problem.rescale(problem.W, 0, spec.cols)
+            natural = torch.empty_like(metric)
+            natural[order] = metric
+            for strip in range(spec.strips):
+                fit_strip(problem, centroids, strip, problem.W, natural, recipe)
+    W = problem.W[:, columns]
+    index = torch.empty(spec.rows, spec.vectors, dtype=torch.long, device=W.device)
+    for first, last in _blocks(spec, recipe):
+        if by_strip and first * d % spec.group_cols == 0:
+            strip = first * d // spec.group_cols
+            end = min(first * d + spec.group_cols, W.shape[1])
+            problem.rescale(W[:, first * d: end], first * d, end)
+            fit_strip(problem, centroids, strip, W, metric, recipe)
+        at, cols = order[first:last], slice(first * d, last * d)
+        scale = None if problem.scale is None else problem.scale[:, at]
+        index[:, at], E = ops.quantizer(W.device).column_block(
+            W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows)
+        W[:, cols.stop:] -= E @ factor.U[cols, cols.stop:]
+    return index, centroids
+
+
+def metrics(U: Tensor, d: int, method: str) -> tuple[Tensor, Tensor]:
+    """U [n, n] -> (roots U_PP^-1 for assignment and propagation, metric of the EM), both [n / d, d, d].
+
+    Exactly: M_P = U_PP^-1 U_PP^-T. The published code drops the coupling within a vector and weighs the EM by U_jj.
+    """
+    blocks = U.view(len(U) // d, d, len(U) // d, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if method == "paper":
+        diagonal = blocks.diagonal(dim1=1, dim2=2)
+        return torch.diag_embed(1 / diagonal), torch.diag_embed(diagonal)
+    roots = torch.linalg.solve_triangular(blocks, torch.eye(d, dtype=U.dtype, device=U.device).expand_as(blocks), upper=True)
+    return roots, roots @ roots.transpose(1, 2)
+
+
+def fit_strip(problem: Problem, centroids: Tensor, strip: int, W: Tensor, metric: Tensor, recipe: Recipe) -> None:
+    """Fits the codebooks of one strip, all row groups at once, on W [rows, n] in natural order; writes centroids[:, strip]."""
+    spec, d = problem.spec, problem.spec.dim
+    first = strip * spec.group_cols // d
+    at = slice(first, min(first + spec.group_cols // d, spec.vectors))
+    width = at.stop - at.start
+    x = W.view(spec.rows, spec.vectors, d)[:, at]
+    weight = x.new_ones(spec.rows, width)
+    if problem.scale is not None:
+        x, weight = x / problem.scale[:, at, None], problem.scale[:, at].square()
+    missing = spec.row_groups * spec.group_rows - spec.rows          # a last shorter group is filled with points of weight 0
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).reshape(spec.row_groups, -1, d)
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)).reshape(spec.row_groups, -1)
+    metric = metric[at].repeat(spec.group_rows, 1, 1)
+    centroids[:, strip] = codebook.fit(x, metric, weight, spec.codewords, recipe.em_iterations)
+
+
+def _blocks(spec: QuantSpec, recipe: Recipe) -> list[tuple[int, int]]:
+    """Lazy-update blocks as ranges of visited vectors; in sequential order none crosses a strip, whose fit needs all before it."""
+    size = recipe.block_cols // spec.dim
+    reach = spec.group_cols // spec.dim if recipe.order == "sequential" else spec.vectors
+    return [(a, min(a + size, start + reach, spec.vectors))
+            for start in range(0, spec.vectors, reach) for a in range(start, min(start + reach, spec.vectors), size)]
+
+
+def _refit(problem: Problem, index: Tensor, centroids: Tensor, recipe: Recipe) -> tuple[Tensor, Codebooks]:
+    """The codebook update for these codes, then the stored form -> (index, codebooks); an SVD form renumbers the index."""
+    if recipe.method == "paper":
+        centroids = adam_codebook(problem, index, centroids)
+    else:
+        centroids = update_codebook(problem, index, centroids, recipe.cg_iterations)
+    if problem.spec.svd_rank:
+        return svd_codebook(problem, index, centroids, recipe.cg_iterations)
+    return index, codebook.compress(centroids)
+
+
+class _Best:
+    """The best state seen, and the error after every stage."""
+
+    def __init__(self, problem: Problem, spec: QuantSpec):
+        self.problem, self.error, self.stages = problem, math.inf, {}
+        self.index: Tensor | None = None
+        self.codebooks: Codebooks | None = None
+
+    def offer(self, stage: str, index: Tensor, codebooks: Codebooks) -> None:
+        error = self.stages[stage] = self.problem.error(index, codebooks.centroids)
+        if self.index is None or error < self.error:
+            self.index, self.codebooks, self.error = index, codebooks, error

