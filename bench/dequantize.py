@@ -39,13 +39,14 @@ def main(argv: list[str] | None = None) -> None:
                     times = runner.paired({"native": lambda: native.dequantize(*tensors, vq.spec, dtype),
                                            "reference": lambda: reference.dequantize(*tensors, vq.spec, dtype)}, args.repeats)
                     moved = vq.nbytes + rows * cols * dtype.itemsize
+                    median = {name: statistics.median(found) for name, found in times.items()}
                     results.add([{
                         "operation": "dequantize", "method": name, "preset": preset, "format": describe_format(vq.spec),
                         "shape": [rows, cols], "dtype": args.dtype, "threads": threads, "device": "cpu", "cache": "hot",
-                        "median_seconds": statistics.median(times[name]), "gb_per_second": moved / statistics.median(times[name]) / 1e9,
+                        "median_seconds": median[name], "gb_per_second": moved / median[name] / 1e9,
                         "speedup": {} if name == "reference" else {"reference": runner.ratio(times, name, "reference")},
                     } for name in times])
-                    runner.log(f"{preset} {rows}x{cols}, {threads} threads: {results.rows[-2]['median_seconds'] * 1e6:.0f} us")
+                    runner.log(f"{preset} {rows}x{cols}, {threads} threads: {median['native'] * 1e6:.0f} us")
     finally:
         torch.set_num_threads(before)
     print(show(results.rows))
@@ -53,12 +54,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser():
     p = runner.parser("dequantize", "Speed of dequantization.", EXAMPLE)
-    p.add_argument("--shapes", type=_shapes, default=[(1536, 576), (2048, 2048)], metavar="RxC,RxC", help="default 1536x576,2048x2048")
+    p.add_argument("--shapes", type=_shapes, default=[(1536, 576), (2048, 2048)], metavar="RxC,RxC",
+                   help="default 1536x576,2048x2048")
     p.add_argument("--presets", type=runner.names, default=PRESETS, metavar="A,B", help=f"default {','.join(PRESETS)}")
     p.add_argument("--threads", type=lambda text: [runner.positive(n) for n in runner.names(text)], default=[1, 2], metavar="N,M",
                    help="default 1,2")
-    p.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of the dense weight, default %(default)s")
-    p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="samples of each, in turns, default %(default)s")
+    p.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
+                   help="of the dense weight, default %(default)s")
+    p.add_argument("--repeats", type=runner.positive, default=11, metavar="N",
+                   help="samples of each, in turns, default %(default)s")
     return p
 
 
@@ -67,17 +71,17 @@ def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
     spec, generator = config.spec(rows, cols), torch.Generator().manual_seed(0)
     buffers = {}
     for name, (shape, kind) in spec.buffer_shapes().items():
-        dtype = DTYPES[kind]
-        buffers[name] = (torch.rand(shape, generator=generator).to(dtype) if dtype.is_floating_point else
-                         torch.randint(torch.iinfo(dtype).min + (dtype == torch.int8), torch.iinfo(dtype).max + 1, shape, dtype=dtype,
-                                       generator=generator))
+        low, high = (-127, 128) if kind == "int8" else (0, 256)
+        buffers[name] = (torch.rand(shape, generator=generator).to(DTYPES[kind]) if DTYPES[kind].is_floating_point else
+                         torch.randint(low, high, shape, dtype=DTYPES[kind], generator=generator))
     return VQWeight(spec, buffers)
 
 
 def show(rows: list[dict]) -> str:
     return runner.table(rows, {
         "format": lambda r: r["format"], "shape": lambda r: f"{r['shape'][0]}x{r['shape'][1]}", "method": lambda r: r["method"],
-        "threads": lambda r: r["threads"], "cache": lambda r: r["cache"], "median, us": lambda r: f"{r['median_seconds'] * 1e6:,.0f}",
+        "threads": lambda r: r["threads"], "cache": lambda r: r["cache"],
+        "median, us": lambda r: f"{r['median_seconds'] * 1e6:,.0f}",
         "GB/s": lambda r: f"{r['gb_per_second']:.2f}", "x reference": lambda r: f"{r['speedup']['reference']:,.1f}"})
 
 

@@ -28,14 +28,14 @@ skip() { # NAME REASON
     summary+=("$(printf '%-20s skipped: %s' "$1" "$2")")
 }
 
-gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>&1 | tail -n 1)"
+gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>/dev/null | tail -n 1)"
 step build "$python" -m pip install -q --no-build-isolation --no-deps -e .
 step tests "$python" -m pytest -q -rs
 if [ -z "$gpu" ]; then
     skip sanitizer "no CUDA device"
 elif ! command -v compute-sanitizer >/dev/null; then
     skip sanitizer "compute-sanitizer is not installed"
-elif [ -z "$("$python" -m pytest -q --collect-only -m gpu 2>/dev/null | grep '::')" ]; then
+elif ! "$python" -m pytest -q --collect-only -m gpu 2>/dev/null | grep '::' >/dev/null; then # not -q: it would break the pipe
     skip sanitizer "there are no GPU tests"
 else
     for tool in memcheck racecheck synccheck initcheck; do

@@ -42,7 +42,8 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def collect(model: nn.Module, tokens: dict[str, Tensor], blocks: list[int], patterns: list[str], device: torch.device) -> list[Layer]:
+def collect(model: nn.Module, tokens: dict[str, Tensor], blocks: list[int], patterns: list[str],
+            device: torch.device) -> list[Layer]:
     """The linears of `blocks` whose last name matches one of `patterns`, in model order.
 
     `tokens` holds ids [samples, n] for each of SIDES; their Hessians are those of the dense model's inputs.
@@ -82,7 +83,8 @@ def collect(model: nn.Module, tokens: dict[str, Tensor], blocks: list[int], patt
 def read(args, tokenizer) -> tuple[dict[str, Tensor], dict]:
     """(ids of both texts, what identifies them in a result file)."""
     sources = {"calibration": args.calibration, "heldout": args.heldout}
-    tokens = {side: calibration_tokens(source, tokenizer, args.samples, args.sequence_length, args.seed) for side, source in sources.items()}
+    tokens = {side: calibration_tokens(source, tokenizer, args.samples, args.sequence_length, args.seed)
+              for side, source in sources.items()}
     return tokens, {side: {"source": describe(sources[side]), "tokens": ids.numel(), "sha256": tokens_sha256(ids)}
                     for side, ids in tokens.items()}
 
@@ -97,8 +99,9 @@ def measure(layers: list[Layer], presets: list[str], methods: list[str], device:
                 row = {"operation": "layer error", "preset": preset, "layer": layer.name, "shape": [spec.rows, spec.cols],
                        "method": method, "device": str(device), "threads": torch.get_num_threads(), **_quantize(layer, spec, method)}
                 rows.append(row)
-                log(f"{preset:<10} {layer.name:<34} {method:<6} {row['bits_per_value']:.3f} bpv, error {100 * row['error_calibration']:.3f} %, "
-                    f"held out {100 * row['error_heldout']:.3f} %, {row['seconds']:.1f} s")
+                log(f"{preset:<11} {layer.name:<34} {method:<6} {row['bits_per_value']:.3f} bpv, "
+                    f"error {100 * row['error_calibration']:.3f} %, held out {100 * row['error_heldout']:.3f} %, "
+                    f"{row['seconds']:.1f} s")
         yield rows + [_mean([row for row in rows if row["method"] == method]) for method in methods]
 
 
@@ -111,7 +114,8 @@ def _quantize(layer: Layer, spec: QuantSpec, method: str) -> dict:
                "seconds": time.perf_counter() - began, "repair": ""}
     else:
         # A fresh Hessian: a factor kept from the method before would not be in the seconds of this one.
-        vq, record = solve(layer.weight, Hessian.from_matrix(layer.hessians["calibration"].matrix()), spec, RECIPES[method], layer.name)
+        hessian = Hessian.from_matrix(layer.hessians["calibration"].matrix())
+        vq, record = solve(layer.weight, hessian, spec, RECIPES[method], layer.name)
         quantized = vq.dequantize()
         row = {"format": describe_format(spec), "bits_per_value": vq.bits_per_value, "seconds": time.perf_counter() - began,
                "repair": record.repair, "stages": record.stages}
@@ -120,7 +124,8 @@ def _quantize(layer: Layer, spec: QuantSpec, method: str) -> dict:
 
 def describe_format(spec: QuantSpec) -> str:
     """For instance "2D K16 4x256 s64": dimension, centroids, group, scale block."""
-    return f"{spec.dim}D K{spec.codewords} {spec.group_rows}x{spec.group_cols}" + (f" s{spec.scale_block}" if spec.scale_block else "")
+    scales = f" s{spec.scale_block}" if spec.scale_block else ""
+    return f"{spec.dim}D K{spec.codewords} {spec.group_rows}x{spec.group_cols}{scales}"
 
 
 def _mean(rows: list[dict]) -> dict:

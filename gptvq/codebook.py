@@ -44,7 +44,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int) -> T
     A point's metric is weight * metric; weight 0 is padding, and s^2 under block scales s.
     """
     weighted = metric * weight[..., None, None]
-    return ops.quantizer(x.device).em(x, weighted, seed(x, weight, k), iterations)
+    return ops.em(x, weighted, seed(x, weight, k), iterations)
 
 
 def compress(centroids: Tensor) -> Codebooks:

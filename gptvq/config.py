@@ -45,9 +45,10 @@ class QuantSpec:
     svd_rank: int = 0
 
     def __post_init__(self):
-        for name in ("rows", "cols", "group_rows", "group_cols"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name, value in self.to_dict().items():
+            least = 0 if name in ("scale_block", "svd_rank") else 1
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
         if (self.dim, self.index_bits) not in FORMATS:
             raise ConfigError(f"no kernel decodes dim={self.dim} with index_bits={self.index_bits}; legal (dim, index_bits): "
                               f"{sorted(FORMATS)}")
@@ -173,7 +174,7 @@ class Recipe:
         if self.block_cols % 4:
             raise ConfigError(f"block_cols must be a multiple of 4, got {self.block_cols}")
         if self.method == "paper" and (self.order, self.passes, self.sweeps) != ("sequential", 1, 0):
-            raise ConfigError('method="paper" is one sequential pass without sweeps: use Recipe.paper(), or VQConfig(method="paper")')
+            raise ConfigError('method="paper" is one sequential pass without sweeps: use Recipe.paper()')
 
     @classmethod
     def paper(cls, **changes) -> Recipe:
@@ -216,14 +217,18 @@ class VQConfig:
                 self._changed(change, f"rule for {pattern!r}").spec(4096, 4096)
 
     @classmethod
-    def preset(cls, label: str, **changes) -> VQConfig:
-        """Settings of a published size, for instance "2d-2.25" or "2d-3.125-s64" (64-column block scales)."""
-        base, _, scale = label.partition("-s")
-        if base not in _PRESETS or scale not in ("", *map(str, SCALE_BLOCKS)) or (scale and base == "4d-2.125"):
+    def preset(cls, label: str, method: str = "gptvq", **changes) -> VQConfig:
+        """Settings of a published size, for instance "2d-2.25" or "2d-3.125-s64" (64-column block scales).
+
+        `method="paper"` solves it by the published procedure; `changes` override single settings.
+        """
+        base, mark, scale = label.partition("-s")
+        if base not in _PRESETS or mark and (scale not in map(str, SCALE_BLOCKS) or base == "4d-2.125"):
             raise ConfigError(f"unknown preset {label!r}; presets: {', '.join(PRESETS)}")
         dim, bits, size = _PRESETS[base]
+        recipe = Recipe.paper() if method == "paper" else Recipe(method=method)
         return cls(**{"dim": dim, "index_bits": bits, "group_size": size * (2 if scale else 1),
-                      "scale_block": int(scale or 0), **_known(cls, changes)})
+                      "scale_block": int(scale or 0), "recipe": recipe, **_known(cls, changes)})
 
     def spec(self, rows: int, cols: int, name: str = "weight") -> QuantSpec:
         """The format of one [rows, cols] layer; raises ConfigError naming it where no legal one exists."""
@@ -231,7 +236,7 @@ class VQConfig:
             if self.group_rows is not None:
                 group_rows, group_cols = self.group_rows, self.group_cols
             else:
-                group_rows, group_cols = group_shape(self.group_size, rows, cols, self.scale_block)
+                group_rows, group_cols = group_shape(self.group_size, max(rows, 1), max(cols, 1), self.scale_block)
             return QuantSpec(rows, cols, self.dim, self.index_bits, min(group_rows, rows),
                              min(group_cols, -(-cols // 4) * 4), self.scale_block, self.svd_rank)
         except ConfigError as error:
@@ -276,19 +281,22 @@ class VQConfig:
 
 
 def group_shape(size: int, rows: int, cols: int, scale_block: int = 0) -> tuple[int, int]:
-    """(rows, columns) of a group of about `size` weights in a [rows, cols] layer.
+    """(rows, columns) of the group nearest to `size` weights in a [rows, cols] layer; of equals the widest.
 
-    Columns: the largest power of two from 32 to 256 that divides `cols`, so that rows x columns hits a power-of-two
-    `size` exactly and no scale block is cut; where none does, 256 with a narrower last strip. Rows: tall groups that
-    do not divide the layer are evened out in steps of a tile, lest a short last group pay for a whole codebook.
+    Columns: a multiple of 32 up to 256 that divides `cols` and cuts no scale block; where there is none, 256 with a
+    narrower last strip. Rows: powers of two up to a tile; above, whole tiles that share the layer's rows out evenly, lest
+    a short last group pay for a whole codebook.
     """
-    widths = (c for c in (256, 128, 64, 32) if cols % c == 0 and c >= scale_block)
-    width = next(widths, min(256, -(-cols // 4) * 4))
-    height = max(1, round(size / width))
-    if height > TILE_ROWS and rows % height:
-        height = -(-rows // max(1, round(rows / height)))
-        height = -(-height // TILE_ROWS) * TILE_ROWS
-    return height, width
+    widths = [c for c in range(256, 31, -32) if cols % c == 0 and c % (scale_block or 32) == 0 and (c <= size or c == 32)]
+    shapes = [(_group_height(size / c, rows), c) for c in widths or [min(256, -(-cols // 4) * 4)]]
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * shape[1] / size)))
+
+
+def _group_height(target: float, rows: int) -> int:
+    if target < TILE_ROWS:
+        return min(rows, 2 ** max(0, round(math.log2(target))))
+    groups = max(1, round(rows / target))
+    return min(rows, -(-rows // (groups * TILE_ROWS)) * TILE_ROWS)
 
 
 def _known(cls, values: dict) -> dict:

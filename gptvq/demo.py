@@ -57,8 +57,8 @@ def run(args) -> list[Row]:
     rows = []
     for i, preset in enumerate(PRESETS):
         out = Path(args.out) / preset
-        console.print(f"\n[bold]{i + 2}. Quantizing every linear at {preset}[/], {args.samples} x {args.sequence_length} calibration tokens",
-                      highlight=False, soft_wrap=True)
+        console.print(f"\n[bold]{i + 2}. Quantizing every linear at {preset}[/], {args.samples} x {args.sequence_length} calibration "
+                      "tokens", highlight=False, soft_wrap=True)
         with RichProgress(console) as progress:
             report = quantize(source, out, VQConfig.preset(preset), calibration=calibration, samples=args.samples,
                               sequence_length=args.sequence_length, dtype="bfloat16", overwrite=True, progress=progress)
@@ -132,14 +132,15 @@ def checkpoint_bytes(folder: Path) -> int:
 
 def comparison(rows: list[Row]):
     """The final table, the linears' size also relative to the first row."""
-    from rich import box
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="Before and after", box=box.SIMPLE_HEAD)
+    table = Table(title="Before and after", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("", "whole model", "its linears", "bits/value", "perplexity", "tokens/s"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     first = rows[0]
     for row in rows:
         table.add_row(row.label, size(row.total_bytes), f"{size(row.linear_bytes)} ({row.linear_bytes / first.linear_bytes:.0%})",
-                      f"{row.bits_per_value:.3f}", f"{row.perplexity:.2f}", f"{row.tokens_per_second:.1f}")
+                      f"{row.bits_per_value:.3f}", f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
+                      f"{row.tokens_per_second:.1f}")
     return table

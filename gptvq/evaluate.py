@@ -35,7 +35,8 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
     tokens = torch.as_tensor(tokens).flatten()
     windows = min(len(tokens) // window, max_windows or len(tokens))
     if windows == 0:
-        raise ConfigError(f"text of {len(tokens)} tokens is shorter than one window of {window}: give a longer text, or a smaller window")
+        raise ConfigError(f"text of {len(tokens)} tokens is shorter than one window of {window}: give a longer text, or a smaller "
+                          "window")
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device

@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+_SIGNATURES = (["hidden_states", "top_k_index", "top_k_weights"], ["hidden_states", "router_indices", "routing_weights"])
 _MATRICES = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
 
 
@@ -59,7 +60,7 @@ def is_fused(module: nn.Module) -> bool:
     return ({up, "down_proj"} <= set(parameters) <= _MATRICES
             and all(parameters[name].ndim == 3 for name in (up, "down_proj"))
             and (up == "up_proj" or hasattr(module, "_apply_gate"))
-            and list(inspect.signature(type(module).forward).parameters)[1:] == ["hidden_states", "top_k_index", "top_k_weights"])
+            and list(inspect.signature(type(module).forward).parameters)[1:] in _SIGNATURES)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class Hessian:
             return
         self.tokens += x.shape[0]
         self.sum.addmm_(x.T, x)
+        self._factors.clear()
 
     def matrix(self) -> Tensor:
         """H [cols, cols] float32; zeros where no token was seen."""

@@ -192,7 +192,8 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 def _from_pretrained(source, failure, **kwargs) -> nn.Module:
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        with torch.random.fork_rng(devices=[]):         # some models draw random numbers before their weights are read
+            return transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except GptvqError:
         raise
     except Exception as error:      # whatever the hub, a config class or a tensor file raises: here it all means "cannot be loaded"

@@ -46,6 +46,11 @@ class VQLinear(nn.Module):
         """The weight, sharing this module's buffers."""
         return VQWeight(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()})
 
+    @property
+    def weight(self) -> Tensor:
+        """A dequantized copy, float32, for code that reads a linear's weight; writing into it changes nothing."""
+        return self.dequantize()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out_features, in_features] in `dtype`."""
         return ops.dequantize(*self._decode_tables(), self.spec, dtype)

@@ -48,6 +48,28 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
     return backend(idx.device).dequantize(idx, cb, gs, sc, table, spec, dtype)
 
 
-def quantizer(device: torch.device):
-    """The module that serves the quantization operators (em, column_block, descent_block) on `device`."""
-    return reference
+def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """Weighted k-means of many groups; see backends.reference.em."""
+    return backend(x.device).em(x, metric, centroids, iterations)
+
+
+def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
+                 group_rows: int) -> tuple[Tensor, Tensor]:
+    """Quantizes a block of columns and propagates the errors inside it; see backends.reference.column_block."""
+    return backend(W.device).column_block(W, U, roots, centroids, strip, scale, group_rows)
+
+
+def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
+                  group_rows: int) -> tuple[Tensor, Tensor]:
+    """Coordinate descent over the indices of a block of columns; see backends.reference.descent_block."""
+    return backend(R.device).descent_block(R, H, index, centroids, strip, scale, group_rows)
+
+
+def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
+    """Codes and float centroids to weights while solving; see backends.reference.decode."""
+    return backend(index.device).decode(index, centroids, strip, scale, group_rows)
+
+
+def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
+    """Sums of values per centroid; see backends.reference.collect."""
+    return backend(index.device).collect(index, values, strip, group_rows, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
 from .config import QuantSpec
 from .scaling import fit_scales, scales_of
 
@@ -22,7 +23,6 @@ class Problem:
         self.H = hessian
         self.strip = torch.arange(spec.vectors, device=weight.device) * spec.dim // spec.group_cols
         self.group = torch.arange(spec.rows, device=weight.device) // spec.group_rows
-        self._base = (self.group[:, None] * spec.strips + self.strip) * spec.codewords
         self.power = float((weight_loss(self.W, self.H)))
         self.scale: Tensor | None = None
         if spec.scale_block:
@@ -43,17 +43,12 @@ class Problem:
 
     def decode(self, index: Tensor, centroids: Tensor) -> Tensor:
         """Q [rows, n]."""
-        vectors = centroids.reshape(-1, self.spec.dim)[self._base + index]
-        if self.scale is not None:
-            vectors = vectors * self.scale.unsqueeze(-1)
-        return vectors.reshape(self.W.shape)
+        return ops.decode(index, centroids, self.strip, self.scale, self.spec.group_rows)
 
     def collect(self, index: Tensor, values: Tensor) -> Tensor:
         """values [rows, vectors, f] summed per centroid in float64 -> [row groups, strips, K, f]."""
-        slot = (self._base + index).flatten()
-        size = self.spec.row_groups * self.spec.strips * self.spec.codewords
-        sums = [torch.bincount(slot, v.flatten().double(), size) for v in values.unbind(-1)]
-        return torch.stack(sums, -1).view(self.spec.row_groups, self.spec.strips, self.spec.codewords, -1)
+        spec = self.spec
+        return ops.collect(index, values, self.strip, spec.group_rows, (spec.row_groups, spec.strips, spec.codewords))
 
     def gradient(self, index: Tensor, residual: Tensor) -> Tensor:
         """Half the descent direction of the loss in the centroids, collect((W - Q) H s), as float64 [.., K, d]."""

@@ -129,7 +129,7 @@ def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block
         at = slice(first, min(first + block_cols // d, spec.vectors))
         cols = slice(at.start * d, at.stop * d)
         scale = None if problem.scale is None else problem.scale[:, at]
-        index[:, at], change = ops.quantizer(index.device).descent_block(
+        index[:, at], change = ops.descent_block(
             R[:, cols], H[cols, cols], index[:, at], centroids, problem.strip[at], scale, spec.group_rows)
         R -= change @ H[cols]
     return index

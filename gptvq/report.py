@@ -89,7 +89,8 @@ class Report:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise GptvqError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose a writable folder") from error
+            raise GptvqError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose a writable "
+                             "folder") from error
         return path
 
     @classmethod
@@ -209,9 +210,10 @@ def layer_line(record: LayerRecord) -> str:
 
 def layer_table(report: Report):
     """The rich table of `gptvq inspect`: one row per linear."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"{report.model_name}, quantized by gptvq")
+    table = Table(title=f"{report.model_name}, quantized by gptvq", box=SIMPLE_HEAD)
     for name in ("linear", "shape", "format", "group", "bytes", "bits/value", "error %", "SNR dB"):
         table.add_column(name, justify="left" if name == "linear" else "right", no_wrap=True)
     for layer in report.layers:

@@ -83,7 +83,8 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
     factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype)
     if factor.repair.startswith("no calibration"):
-        problem = Problem(problem.W[:, : spec.cols], torch.eye(len(problem.H), dtype=problem.H.dtype, device=order.device), spec)
+        identity = torch.eye(spec.cols, dtype=problem.H.dtype, device=order.device)
+        problem = Problem(problem.W[:, : spec.cols], pad(identity, len(problem.H)), spec)
 
     index, centroids = column_pass(problem, factor, order, recipe, None)
     best = _Best(problem, spec)
@@ -159,7 +160,7 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
             fit_strip(problem, centroids, strip, W, metric, recipe)
         at, cols = order[first:last], slice(first * d, last * d)
         scale = None if problem.scale is None else problem.scale[:, at]
-        index[:, at], E = ops.quantizer(W.device).column_block(
+        index[:, at], E = ops.column_block(
             W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows)
         W[:, cols.stop:] -= E @ factor.U[cols, cols.stop:]
     return index, centroids

@@ -1,6 +1,7 @@
 """Shared set-up of all tests: no network, reproducible Hypothesis runs, GPU tests skipped where there is no GPU."""
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # tiny tensors: threads of busy cores only wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # before transformers is imported anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

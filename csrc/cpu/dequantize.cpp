@@ -1,10 +1,9 @@
 #include "cpu/dequantize.h"
 
 #include <algorithm>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 
+#include "common/parallel.h"
 #include "cpu/float16.h"
 #include "cpu/layout.h"
 
@@ -108,20 +107,10 @@ template <class Fmt, class Work, class Out>
 void decode_tiles(const Packed& weight, const Spec& s, Out* out, int threads) {
   const std::int64_t parts = s.rows * s.cols < kThreadedFrom ? 1 : std::clamp<std::int64_t>(threads, 1, s.tiles());
   std::vector<TileDecoder<Fmt, Work, Out>> decoders(static_cast<std::size_t>(parts), {weight, s, out});
-  const auto part = [&](std::int64_t p) {
+  parallel_for(parts, parts, [&](std::int64_t p) {
     for (std::int64_t t = s.tiles() * p / parts; t < s.tiles() * (p + 1) / parts; ++t)
       decoders[static_cast<std::size_t>(p)].tile(t);
-  };
-  std::vector<std::thread> running;
-  running.reserve(static_cast<std::size_t>(parts));
-  std::int64_t started = 1;       // this thread does part 0
-  try {
-    for (; started < parts; ++started) running.emplace_back(part, started);
-  } catch (const std::system_error&) {
-    for (std::int64_t p = started; p < parts; ++p) part(p);      // no more threads to be had
-  }
-  part(0);
-  for (std::thread& t : running) t.join();
+  });
 }
 
 template <class Out>

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..config import QuantSpec
 from ..errors import ConfigError
+from . import reference
 
 try:
     from .. import _C
@@ -61,3 +62,52 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
     tensors = [None if t is None else t.contiguous() for t in (idx, cb, gs, sc, table)]
     _call(_C.dequantize, *tensors, out, _spec(spec), torch.get_num_threads())
     return out
+
+
+def _all_float32(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    if not _all_float32(x, metric, centroids) or x.shape[2] == 1:       # in 1D the reference's sorted form is the fast one
+        return reference.em(x, metric, centroids, iterations)
+    out = centroids.clone(memory_format=torch.contiguous_format)
+    _call(_C.em, x.contiguous(), metric.contiguous(), out, iterations, torch.get_num_threads())
+    return out
+
+
+def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
+                 group_rows: int) -> tuple[Tensor, Tensor]:
+    if not _all_float32(W, U, roots, centroids, scale):
+        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows)
+    index, E = torch.empty(len(W), len(roots), dtype=torch.long), torch.empty(W.shape)
+    tensors = [None if t is None else t.contiguous() for t in (W, U, roots, centroids, strip, scale)]
+    _call(_C.column_block, *tensors, group_rows, index, E, torch.get_num_threads())
+    return index, E
+
+
+def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
+                  group_rows: int) -> tuple[Tensor, Tensor]:
+    if not _all_float32(R, H, centroids, scale):
+        return reference.descent_block(R, H, index, centroids, strip, scale, group_rows)
+    index, change = index.clone(memory_format=torch.contiguous_format), torch.empty(R.shape)
+    tensors = [None if t is None else t.contiguous() for t in (R, H, centroids, strip, scale)]
+    _call(_C.descent_block, *tensors, group_rows, index, change, torch.get_num_threads())
+    return index, change
+
+
+def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
+    if not _all_float32(centroids, scale):
+        return reference.decode(index, centroids, strip, scale, group_rows)
+    Q = torch.empty(len(index), index.shape[1] * centroids.shape[3])
+    tensors = [None if t is None else t.contiguous() for t in (index, centroids, strip, scale)]
+    _call(_C.decode, *tensors, group_rows, Q, torch.get_num_threads())
+    return Q
+
+
+def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
+    if not _all_float32(values):
+        return reference.collect(index, values, strip, group_rows, shape)
+    sums = torch.empty(*shape, values.shape[2], dtype=torch.float64)
+    _call(_C.collect, index.contiguous(), values.contiguous(), strip, group_rows, sums, torch.get_num_threads())
+    return sums

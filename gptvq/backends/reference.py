@@ -195,6 +195,21 @@ def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Ten
     return torch.baddbmm(bias, y, centroids.transpose(1, 2), alpha=-2).min(2).indices.flatten()[: len(x)]
 
 
+def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
+    """index [rows, n], centroids [row groups, strips, K, d], strip [n], scale [rows, n] or None -> Q [rows, n d]."""
+    group = torch.arange(len(index), device=index.device)[:, None] // group_rows
+    vectors = centroids[group, strip, index]
+    return (vectors if scale is None else vectors * scale.unsqueeze(-1)).reshape(len(index), -1)
+
+
+def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
+    """values [rows, n, f] summed in float64 per centroid; shape (row groups, strips, K) -> [row groups, strips, K, f]."""
+    group = torch.arange(len(index), device=index.device)[:, None] // group_rows
+    slot = ((group * shape[1] + strip) * shape[2] + index).flatten()
+    sums = [torch.bincount(slot, v.flatten().double(), shape[0] * shape[1] * shape[2]) for v in values.unbind(-1)]
+    return torch.stack(sums, -1).view(*shape, -1)
+
+
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
                  group_rows: int) -> tuple[Tensor, Tensor]:
     """Quantizes a block of n vectors one after the other and propagates each error to the rest of the block.

@@ -24,8 +24,9 @@ def setting(case, dtype=torch.float64, seed=0):
     draw = torch.Generator().manual_seed(seed)
     centroids = torch.randn(spec.row_groups, spec.strips, spec.codewords, spec.dim, generator=draw, dtype=torch.float64)
     centroids = (centroids * size).to(dtype)
-    tables = [[centroids[r // spec.group_rows, v * spec.dim // spec.group_cols].double().numpy() for v in range(spec.vectors)]
-              for r in range(spec.rows)]
+    c = centroids.double().numpy()
+    tables = [[c[r // case.group_rows, v * case.dim // case.group_cols] for v in range(spec.vectors)]
+              for r in range(case.rows)]
     scale = np.ones((spec.rows, spec.vectors)) if problem.scale is None else problem.scale.double().numpy()
     return problem, centroids, tables, scale
 

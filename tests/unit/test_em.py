@@ -148,7 +148,8 @@ def test_fit_weighs_points_by_the_square_of_their_scale(d, k):
 def test_int8_codebooks(dim, bits):
     spec = QuantSpec(8, 64, dim, bits, 4, 32)
     rng = np.random.default_rng(dim)
-    centroids = torch.from_numpy(rng.standard_normal((2, 2, spec.codewords, dim)) * [[[[1e-4]], [[1.0]]], [[[300.0]], [[0.0]]]])
+    sizes = np.array([[1e-4, 1.0], [300.0, 0.0]])[..., None, None]
+    centroids = torch.from_numpy(rng.standard_normal((2, 2, spec.codewords, dim)) * sizes)
     books = codebook.compress(centroids)
     for g in range(2):
         for s in range(2):

@@ -28,7 +28,8 @@ def setting(case, dtype=torch.float64, seed=0):
 
 def tables_of(centroids, spec):
     c = centroids.double().numpy()
-    return [[c[r // spec.group_rows, v * spec.dim // spec.group_cols] for v in range(spec.vectors)] for r in range(spec.rows)]
+    return [[c[r // spec.group_rows, v * spec.dim // spec.group_cols] for v in range(spec.vectors)]
+            for r in range(spec.rows)]
 
 
 def error(problem, index, centroids, scale):
@@ -156,9 +157,9 @@ def test_adam_is_the_published_update():
     problem, index, centroids, scale = setting(case)
 
     def gradient(c):
-        c = torch.from_numpy(c)
         out = np.zeros(c.shape)
-        pull = (problem.W.numpy() - oracle.decode(index.numpy(), tables_of(c, case.spec), scale, case.dim)) @ problem.H.numpy()
+        Q = oracle.decode(index.numpy(), tables_of(torch.from_numpy(c), case.spec), scale, case.dim)
+        pull = (problem.W.numpy() - Q) @ problem.H.numpy()
         for r in range(case.rows):
             for v in range(case.spec.vectors):
                 at = r // case.group_rows, v * case.dim // case.group_cols, int(index[r, v])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import dequantize, quality, rounding, runner
+from bench import dequantize, layers, quality, rounding, runner
 from gptvq.config import PRESETS, VQConfig
+from gptvq.hessian import Hessian
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--samples", "4", "--sequence-length", "64", "--dtype", "float32", "--device", "cpu"]
@@ -44,14 +45,14 @@ def check_file(path, name):
 def test_layers(my_model, tmp_path, capsys):
     calibration, heldout = texts(my_model)
     out = tmp_path / "layers.json"
-    assert bench(quality, "--layers", "--model", my_model, "--calibration", calibration, "--heldout", heldout, *SMALL, "--blocks", "0,1",
-                 "--linears", "q_proj,down*", "--presets", "2d-2.25,1d-3.125", "--json", out) == 0
+    assert bench(quality, "--layers", "--model", my_model, "--calibration", calibration, "--heldout", heldout, *SMALL,
+                 "--blocks", "0,1", "--linears", "q_proj,down*", "--presets", "2d-2.25,1d-3.125", "--json", out) == 0
     rows = check_file(out, "quality")
     at = {(r["preset"], r["layer"], r["method"]): r for r in rows}
-    layers = [f"model.layers.{b}.{name}" for b in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
-    assert len(rows) == len(at) == 2 * 3 * (len(layers) + 1)
+    names = [f"model.layers.{b}.{name}" for b in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    assert len(rows) == len(at) == 2 * 3 * (len(names) + 1)
     for preset in ("2d-2.25", "1d-3.125"):
-        for layer in (*layers, "mean"):
+        for layer in (*names, "mean"):
             rtn, paper, ours = (at[preset, layer, method] for method in ("rtn", "paper", "gptvq"))
             assert ours["bits_per_value"] == paper["bits_per_value"] and ours["format"] == paper["format"]
             assert 0 < ours["error_calibration"] < paper["error_calibration"] < 1
@@ -59,8 +60,9 @@ def test_layers(my_model, tmp_path, capsys):
             assert ours["ratio"]["paper"] == pytest.approx(ours["error_calibration"] / paper["error_calibration"])
             assert ours["ratio_heldout"]["rtn"] == pytest.approx(ours["error_heldout"] / rtn["error_heldout"])
         spec = VQConfig.preset(preset).spec(64, 96)
-        assert at[preset, layers[1], "gptvq"]["shape"] == [64, 96] and at[preset, layers[1], "gptvq"]["bits_per_value"] == spec.bits_per_value
-        mean, parts = at[preset, "mean", "gptvq"], [at[preset, layer, "gptvq"] for layer in layers]
+        assert at[preset, names[1], "gptvq"]["shape"] == [64, 96]
+        assert at[preset, names[1], "gptvq"]["bits_per_value"] == spec.bits_per_value
+        mean, parts = at[preset, "mean", "gptvq"], [at[preset, layer, "gptvq"] for layer in names]
         assert mean["error_heldout"] == pytest.approx(sum(r["error_heldout"] for r in parts) / 4)
         assert mean["layer_ratio"]["paper"] == pytest.approx(sum(r["ratio"]["paper"] for r in parts) / 4)
         change = f"{100 * (mean['ratio']['paper'] - 1):+.1f} %"
@@ -78,14 +80,15 @@ def capsys_lines(capsys, path):
 def test_perplexity_in_parts(my_model, tmp_path, capsys):
     """Rows measured one by one make the same table, with the ratios across the files."""
     calibration, text = texts(my_model)
-    common = ["--perplexity", "--model", my_model, "--calibration", calibration, "--text", text, *SMALL, "--window", "64", "--max-windows", "3",
-              "--presets", "2d-2.25"]
+    common = ["--perplexity", "--model", my_model, "--calibration", calibration, "--text", text, *SMALL, "--window", "64",
+              "--max-windows", "3", "--presets", "2d-2.25"]
     files = []
     for methods in ("gptvq,paper", "dense,rtn"):
         files.append(tmp_path / f"{methods[:3]}.json")
         assert bench(quality, *common, "--methods", methods, "--json", files[-1]) == 0
     rows = {r["method"]: r for file in files for r in check_file(file, "quality")}
-    assert rows["dense"]["bits_per_value"] == 32 and rows["dense"]["preset"] is None and rows["dense"]["quantize_seconds"] is None
+    assert rows["dense"]["bits_per_value"] == 32 and rows["dense"]["preset"] is None and "quantize_seconds" not in rows["dense"]
+    assert all(row["quantize_seconds"] > 0 for method, row in rows.items() if method != "dense")
     assert rows["gptvq"]["bits_per_value"] == rows["paper"]["bits_per_value"] < 4
     assert rows["gptvq"]["linear_bytes"] == rows["gptvq"]["bits_per_value"] * rows["dense"]["linear_bytes"] / 32
     assert 0 < rows["gptvq"]["mean_error"] < rows["paper"]["mean_error"] < 1
@@ -110,7 +113,8 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--presets", "9d-1"], "9d-1"), (["--methods", "magic"], "magic"), (["--calibration", "no-such.txt"], "no such file: no-such.txt"),
+    (["--presets", "9d-1"], "9d-1"), (["--methods", "magic"], "magic"),
+    (["--calibration", "no-such.txt"], "no such file: no-such.txt"),
     (["--blocks", "7"], "blocks 0 to 1"), (["--linears", "nothing"], "a block of this model has down_proj, gate_proj"),
     (["--json", "no-such-folder/x.json"], "cannot be written"),
 ])
@@ -179,6 +183,51 @@ def test_size_of_rounding():
         assert abs(rounding.bits_per_value(1536, spec.index_bits, group) - spec.bits_per_value) < 0.1
 
 
-def test_gpu_script_is_sound():
-    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=True)
-    assert os.access(ROOT / "bench" / "gpu.sh", os.X_OK)
+def test_layer_error_is_the_formula():
+    weight, quantized = torch.randn(5, 12), torch.randn(5, 12)
+    x = {"calibration": torch.randn(40, 12), "heldout": torch.randn(50, 12) * torch.arange(12)}
+    layer = layers.Layer("l", weight, {side: Hessian(12) for side in x})
+    for side in x:
+        layer.hessians[side].add(x[side])
+        outputs = ((weight - quantized) @ x[side].T).square().sum() / (weight @ x[side].T).square().sum()
+        assert layer.error(quantized, side) == pytest.approx(float(outputs), rel=1e-5)
+        assert layer.error(weight, side) == 0
+
+
+def test_hessians_are_those_of_each_text(my_model):
+    from gptvq.hf import open_model
+
+    model, _ = open_model(my_model, device="cpu", dtype="float32")
+    tokens = {"calibration": torch.randint(1, 250, (2, 16)), "heldout": torch.randint(1, 250, (3, 16))}
+    seen = {}
+    linear = model.model.layers[1].mlp.down_proj
+    found = layers.collect(model, tokens, [1], ["down_proj"], torch.device("cpu"))
+    handle = linear.register_forward_pre_hook(lambda m, args: seen["x"].append(args[0].flatten(0, 1)))
+    assert [layer.name for layer in found] == ["model.layers.1.mlp.down_proj"] and torch.equal(found[0].weight, linear.weight)
+    for side, ids in tokens.items():
+        seen["x"] = []
+        with torch.no_grad():
+            model(ids)
+        x = torch.cat(seen["x"])
+        assert found[0].hessians[side].tokens == ids.numel() == len(x)
+        torch.testing.assert_close(found[0].hessians[side].matrix(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+    handle.remove()
+
+
+@pytest.mark.parametrize("broken, code, verdict", [("no such step", 0, "ok"), ("-m pytest", 1, "FAILED (exit code 3)")])
+def test_gpu_script_says_what_ran(tmp_path, broken, code, verdict):
+    """With a stand-in for Python: every step is started, a failed one decides the exit code, no GPU is said plainly."""
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$*" in *"{broken}"*) exit 3;; esac\n')
+    stub.chmod(0o755)
+    texts = {"CALIBRATION": "a.txt", "TEXT": "b.txt"} if code else {}
+    environment = {k: v for k, v in os.environ.items() if k not in ("MODEL", "CALIBRATION", "TEXT")}
+    done = subprocess.run([ROOT / "bench" / "gpu.sh"], capture_output=True, text=True,
+                          env={**environment, **texts, "PYTHON": str(stub), "OUT": str(tmp_path / "out")})
+    assert done.returncode == code and done.stderr == ""
+    summary = done.stdout.partition("== summary")[2]
+    assert "NO CUDA DEVICE" in summary and "sanitizer            skipped: no CUDA device" in summary
+    assert verdict in next(line for line in summary.splitlines() if line.startswith("tests "))
+    assert ("quality-layers" in summary) == bool(texts) and ("quality              skipped" in summary) != bool(texts)
+    calls = (tmp_path / "calls").read_text()
+    assert "-m pip install -q --no-build-isolation --no-deps -e ." in calls and f"--json {tmp_path}/out/dequantize.json" in calls

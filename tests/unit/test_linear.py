@@ -1,0 +1,166 @@
+"""VQLinear in the place of nn.Linear."""
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import gptvq
+from gptvq import ConfigError, FormatError, QuantSpec, VQLinear, VQWeight
+
+SPECS = {
+    "2D K16": QuantSpec(20, 72, 2, 2, 8, 32),
+    "2D K256 scales": QuantSpec(33, 64, 2, 4, 16, 64, scale_block=16),
+    "1D K8": QuantSpec(16, 31, 1, 3, 16, 32),
+    "1D K16 svd": QuantSpec(24, 64, 1, 4, 8, 32, svd_rank=8),
+    "4D K256": QuantSpec(40, 50, 4, 2, 40, 52),
+}
+
+
+def random_weight(spec, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, spec.codewords, (spec.rows, spec.vectors), generator=g, dtype=torch.uint8)
+    tables = {}
+    for name, (shape, dtype) in spec.buffer_shapes().items():
+        if name in ("cb", "cb_u"):
+            tables[name] = torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
+        elif name == "cb_v":
+            tables[name] = torch.randn(shape, generator=g).half()
+    scales = ()
+    if spec.scale_block:
+        scales = (torch.randint(0, 16, (spec.rows, spec.scale_blocks), generator=g, dtype=torch.uint8),
+                  torch.rand(spec.scale_blocks, 2, generator=g).half() * 0.2)
+    gs = torch.rand(spec.row_groups, spec.strips, generator=g) / 100 + 1e-3
+    return VQWeight.from_parts(spec, codes, tables, gs, *scales)
+
+
+def layer(name="2D K16", bias=True, seed=0):
+    spec = SPECS[name]
+    return VQLinear.from_weight(random_weight(spec, seed), nn.Parameter(torch.randn(spec.rows)) if bias else None, name="some.layer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_nn_linear(name, bias, dtype):
+    vq = layer(name, bias)
+    dense = nn.Linear(vq.in_features, vq.out_features, bias=bias, dtype=dtype)
+    dense.weight.data = vq.packed.dequantize(dtype)
+    if bias:
+        dense.bias.data = vq.bias.data.to(dtype)
+    for leading in ((), (3,), (2, 5), (2, 1, 3), (0,)):
+        x = torch.randn(*leading, vq.in_features).to(dtype)
+        y = vq(x)
+        assert y.dtype == dtype and y.shape == (*leading, vq.out_features)
+        assert torch.equal(y, dense(x)) and torch.equal(vq.to_dense(dtype)(x), dense(x))
+
+
+def test_buffers_are_the_packed_ones():
+    for name in SPECS:
+        vq = layer(name)
+        state = vq.state_dict()
+        assert {k: (tuple(t.shape), str(t.dtype)[6:]) for k, t in state.items() if k != "bias"} == vq.spec.buffer_shapes()
+        assert sum(t.numel() * t.element_size() for k, t in state.items() if k != "bias") == vq.spec.nbytes == vq.packed.nbytes
+        assert [k for k, _ in vq.named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_state_dict_round_trip(name):
+    one, other = layer(name, seed=1), layer(name, seed=2)
+    x = torch.randn(4, one.in_features)
+    assert not torch.equal(one(x), other(x))
+    other.load_state_dict(one.state_dict())             # after a forward: nothing stale may be kept
+    assert torch.equal(one(x), other(x))
+    empty = VQLinear(one.spec, bias=True)
+    empty(x)
+    empty.load_state_dict(copy.deepcopy(one.state_dict()), assign=True)
+    assert torch.equal(one(x), empty(x))
+    file = io.BytesIO()
+    from safetensors.torch import load, save
+    file.write(save(one.state_dict()))
+    assert all(torch.equal(t, one.state_dict()[k]) for k, t in load(file.getvalue()).items())
+
+
+def test_state_dict_of_another_dtype_or_shape_is_refused():
+    vq = layer("2D K256 scales")
+    for buffer, wrong in (("idx", vq.idx.int()), ("gs", vq.gs.float()), ("sz", vq.sz.float()), ("cb", vq.cb[1:])):
+        with pytest.raises(RuntimeError, match=buffer):
+            layer("2D K256 scales").load_state_dict({**vq.state_dict(), buffer: wrong})
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to(torch.float16)])
+def test_casts_touch_the_bias_only(name, cast):
+    vq = layer(name)
+    x = torch.randn(3, vq.in_features)
+    before, kinds = vq.dequantize(), {k: t.dtype for k, t in vq.named_buffers()}
+    cast(vq)
+    assert {k: t.dtype for k, t in vq.named_buffers()} == kinds and vq.bias.dtype != torch.float32
+    assert torch.equal(vq.dequantize(), before)
+    assert vq(x.half()).dtype == torch.float16
+
+
+def test_moves_between_devices():
+    vq = layer("2D K256 scales")
+    want = vq.dequantize()
+    assert all(t.is_meta for t in copy.deepcopy(vq).to("meta").state_dict().values())
+    empty = VQLinear(vq.spec, bias=True, device="meta").to_empty(device="cpu")
+    assert {k: t.dtype for k, t in empty.named_buffers()} == {k: t.dtype for k, t in vq.named_buffers()}
+    empty.load_state_dict(vq.state_dict())
+    assert torch.equal(empty.dequantize(), want)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    for name in SPECS:
+        vq = layer(name)
+        x = torch.randn(4, vq.in_features)
+        want = vq(x)
+        moved = copy.deepcopy(vq).cuda()
+        assert torch.equal(moved.dequantize().cpu(), vq.dequantize())
+        assert torch.allclose(moved(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)
+        assert torch.equal(moved.cpu()(x), want)
+
+
+def test_gradients_reach_the_input_and_not_the_weight():
+    vq = layer("1D K8")
+    x = torch.randn(2, 3, vq.in_features, requires_grad=True)
+    vq(x).square().sum().backward()
+    dense = vq.to_dense()
+    assert not dense.weight.requires_grad
+    y = x.detach().clone().requires_grad_()
+    dense(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad) and torch.equal(vq.bias.grad, dense.bias.grad)
+    assert all(not t.requires_grad for t in vq.buffers())
+
+
+def test_wrong_inputs_are_named():
+    vq = layer("2D K16")
+    for x in (torch.randn(2, 71), torch.randn(2, 72).double(), torch.zeros(2, 72, dtype=torch.long), torch.tensor(1.0)):
+        with pytest.raises(ConfigError) as error:
+            vq(x)
+        assert all(part in str(error.value) for part in ("some.layer", str(x.dtype), str(tuple(x.shape)), "72"))
+    with pytest.raises(ConfigError, match=r"bias \(3,\), need \(20,\)"):
+        VQLinear.from_weight(random_weight(SPECS["2D K16"]), torch.zeros(3))
+    vq.gs = vq.gs.float()
+    with pytest.raises(FormatError, match="some.layer.gs"):
+        vq.check()
+
+
+def test_repr_tells_shape_format_and_size():
+    assert repr(layer("2D K256 scales")) == (
+        "VQLinear(in_features=64, out_features=33, bias=True, 2D K256 in groups of 16x64, scale_block=16, "
+        f"{SPECS['2D K256 scales'].bits_per_value:.3f} bits per value)")
+
+
+def test_deep_copies_and_weight_are_independent():
+    vq = layer("2D K256 scales")
+    x = torch.randn(2, 64)
+    want = vq(x)
+    other = copy.deepcopy(vq)
+    other.cb.zero_()
+    assert torch.equal(vq(x), want) and torch.equal(other(x), other.bias.detach().expand(2, -1))
+    vq.weight.zero_()
+    assert torch.equal(vq(x), want) and torch.equal(vq.weight, vq.dequantize())
+    assert gptvq.VQLinear is VQLinear
