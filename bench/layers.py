@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gptvq.calibration import calibration_tokens, describe, tokens_sha256
-from gptvq.config import QuantSpec, Recipe, VQConfig
+from gptvq.config import Recipe, VQConfig
 from gptvq.errors import ConfigError
 from gptvq.hessian import Hessian
 from gptvq.model import InputCollector, dense_weight, find_blocks, linears
 from gptvq.solver import solve
+from gptvq.spec import QuantSpec
 
 from .rounding import bits_per_value, nearest_group, round_to_nearest
 from .runner import log

@@ -11,7 +11,7 @@ import types
 
 from .checkpoint import VERSION as __version__
 
-_HOME = {"VQConfig": "config", "QuantSpec": "config", "Recipe": "config", "quantize": "quantize", "quantize_weight": "solver",
+_HOME = {"VQConfig": "config", "QuantSpec": "spec", "Recipe": "config", "quantize": "quantize", "quantize_weight": "solver",
          "load": "hf", "VQLinear": "linear", "VQWeight": "weight", "Report": "report", "GptvqError": "errors",
          "ConfigError": "errors", "FormatError": "errors", "NumericalError": "errors", "ResumeMismatch": "errors",
          "BackendUnavailable": "errors"}

@@ -1,6 +1,7 @@
 """Packed checkpoints on disk: safetensors shards, their index, and config.json written last, so that its presence means complete."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import LAYOUT_VERSION, QuantSpec
 from .errors import ConfigError, FormatError, GptvqError
+from .spec import LAYOUT_VERSION, QuantSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,10 +66,11 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None) -> None:
     from safetensors import SafetensorError
 
     written: list[Path] = []
-    for old in (folder / CONFIG, folder / INDEX, folder / REPORT, *folder.glob("*.safetensors")):
-        old.unlink(missing_ok=True)
-    before = set(folder.iterdir())
+    stale = [folder / CONFIG, folder / INDEX, folder / REPORT, *folder.glob("*.safetensors")]
+    before = set(folder.iterdir()) - set(stale)
     try:
+        for path in stale:      # config.json first: from here on nothing looks complete
+            path.unlink(missing_ok=True)
         _write_shards(unique_tensors(model), folder, written)
         if getattr(model, "generation_config", None) is not None:
             _write(folder / "generation_config.json", model.generation_config.to_json_string(use_diff=True), written)
@@ -81,9 +83,8 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None) -> None:
         _write(folder / CONFIG, model.config.to_json_string(use_diff=True), written)
         _sync_folder(folder)
     except BaseException as error:
-        (folder / CONFIG).unlink(missing_ok=True)
-        for path in {*written, *(set(folder.iterdir()) - before)}:
-            if path.is_file():
+        for path in (folder / CONFIG, *written, *(set(folder.iterdir()) - before)):
+            with contextlib.suppress(OSError):      # a folder, or a disk that fails altogether
                 path.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise ConfigError(f"{folder}: writing the checkpoint failed ({error}); nothing was kept. Free some space or name another "

@@ -147,6 +147,7 @@ def generate(args):
     _quiet()
     import torch
     from transformers import TextStreamer
+
     from .hf import open_model
     model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
     inputs = encode(tokenizer, args.prompt, args.chat).to(next(model.parameters()).device)

@@ -35,9 +35,11 @@ def run(args) -> list[Row]:
     """Quantizes `args.model` at every size of PRESETS and prints the comparison; returns its rows, the dense model first."""
     import gc
 
-    import gptvq
     import torch
     from rich.console import Console
+
+    import gptvq
+
     from .calibration import read_tokens
     from .config import VQConfig
     from .hf import open_model

@@ -11,17 +11,20 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint
 from .calibration import read_tokens
-from .config import LAYOUT_VERSION
 from .errors import ConfigError, FormatError, GptvqError
 from .experts import is_fused, unfuse
 from .linear import VQLinear
 from .model import is_conv1d
+from .spec import LAYOUT_VERSION
 
 __all__ = ["GptvqConfig", "GptvqQuantizer", "attach", "load", "open_dense", "open_model", "read_tokens"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")

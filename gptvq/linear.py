@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .config import QuantSpec
 from .errors import ConfigError
+from .spec import QuantSpec
 from .weight import DTYPES, VQWeight, check_buffers, decode_tables
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .backends import native, reference
-from .config import QuantSpec
 from .errors import BackendUnavailable, ConfigError
+from .spec import QuantSpec
 
 BACKENDS = ("native", "reference")
 

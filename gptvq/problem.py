@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .config import QuantSpec
 from .scaling import fit_scales, scales_of
+from .spec import QuantSpec
 
 
 class Problem:

@@ -11,12 +11,22 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .calibration import calibration_tokens, describe, tokens_sha256
-from .config import LAYOUT_VERSION, VQConfig
+from .config import VQConfig
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
-from .model import Block, InputCollector, dense_weight, embed, find_blocks, linears, record_calls, unfuse_experts
+from .model import (
+    Block,
+    InputCollector,
+    dense_weight,
+    embed,
+    find_blocks,
+    linears,
+    record_calls,
+    unfuse_experts,
+)
 from .report import Progress, Report
 from .solver import solve
+from .spec import LAYOUT_VERSION
 
 
 def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None, config: VQConfig | str = "2d-2.25", *,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import QuantSpec, VQConfig
+from .config import VQConfig
 from .errors import FormatError, GptvqError
+from .spec import QuantSpec
 
 if TYPE_CHECKING:
     from .solver import LayerRecord

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import codebook, ops
 from .codebook import Codebooks
-from .config import QuantSpec, Recipe, VQConfig
+from .config import Recipe, VQConfig
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian, HessianFactor, pad
 from .problem import Problem
 from .refine import adam_codebook, coordinate_descent, svd_codebook, update_codebook
+from .spec import QuantSpec
 from .weight import VQWeight
 
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from . import ops
 from .codebook import expand
-from .config import QuantSpec
 from .errors import FormatError
 from .scaling import scale_table
+from .spec import QuantSpec
 
 DTYPES = {"uint8": torch.uint8, "int8": torch.int8, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

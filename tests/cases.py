@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gptvq.config import QuantSpec
+from gptvq.spec import QuantSpec
 
 
 @dataclass(frozen=True)

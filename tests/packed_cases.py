@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from gptvq.config import FORMATS, QuantSpec
+from gptvq.spec import FORMATS, QuantSpec
 
 # rows, cols, group_rows, group_cols, scale_block: aligned; ragged everywhere; groups cut tiles and blocks; one group; tiny
 SHAPES = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import QuantSpec
 from ..errors import ConfigError
+from ..spec import QuantSpec
 from . import reference
 
 try:

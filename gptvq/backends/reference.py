@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..config import BLOCK_COLS, TILE_ROWS, QuantSpec
+from ..spec import BLOCK_COLS, TILE_ROWS, QuantSpec
 
 
 @functools.lru_cache

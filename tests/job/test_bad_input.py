@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from job.tiny_models import build, preset
 from torch import nn
 
 import gptvq
 from gptvq import ConfigError, GptvqError, NumericalError, checkpoint
 from gptvq.report import Progress
-from job.tiny_models import build, preset
 
 
 class Untouched(nn.Module):

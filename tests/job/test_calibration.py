@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from gptvq import ConfigError
-from gptvq.calibration import calibration_tokens, describe, read_text, read_tokens, tokens_sha256
+from gptvq.calibration import (
+    calibration_tokens,
+    describe,
+    read_text,
+    read_tokens,
+    tokens_sha256,
+)
 
 
 class Bytes:

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
+from job.tiny_models import build, logits, preset
 from safetensors.torch import load_file, save_file
 
 import gptvq
 from gptvq import ConfigError, FormatError, checkpoint
-from job.tiny_models import build, logits, preset
 
 LAYER = "model.layers.1.mlp.up_proj"
 

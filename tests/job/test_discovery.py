@@ -1,14 +1,21 @@
 """What is found in a model: blocks, linears, shared inputs, fused experts."""
 import pytest
 import torch
+from job.tiny_models import build, preset
 from torch import nn
 
 import gptvq
 from gptvq.config import VQConfig
 from gptvq.experts import is_fused, unfuse
 from gptvq.hessian import Hessian
-from gptvq.model import InputCollector, embed, find_blocks, linears, record_calls, unfuse_experts
-from job.tiny_models import build, preset
+from gptvq.model import (
+    InputCollector,
+    embed,
+    find_blocks,
+    linears,
+    record_calls,
+    unfuse_experts,
+)
 
 CPU = torch.device("cpu")
 

@@ -1,11 +1,11 @@
 """A GGUF file as the source: weights, special tokens, digit splitting, and a checkpoint that needs the file no more."""
 import pytest
 import torch
+from job.tiny_models import build, logits, preset
 
 import gptvq
 from gptvq import ConfigError
 from gptvq.hf import open_dense, open_model
-from job.tiny_models import build, logits, preset
 
 gguf = pytest.importorskip("gguf")
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -27,7 +27,7 @@ def file(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     model = build("llama")
-    tokens = ["<end>", "<start>", "<pad>"] + sorted(ByteLevel.alphabet())[:252] + ["ĠĠ"]
+    tokens = ["<end>", "<start>", "<pad>"] + sorted(ByteLevel.alphabet())[:251] + ["ĠĠ", "ĠĠĠ"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -42,7 +42,7 @@ def file(tmp_path_factory):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * 253)
-    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(2)

@@ -3,12 +3,11 @@ import json
 
 import pytest
 import torch
+from job.tiny_models import ARCHITECTURES, build, logits, preset
 from safetensors import safe_open
 
 import gptvq
 from gptvq.linear import VQLinear
-
-from job.tiny_models import ARCHITECTURES, build, logits, preset
 
 
 def stored(folder):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from job.tiny_models import build, logits, preset
 
 import gptvq
-from job.tiny_models import build, logits, preset
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptvq.config import FORMATS, PRESETS, QuantSpec, Recipe, VQConfig, group_shape
+from gptvq.config import PRESETS, Recipe, VQConfig, group_shape
 from gptvq.errors import ConfigError, GptvqError
+from gptvq.spec import FORMATS, QuantSpec
 
 # label: (dim, K, weights per codebook, the same with 64-column block scales or None)
 TABLE = {"1d-2.125": (1, 4, 256, 512), "2d-2.125": (2, 16, 2048, 4096), "4d-2.125": (4, 256, 65536, None),

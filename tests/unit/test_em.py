@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gptvq import codebook
 from gptvq.backends import reference
-from gptvq.config import QuantSpec
+from gptvq.spec import QuantSpec
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 DIMS = [(1, 4), (1, 8), (2, 16), (4, 12)]

@@ -3,13 +3,14 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from packed_cases import SPECS, random_codes, random_tables, spec_id, specs
 
 from gptvq import ops
 from gptvq.backends import native, reference
-from gptvq.config import FORMATS, QuantSpec
 from gptvq.errors import ConfigError
+from gptvq.spec import FORMATS, QuantSpec
 from gptvq.weight import VQWeight
 
 _C = pytest.importorskip("gptvq._C", reason="gptvq is not built")

@@ -1,11 +1,20 @@
 """The packed format: bytes worked out by hand from the layout's description, and its definition in plain loops."""
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from packed_cases import SHAPES, SPECS, dequantized, random_codes, random_tables, spec_id, specs
+from hypothesis import given
+from hypothesis import strategies as st
+from packed_cases import (
+    SHAPES,
+    SPECS,
+    dequantized,
+    random_codes,
+    random_tables,
+    spec_id,
+    specs,
+)
 
 from gptvq.backends import native, reference
-from gptvq.config import QuantSpec
+from gptvq.spec import QuantSpec
 from gptvq.weight import VQWeight, pack_scale_codes, unpack_scale_codes
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(native, id="native")]

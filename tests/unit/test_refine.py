@@ -6,9 +6,9 @@ import torch
 from cases import DEGENERATE, GENERIC, Case, ids
 
 from gptvq import refine
-from gptvq.config import QuantSpec
 from gptvq.hessian import pad
 from gptvq.problem import Problem
+from gptvq.spec import QuantSpec
 
 
 def setting(case, dtype=torch.float64, seed=0):

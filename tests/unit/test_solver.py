@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import gptvq
 from gptvq import solver
-from gptvq.config import PRESETS, QuantSpec, Recipe, VQConfig
+from gptvq.config import PRESETS, Recipe, VQConfig
 from gptvq.errors import ConfigError, GptvqError, NumericalError
 from gptvq.hessian import Hessian, factorize, pad
 from gptvq.problem import Problem
 from gptvq.solver import quantize_weight, solve
+from gptvq.spec import QuantSpec
 
 
 def layer_error(W, H, Q):

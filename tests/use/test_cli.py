@@ -109,6 +109,7 @@ def test_inspect(packed, capsys):
 
 def test_eval_dense_and_packed(my_model, packed, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from gptvq.evaluate import perplexity
     text = my_model.parent / "test.txt"
     found = {}

@@ -21,7 +21,7 @@ NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-inf
 USE = """
 import sys, torch, gptvq, gptvq._C, gptvq.triton_kernels
 from gptvq.backends import native
-from gptvq.config import QuantSpec
+from gptvq.spec import QuantSpec
 assert "site-packages" in gptvq.__file__ and gptvq.__file__.startswith(sys.prefix), gptvq.__file__
 spec = QuantSpec(33, 70, 2, 3, 16, 32)
 codes = torch.arange(33 * 35).remainder(64).view(33, 35).to(torch.uint8)
