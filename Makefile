@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc triton_kernels -type f -not -name '*.pyc')
+# Threads that spin while they wait make each other wait where other programs run too.
+export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help demo test clean
 

@@ -31,8 +31,8 @@ LAYERS = [
     {"cli", "demo", "__main__"},
     {"__init__"},
 ]
-JOB = 11
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+JOB = RANK["model"]
 EXTRA = {("hf", "quantize")}
 LINE_CEILINGS = {"gptvq": 300, "csrc": 500, "triton_kernels": 500, "tests": 300, "bench": 300}
 LINE_EXCEPTIONS: dict[str, int] = {}
