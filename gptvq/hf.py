@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 #: llama.cpp's pre-tokenizers that split every digit off before GPT-2's rule.
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+_GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 class GptvqConfig(QuantizationConfigMixin):
@@ -226,25 +229,43 @@ def _gguf_file(path: Path) -> Path | None:
 
 def _mend_from_gguf(path: Path, tokenizer, model) -> None:
     """Special tokens and digit splitting as the file's metadata says; transformers before 5.20 gets both wrong for some files."""
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    fields = GGUFReader(path).fields
-
-    def value(key: str):
-        return fields[key].contents() if key in fields else None
-
+    values = _gguf_metadata(path)
     for token, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = value(f"tokenizer.ggml.{key}_token_id")
+        number = values.get(f"tokenizer.ggml.{key}_token_id")
         if number is None:
             continue
         setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(number))
         for settings in (model.config, model.generation_config) if token != "unk" else ():
             if not isinstance(getattr(settings, f"{token}_token_id", None), list):      # several ends are set on purpose
                 setattr(settings, f"{token}_token_id", number)
-    if value("tokenizer.ggml.pre") in _DIGITS_APART:
+    if values.get("tokenizer.ggml.pre") in _DIGITS_APART:
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+
+
+def _gguf_metadata(path: Path) -> dict:
+    """{key: value} of a GGUF header, arrays left out; package gguf's reader takes seconds, for the vocabulary."""
+    with open(path, "rb") as file:
+        def number(code: str):
+            return struct.unpack("<" + code, file.read(struct.calcsize(code)))[0]
+
+        def value(kind: int):
+            if kind == 8:               # string
+                return file.read(number("Q")).decode(errors="replace")
+            if kind == 9:               # array: walked over
+                inner, count = number("I"), number("Q")
+                if inner in (8, 9):
+                    for _ in range(count):
+                        value(inner)
+                else:
+                    file.seek(count * struct.calcsize(_GGUF_NUMBERS[inner]), os.SEEK_CUR)
+                return None
+            return number(_GGUF_NUMBERS[kind])
+
+        number("8s"), number("Q")       # magic and version, tensor count
+        return {value(8): value(number("I")) for _ in range(number("Q"))}
 
 
 def _dtype(dtype: str | torch.dtype):
