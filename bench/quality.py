@@ -163,7 +163,8 @@ def merge(paths: list[str]) -> list[dict]:
 def show(rows: list[dict]) -> str:
     """Markdown: one line per row of perplexities; per preset one line for the mean of the layers.
 
-    "gptvq to paper" compares the mean errors; "mean over layers" is the mean of every layer's own change.
+    Errors are means over the layers and "change" compares them, gptvq to paper; the last column is the mean of every
+    layer's own change, on calibration and on held-out inputs.
     """
     if rows and rows[0]["operation"] == "perplexity":
         return runner.table(rows, {
@@ -176,17 +177,18 @@ def show(rows: list[dict]) -> str:
     mean = {(row["preset"], row["method"]): row for row in rows if row["layer"] == "mean"}
     lines = [{method: mean.get((preset, method)) for method in METHODS["layers"]} | {"preset": preset} for preset in presets]
 
-    def change(side: str, kind: str):
+    def error(method: str, side: str):
+        return lambda line: f"{100 * line[method][f'error_{side}']:.3f} %"
+
+    def change(side: str, kind: str = "ratio"):
         return lambda line: f"{100 * (line['gptvq'][f'{kind}{side}']['paper'] - 1):+.1f} %"
 
     return runner.table(lines, {
         "preset": lambda n: n["preset"], "bits per value": lambda n: f"{(n['gptvq'] or n['paper'])['bits_per_value']:.3f}",
-        "rtn bits": lambda n: f"{n['rtn']['bits_per_value']:.3f}",
-        **{f"{'held out' if side == 'heldout' else 'error'}, {m}": lambda n, m=m, side=side: f"{100 * n[m][f'error_{side}']:.3f} %"
-           for side in ("calibration", "heldout") for m in METHODS["layers"]},
-        "gptvq to paper": change("", "ratio"), "held out": change("_heldout", "ratio"),
-        "mean over layers": change("", "layer_ratio"), "mean over layers, held out": change("_heldout", "layer_ratio"),
-        "seconds, paper": lambda n: f"{n['paper']['seconds']:.0f}", "seconds, gptvq": lambda n: f"{n['gptvq']['seconds']:.0f}"})
+        "rtn": error("rtn", "calibration"), "paper": error("paper", "calibration"), "gptvq": error("gptvq", "calibration"),
+        "change": change(""), "paper, held out": error("paper", "heldout"), "gptvq, held out": error("gptvq", "heldout"),
+        "change, held out": change("_heldout"),
+        "mean of the layers' changes": lambda n: f"{change('', 'layer_ratio')(n)} / {change('_heldout', 'layer_ratio')(n)}"})
 
 
 if __name__ == "__main__":

@@ -119,9 +119,11 @@ Columns columns(const TensorArg& centroids, const TensorArg& index, const Tensor
 }
 
 void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, const Arg& centroids_arg, const Arg& strip_arg,
-                  const std::optional<Arg>& scale_arg, std::int64_t group_rows, const Arg& index_arg, const Arg& E_arg, int threads) {
+                  const std::optional<Arg>& scale_arg, std::int64_t group_rows, bool stale, const Arg& index_arg, const Arg& E_arg,
+                  int threads) {
   const TensorArg W = tensor(W_arg), U = tensor(U_arg), roots = tensor(roots_arg), index = tensor(index_arg), E = tensor(E_arg);
-  const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
+  Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
+  c.stale = stale;
   W.require("W", "float32", {c.rows, c.n * c.d});
   U.require("U", "float32", {c.n * c.d, c.n * c.d});
   roots.require("roots", "float32", {c.n, c.d, c.d});
@@ -168,7 +170,8 @@ void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& str
   collect(c, index.data<const std::int64_t>(), values.data<const float>(), s[3], sums.data<double>(), threads);
 }
 
-void fit(const Arg& x_arg, const Arg& metric_arg, const Arg& centroids_arg, std::int64_t iterations, int threads) {
+void fit(const Arg& x_arg, const Arg& metric_arg, const Arg& centroids_arg, const std::optional<Arg>& loss_arg,
+         std::int64_t iterations, int threads) {
   const TensorArg x = tensor(x_arg), metric = tensor(metric_arg), centroids = tensor(centroids_arg);
   if (x.shape.size() != 3 || centroids.shape.size() != 3) throw std::invalid_argument("x, centroids: need 3 dimensions");
   const std::int64_t groups = x.shape[0], points = x.shape[1], d = x.shape[2], k = centroids.shape[1];
@@ -176,8 +179,14 @@ void fit(const Arg& x_arg, const Arg& metric_arg, const Arg& centroids_arg, std:
   x.require("x", "float32", {groups, points, d});
   metric.require("metric", "float32", {groups, points, d, d});
   centroids.require("centroids", "float32", {groups, k, d});
+  double* loss = nullptr;
+  if (loss_arg) {
+    const TensorArg out = tensor(*loss_arg);
+    out.require("loss", "float64", {groups});
+    loss = out.data<double>();
+  }
   py::gil_scoped_release nogil;
-  em(x.data<const float>(), metric.data<const float>(), centroids.data<float>(), groups, points, k, d, iterations, threads);
+  em(x.data<const float>(), metric.data<const float>(), centroids.data<float>(), loss, groups, points, k, d, iterations, threads);
 }
 
 py::dict cuda() {
@@ -205,14 +214,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("dequantize", &decode_packed, py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true),
         py::arg("scale_table").none(true), py::arg("out"), py::arg("spec"), py::arg("threads"));
   m.def("column_block", &columns_pass, py::arg("W"), py::arg("U"), py::arg("roots"), py::arg("centroids"), py::arg("strip"),
-        py::arg("scale").none(true), py::arg("group_rows"), py::arg("index"), py::arg("E"), py::arg("threads"));
+        py::arg("scale").none(true), py::arg("group_rows"), py::arg("stale"), py::arg("index"), py::arg("E"), py::arg("threads"));
   m.def("descent_block", &columns_descend, py::arg("R"), py::arg("H"), py::arg("centroids"), py::arg("strip"),
         py::arg("scale").none(true), py::arg("group_rows"), py::arg("index"), py::arg("change"), py::arg("threads"));
   m.def("decode", &columns_decode, py::arg("index"), py::arg("centroids"), py::arg("strip"), py::arg("scale").none(true),
         py::arg("group_rows"), py::arg("Q"), py::arg("threads"));
   m.def("collect", &columns_collect, py::arg("index"), py::arg("values"), py::arg("strip"), py::arg("group_rows"), py::arg("sums"),
         py::arg("threads"));
-  m.def("em", &fit, py::arg("x"), py::arg("metric"), py::arg("centroids"), py::arg("iterations"), py::arg("threads"));
+  m.def("em", &fit, py::arg("x"), py::arg("metric"), py::arg("centroids"), py::arg("loss").none(true),
+        py::arg("iterations"), py::arg("threads"));
   m.def("cuda_info", &cuda, "{available, device_count, runtime, driver, why}: what CUDA offers to this build here");
 #ifdef GPTVQ_WITH_CUDA
   m.attr("built_with_cuda") = true;

@@ -9,6 +9,9 @@ from torch import Tensor
 from . import ops
 
 
+_TRIAL_ITERATIONS = 10      # after these the better of two starts nearly always stays the better
+
+
 @dataclass
 class Codebooks:
     """Centroids [row groups, strips, K, d] as floats and, once compressed, the stored tables that give exactly them."""
@@ -38,13 +41,27 @@ def seed(x: Tensor, weight: Tensor, k: int) -> Tensor:
     return x.gather(1, picked.unsqueeze(-1).expand(-1, -1, d))
 
 
-def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int) -> Tensor:
+def draw(x: Tensor, weight: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Random seeding: k points of each group of x [G, N, d], drawn by weight [G, N] -> [G, k, d]."""
+    picked = torch.multinomial(weight.float(), k, replacement=True, generator=generator)
+    return x.gather(1, picked.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int, starts: int = 1) -> Tensor:
     """Seeds and fits all groups: x [G, N, d], metric [N, d, d] or [G, N, d, d], weight [G, N] >= 0 -> centroids [G, k, d].
 
-    A point's metric is weight * metric; weight 0 is padding, and s^2 under block scales s.
+    A point's metric is weight * metric; weight 0 is padding, and s^2 under block scales s. With several starts every group
+    goes on from the best of its Mahalanobis seeds and of starts - 1 random ones (always the same) after a few iterations.
     """
     weighted = metric * weight[..., None, None]
-    return ops.em(x, weighted, seed(x, weight, k), iterations)
+    seeds = seed(x, weight, k)
+    if starts > 1 and x.shape[1] < 1 << 24:             # more points are more than torch.multinomial takes
+        generator = torch.Generator(x.device).manual_seed(0)
+        tried = [seeds, *(draw(x, weight, k, generator) for _ in range(starts - 1))]
+        tried = torch.stack([ops.em(x, weighted, c, min(iterations, _TRIAL_ITERATIONS)) for c in tried])
+        loss = torch.stack([ops.distortion(x, weighted, c) for c in tried])
+        seeds = tried[loss.argmin(0), torch.arange(len(x), device=x.device)]
+    return ops.em(x, weighted, seeds, iterations)
 
 
 def compress(centroids: Tensor) -> Codebooks:

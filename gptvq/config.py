@@ -30,6 +30,7 @@ class Recipe:
     order: str = "importance"       # of the columns: by descending diag H, or "sequential" from left to right
     damp: float = 0.03              # of mean diag H, added to the diagonal
     em_iterations: int = 50
+    em_starts: int = 8              # seedings tried for each codebook
     passes: int = 3                 # full quantisation passes; codebooks are fixed after the first
     sweeps: int = 2                 # coordinate-descent sweeps over all indices
     cg_iterations: int = 10         # of each codebook update
@@ -45,7 +46,7 @@ class Recipe:
             raise ConfigError(f"dtype must be float32 or float64, got {self.dtype!r}")
         if not (isinstance(self.damp, (int, float)) and math.isfinite(self.damp) and self.damp > 0):
             raise ConfigError(f"damp must be a positive number, got {self.damp!r}")
-        for name, least in (("em_iterations", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4)):
+        for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -57,7 +58,7 @@ class Recipe:
     @classmethod
     def paper(cls, **changes) -> Recipe:
         """The published procedure: damping 0.01, up to 100 EM iterations, one left-to-right pass, 25 Adam steps."""
-        return cls(**{"method": "paper", "order": "sequential", "damp": 0.01, "em_iterations": 100, "passes": 1,
+        return cls(**{"method": "paper", "order": "sequential", "damp": 0.01, "em_iterations": 100, "em_starts": 1, "passes": 1,
                       "sweeps": 0, **changes})
 
 

@@ -53,10 +53,15 @@ def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     return backend(x.device).em(x, metric, centroids, iterations)
 
 
+def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
+    """Loss of each group's codebook; see backends.reference.distortion."""
+    return backend(x.device).distortion(x, metric, centroids)
+
+
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     """Quantizes a block of columns and propagates the errors inside it; see backends.reference.column_block."""
-    return backend(W.device).column_block(W, U, roots, centroids, strip, scale, group_rows)
+    return backend(W.device).column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
 
 
 def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,

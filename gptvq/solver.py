@@ -162,7 +162,8 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
         at, cols = order[first:last], slice(first * d, last * d)
         scale = None if problem.scale is None else problem.scale[:, at]
         index[:, at], E = ops.column_block(
-            W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows)
+            W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows,
+            recipe.method == "paper")
         W[:, cols.stop:] -= E @ factor.U[cols, cols.stop:]
     return index, centroids
 
@@ -194,7 +195,7 @@ def fit_strip(problem: Problem, centroids: Tensor, strip: int, W: Tensor, metric
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).reshape(spec.row_groups, -1, d)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)).reshape(spec.row_groups, -1)
     metric = metric[at].repeat(spec.group_rows, 1, 1)
-    centroids[:, strip] = codebook.fit(x, metric, weight, spec.codewords, recipe.em_iterations)
+    centroids[:, strip] = codebook.fit(x, metric, weight, spec.codewords, recipe.em_iterations, recipe.em_starts)
 
 
 def _blocks(spec: QuantSpec, recipe: Recipe) -> list[tuple[int, int]]:

@@ -215,7 +215,8 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
     """Codes and centroids before any refinement -> (index, tables, centroids [row groups, strips, K, d], scale).
 
     "importance": scales and codebooks from the weights as they are, vectors by descending diag H. "sequential": strip by
-    strip on the current weights. `paper`: EM weights U_jj; assignment and propagation with the diagonal of U only.
+    strip on the current weights. `paper`: EM weights U_jj; assignment and propagation with the diagonal of U only; scaled
+    weights assigned as they were at the start of their block (of up to 128 columns; here always a whole strip).
     """
     d, k = spec.dim, 2 ** round(spec.index_bits * spec.dim)
     vectors = math.ceil(spec.cols / d)
@@ -255,11 +256,12 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
     for step, v in enumerate(visit):
         if order == "sequential" and (step == 0 or strip[v] != strip[v - 1]):
             fit_strip(strip[v])
+            at_start = current.copy()
         P, natural, later = slice(step * d, step * d + d), slice(v * d, v * d + d), columns[step * d + d:]
         root = np.linalg.inv(diagonal[step] if paper else U[P, P])
         for r in range(spec.rows):
-            s = scale[r, v]
-            index[r, v] = nearest(current[r, natural] / s, centroids[group[r], strip[v]], root @ root.T)
+            s, seen = scale[r, v], at_start if paper and spec.scale_block else current
+            index[r, v] = nearest(seen[r, natural] / s, centroids[group[r], strip[v]], root @ root.T)
             error = (current[r, natural] - s * centroids[group[r], strip[v], index[r, v]]) @ root
             current[r, later] -= error @ U[P, P.stop:]
     tables = [[centroids[group[r], strip[v]] for v in range(vectors)] for r in range(spec.rows)]

@@ -117,6 +117,8 @@ GPTVQ_INLINE void column_tile(const Columns& c, const Tile& t, const float* W, c
   Lines w(width), e(width);
   std::vector<float> bias(static_cast<std::size_t>(c.k));
   w.load(W + t.row * width, width, t.lanes);
+  const bool stale = c.stale && c.scale;
+  const Lines start = stale ? w : Lines(0);
   for (int64_t i = 0; i < c.n; ++i) {
     const float* L = roots + i * D * D;
     const float* book = c.centroids + (t.group * c.strips + c.strip[i]) * c.k * D;
@@ -128,7 +130,11 @@ GPTVQ_INLINE void column_tile(const Columns& c, const Tile& t, const float* W, c
       }
     const Vec s = scale_of(c, t, i);
     Vec x[D], y[D], q[D], error[D];
-    for (int a = 0; a < D; ++a) x[a] = w.get(i * D + a), y[a] = x[a] / s, error[a] = Vec{};
+    for (int a = 0; a < D; ++a) {
+      x[a] = w.get(i * D + a);
+      y[a] = (stale ? start.get(i * D + a) : x[a]) / s;
+      error[a] = Vec{};
+    }
     const Int at = nearest<D>(y, M, book, c.k, bias.data());
     for (int l = 0; l < t.lanes; ++l) index[(t.row + l) * c.n + i] = at[l];
     pick<D>(book, at, q);
@@ -305,11 +311,16 @@ struct Group {
 };
 
 template <int D>
-GPTVQ_INLINE void em_group(const float* x, const float* metric, float* c, int64_t points, int64_t k, int64_t iterations) {
+GPTVQ_INLINE void em_group(const float* x, const float* metric, float* c, double* loss, int64_t points, int64_t k,
+                           int64_t iterations) {
   Group<D> group{x, points, k, {}, {}, {}, {}};
   std::vector<float> psi(static_cast<std::size_t>(k * Group<D>::F));
   group.prepare(metric);
   for (int64_t i = 0; i < iterations && group.e_step(c, psi.data()); ++i) group.m_step(c);
+  if (!loss) return;
+  group.e_step(c, psi.data());
+  *loss = 0;
+  for (std::size_t n = 0; n < static_cast<std::size_t>(points); ++n) *loss += group.spread[n] + group.value[n];
 }
 
 #define GPTVQ_INSTANTIATE(D)                                                                                             \
@@ -321,9 +332,9 @@ GPTVQ_INLINE void em_group(const float* x, const float* metric, float* c, int64_
                                       float* change) {                                                                   \
     descent_tile<D>(c, t, R, H, index, change);                                                                          \
   }                                                                                                                      \
-  GPTVQ_PER_ISA void em_group_##D(const float* x, const float* metric, float* c, int64_t points, int64_t k,              \
-                                  int64_t iterations) {                                                                  \
-    em_group<D>(x, metric, c, points, k, iterations);                                                                    \
+  GPTVQ_PER_ISA void em_group_##D(const float* x, const float* metric, float* c, double* loss, int64_t points,            \
+                                  int64_t k, int64_t iterations) {                                                       \
+    em_group<D>(x, metric, c, loss, points, k, iterations);                                                                  \
   }
 GPTVQ_INSTANTIATE(1)
 GPTVQ_INSTANTIATE(2)
@@ -345,11 +356,11 @@ void descent_block(const Columns& c, const float* R, const float* H, int64_t* in
                [&](int64_t i) { tile(c, tiles[static_cast<std::size_t>(i)], R, H, index, change); });
 }
 
-void em(const float* x, const float* metric, float* centroids, int64_t groups, int64_t points, int64_t k, int64_t d,
+void em(const float* x, const float* metric, float* centroids, double* loss, int64_t groups, int64_t points, int64_t k, int64_t d,
         int64_t iterations, int threads) {
   const auto group = d == 1 ? em_group_1 : d == 2 ? em_group_2 : em_group_4;
   parallel_for(groups, threads, [&](int64_t g) {
-    group(x + g * points * d, metric + g * points * d * d, centroids + g * k * d, points, k, iterations);
+    group(x + g * points * d, metric + g * points * d * d, centroids + g * k * d, loss ? loss + g : nullptr, points, k, iterations);
   });
 }
 

@@ -9,6 +9,7 @@ struct Columns {
   const float* centroids;           // [groups, strips, k, d]
   const std::int64_t* strip;        // [n]
   const float* scale;               // [rows, n], or null
+  bool stale = false;               // column_block: assign scaled weights as they were at the start of the block
 };
 
 // gptvq.backends.reference.column_block: W [rows, n d], U [n d, n d], roots [n, d, d] -> index [rows, n], E [rows, n d].
@@ -18,8 +19,8 @@ void column_block(const Columns& c, const float* W, const float* U, const float*
 void descent_block(const Columns& c, const float* R, const float* H, std::int64_t* index, float* change, int threads);
 
 // gptvq.backends.reference.em for d = 2 and 4: x [groups, points, d], metric [groups, points, d, d], centroids
-// [groups, k, d] seeds in, result out.
-void em(const float* x, const float* metric, float* centroids, std::int64_t groups, std::int64_t points, std::int64_t k,
+// [groups, k, d] seeds in, result out.  `loss`, if not null, gets the distortion of the result [groups].
+void em(const float* x, const float* metric, float* centroids, double* loss, std::int64_t groups, std::int64_t points, std::int64_t k,
         std::int64_t d, std::int64_t iterations, int threads);
 
 // gptvq.backends.reference.decode: index [rows, n] -> Q [rows, n d].

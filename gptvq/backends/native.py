@@ -72,17 +72,26 @@ def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     if not _all_float32(x, metric, centroids) or x.shape[2] == 1:       # in 1D the reference's sorted form is the fast one
         return reference.em(x, metric, centroids, iterations)
     out = centroids.clone(memory_format=torch.contiguous_format)
-    _call(_C.em, x.contiguous(), metric.contiguous(), out, iterations, torch.get_num_threads())
+    _call(_C.em, x.contiguous(), metric.contiguous(), out, None, iterations, torch.get_num_threads())
     return out
 
 
+def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
+    if not _all_float32(x, metric, centroids):
+        return reference.distortion(x, metric, centroids)
+    loss = torch.empty(len(x), dtype=torch.float64)
+    _call(_C.em, x.contiguous(), metric.contiguous(), centroids.clone(memory_format=torch.contiguous_format), loss, 0,
+          torch.get_num_threads())
+    return loss
+
+
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
-        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows)
+        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
     index, E = torch.empty(len(W), len(roots), dtype=torch.long), torch.empty(W.shape)
     tensors = [None if t is None else t.contiguous() for t in (W, U, roots, centroids, strip, scale)]
-    _call(_C.column_block, *tensors, group_rows, index, E, torch.get_num_threads())
+    _call(_C.column_block, *tensors, group_rows, stale, index, E, torch.get_num_threads())
     return index, E
 
 

@@ -133,6 +133,12 @@ def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     return out
 
 
+def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
+    """sum_n min_k (x - c_k)^T M (x - c_k) per group: x [G, N, d], metric [G, N, d, d], centroids [G, K, d] -> float64 [G]."""
+    spread = ((metric * x.unsqueeze(-2)).sum(-1) * x).sum(-1)
+    return (spread + nearest(quadratic_features(x, metric), centroids)[0]).double().sum(1)
+
+
 def _m_step(features: Tensor, index: Tensor, k: int, d: int) -> tuple[Tensor, Tensor]:
     """Weighted means [G, K, d] and which centroids got no point [G, K]."""
     groups = len(index)
@@ -211,20 +217,21 @@ def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     """Quantizes a block of n vectors one after the other and propagates each error to the rest of the block.
 
     W [rows, n d] current weights in visiting order; U [n d, n d] the block of the factor; roots [n, d, d] = U_PP^-1;
     centroids [row groups, strips, K, d]; strip [n]; scale [rows, n] or None.  Returns (index [rows, n], E [rows, n d])
-    with E_P = (W_P - Q_P) U_PP^-1, from which the caller updates the columns after the block.
+    with E_P = (W_P - Q_P) U_PP^-1, from which the caller updates the columns after the block. `stale` reproduces a defect of
+    the published code: under block scales it assigns the weights as they were at the start of the block.
     """
     n, d = roots.shape[:2]
-    W, E = W.clone(), torch.empty_like(W)
+    start, W, E = W, W.clone(), torch.empty_like(W)
     index = torch.empty(len(W), n, dtype=torch.long, device=W.device)
     group = torch.arange(len(W), device=W.device) // group_rows
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
-        x = W[:, at] if scale is None else W[:, at] / scale[:, i, None]
+        x = W[:, at] if scale is None else (start if stale else W)[:, at] / scale[:, i, None]
         index[:, i] = assign(x, roots[i] @ roots[i].T, centroids[:, s], group_rows)
         q = centroids[group, s, index[:, i]]
         E[:, at] = (W[:, at] - (q if scale is None else q * scale[:, i, None])) @ roots[i]

@@ -165,3 +165,13 @@ def test_the_codebook_scale_wastes_less_than_a_bfloat16_step():
         gs = codebook.table_scale(torch.tensor([peak], dtype=torch.float64))
         assert peak / 127 * (1 - 1e-7) <= float(gs) < peak / 127 * (1 + 2 ** -7)
     assert float(codebook.table_scale(torch.zeros(1))) == 1
+
+
+@pytest.mark.parametrize("d, k", DIMS)
+def test_more_starts_find_better_codebooks_and_leave_the_callers_random_numbers_alone(d, k):
+    x, metric = (torch.from_numpy(a) for a in cloud(d, groups=6, seed=3))
+    weight = torch.ones(x.shape[:2], dtype=x.dtype)
+    state = torch.get_rng_state()
+    loss = [float(reference.distortion(x, metric, codebook.fit(x, metric, weight, k, 60, starts)).sum()) for starts in (1, 8, 8)]
+    assert loss[1] < loss[0] and loss[1] == loss[2]
+    assert torch.equal(torch.get_rng_state(), state)

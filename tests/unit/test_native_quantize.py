@@ -31,10 +31,11 @@ def rows_alike(index, want):
     return same
 
 
+@pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("case", GENERIC + DEGENERATE, ids=ids)
-def test_column_block(case):
+def test_column_block(case, stale):
     problem, U, roots, _, _, centroids = inputs(case)
-    args = problem.W, U, roots, centroids, problem.strip, problem.scale, case.group_rows
+    args = problem.W, U, roots, centroids, problem.strip, problem.scale, case.group_rows, stale
     (index, E), (want_index, want_E) = native.column_block(*args), reference.column_block(*args)
     if case in GENERIC:
         same = rows_alike(index, want_index)
@@ -74,6 +75,9 @@ def test_em(case, iterations):
     constant = float(((weighted.double() * x.double().unsqueeze(-2)).sum(-1) * x.double()).sum())
     scale = 1e-5 * abs(constant) + 1e-9
     assert loss[0] + constant <= loss[1] + constant + (scale if iterations == 1 else 0.05 * (loss[1] + constant) + scale)
+    for c in (got, seeds):
+        torch.testing.assert_close(native.distortion(x, weighted, c), reference.distortion(x, weighted, c),
+                                   rtol=1e-3, atol=1e-5 * abs(constant) + 1e-9)
     if case in GENERIC and iterations == 1:
         torch.testing.assert_close(got[0], want[0], rtol=1e-3, atol=1e-5)   # [1] may re-seed, where distances tie
 

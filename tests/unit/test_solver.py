@@ -63,7 +63,7 @@ def run_first_pass(case, recipe):
 @pytest.mark.parametrize("case", GENERIC, ids=ids)
 def test_first_pass_equals_the_oracle(case, order):
     """Scales, seeding, EM, order, assignment and propagation together, in float64."""
-    recipe = Recipe(order=order, em_iterations=3 if case.dim == 4 else 50, block_cols=16, dtype="float64")
+    recipe = Recipe(order=order, em_starts=1, em_iterations=3 if case.dim == 4 else 50, block_cols=16, dtype="float64")
     problem, index, centroids = run_first_pass(case, recipe)
     W, H = (t.numpy() for t in case.build())
     want, tables, _, scale = oracle.one_pass(W, H, case.spec, recipe.damp, recipe.em_iterations, order)
