@@ -138,7 +138,7 @@ def comparison(rows: list[Row]):
     from rich.table import Table
 
     table = Table(title="Before and after", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "whole model", "its linears", "bits/value", "perplexity", "tokens/s"):
+    for name in ("", "whole model", "its linears", "bits/value", "perplexity", "tok/s"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     first = rows[0]
     for row in rows:
