@@ -16,7 +16,9 @@ constexpr std::int64_t kThreadedFrom = 1 << 18;   // weights; below, starting th
 template <class Fmt, class Work, class Out>
 class TileDecoder {
  public:
-  TileDecoder(const Packed& weight, const Spec& spec, Out* out) : w_(weight), s_(spec), out_(out) {
+  // out: of row `first_row` on.
+  TileDecoder(const Packed& weight, const Spec& spec, Out* out, std::int64_t first_row = 0)
+      : w_(weight), s_(spec), out_(out), first_row_(first_row) {
     const std::int64_t blocks = (std::min(s_.group_cols, s_.cols) + 2 * Spec::block_cols - 2) / Spec::block_cols + 1;
     codes_.resize(static_cast<std::size_t>(blocks * Fmt::vectors));
     line_.resize(static_cast<std::size_t>(blocks * Spec::block_cols));
@@ -69,7 +71,7 @@ class TileDecoder {
   }
 
   void store(std::int64_t row, std::int64_t col, std::int64_t width) {
-    Out* out = out_ + row * s_.cols + col;
+    Out* out = out_ + (row - first_row_) * s_.cols + col;
     const Work* line = line_.data();
     if (!w_.sc) {
       for (std::int64_t i = 0; i < width; ++i) out[i] = convert(line[i]);
@@ -98,6 +100,7 @@ class TileDecoder {
   const Packed& w_;
   const Spec& s_;
   Out* out_;
+  std::int64_t first_row_;
   Work table_[Fmt::codewords][Fmt::dim];
   std::vector<std::uint8_t> codes_;
   std::vector<Work> line_;
@@ -106,7 +109,7 @@ class TileDecoder {
 template <class Fmt, class Work, class Out>
 void decode_tiles(const Packed& weight, const Spec& s, Out* out, int threads) {
   const std::int64_t parts = s.rows * s.cols < kThreadedFrom ? 1 : std::clamp<std::int64_t>(threads, 1, s.tiles());
-  std::vector<TileDecoder<Fmt, Work, Out>> decoders(static_cast<std::size_t>(parts), {weight, s, out});
+  std::vector<TileDecoder<Fmt, Work, Out>> decoders(static_cast<std::size_t>(parts), TileDecoder<Fmt, Work, Out>(weight, s, out));
   parallel_for(parts, parts, [&](std::int64_t p) {
     for (std::int64_t t = s.tiles() * p / parts; t < s.tiles() * (p + 1) / parts; ++t)
       decoders[static_cast<std::size_t>(p)].tile(t);
@@ -130,6 +133,10 @@ void dequantize(const Packed& weight, void* out, OutType type, const Spec& s, in
     case OutType::float16: return decode_as<Half>(weight, s, out, threads);
     case OutType::bfloat16: return decode_as<BFloat>(weight, s, out, threads);
   }
+}
+
+void dequantize_tile(const Packed& weight, float* out, const Spec& s, std::int64_t tile) {
+  with_format(s, [&](auto format) { TileDecoder<decltype(format), float, float>(weight, s, out, tile * Spec::tile_rows).tile(tile); });
 }
 
 }  // namespace gptvq

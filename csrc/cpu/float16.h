@@ -23,6 +23,13 @@ inline float float_of(std::uint32_t bits) {
 
 inline float to_float(BFloat value) { return float_of(std::uint32_t{value.bits} << 16); }
 
+inline float to_float(Half value) {
+  const std::uint32_t shifted = std::uint32_t{value.bits & 0x7fffu} << 13;
+  // Scaling by 2^112 rebiases the exponent, of subnormals too; infinity and NaN keep the largest one.
+  const std::uint32_t magnitude = shifted >= 0x0f800000u ? shifted | 0x7f800000u : bits_of(float_of(shifted) * 0x1.0p+112f);
+  return float_of(magnitude | std::uint32_t{value.bits & 0x8000u} << 16);
+}
+
 template <class T>
 T round_to(float value);
 

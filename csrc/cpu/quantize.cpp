@@ -10,14 +10,8 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "cpu/per_isa.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define GPTVQ_PER_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)      // older GCC cannot choose by level
-#define GPTVQ_PER_ISA __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define GPTVQ_PER_ISA
-#endif
 #define GPTVQ_INLINE inline __attribute__((always_inline))
 
 namespace gptvq {

@@ -1,0 +1,112 @@
+#include "common/pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace gptvq {
+namespace {
+
+// A worker keeps looking this long before it sleeps: the next layer of a model is usually not far, and waking takes longer.
+constexpr std::chrono::microseconds kPatience{30};
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <class Ready>
+bool look_for(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  do
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return true;
+      relax();
+    }
+  while (std::chrono::steady_clock::now() < end);
+  return ready();
+}
+
+class Pool {
+ public:
+  void run(std::int64_t threads, void (*work)(void*), void* context) {
+    if (threads < 2 || busy_.test_and_set(std::memory_order_acquire)) return work(context);
+    grow(threads - 1);
+    const std::int64_t helpers = std::min(threads - 1, workers_);
+    work_ = work;
+    context_ = context;
+    done_.store(0, std::memory_order_relaxed);
+    seats_.store(helpers);              // publishes the job
+    if (sleepers_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_); }     // a worker on its way to sleep sees the seats or hears the call
+      wake_.notify_all();
+    }
+    work(context);
+    const std::int64_t taken = helpers - seats_.exchange(0);
+    for (int spins = 0; done_.load(std::memory_order_acquire) != taken; ++spins)
+      if (spins < 4096) relax();
+      else std::this_thread::yield();     // more threads than processors: let the last one finish
+    busy_.clear(std::memory_order_release);
+  }
+
+ private:
+  void grow(std::int64_t count) {
+    try {
+      for (; workers_ < count; ++workers_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // no more threads to be had: those there are do it
+    }
+  }
+
+  void serve() {
+    for (;;) {
+      if (!look_for([this] { return seats_.load() > 0; })) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [this] { return seats_.load() > 0; });
+        sleepers_.fetch_sub(1);
+      }
+      std::int64_t seats = seats_.load();
+      while (seats > 0 && !seats_.compare_exchange_weak(seats, seats - 1)) {}
+      if (seats <= 0) continue;
+      work_(context_);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::atomic<std::int64_t> seats_{0}, done_{0}, sleepers_{0};
+  std::int64_t workers_ = 0;
+  void (*work_)(void*) = nullptr;
+  void* context_ = nullptr;
+};
+
+// Never destroyed: its threads may still run while the process ends.  A forked child has none of them and starts anew.
+Pool*& pool() {
+  static Pool* instance = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
+#endif
+    return new Pool;
+  }();
+  return instance;
+}
+
+}  // namespace
+
+void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) { pool()->run(threads, work, context); }
+
+}  // namespace gptvq

@@ -1,0 +1,12 @@
+// Threads that outlive a call: a GEMV of a small layer takes less time than starting a thread.
+#pragma once
+#include <cstdint>
+
+namespace gptvq {
+
+// Calls work(context) on up to `threads` threads, the calling one included, and returns when all are done.  `work` must take
+// its share from a counter of its own: how many threads come to help is left open, and late ones find nothing to do.  Where the
+// pool is busy with another caller, this thread does it all.
+void run_on_threads(std::int64_t threads, void (*work)(void*), void* context);
+
+}  // namespace gptvq

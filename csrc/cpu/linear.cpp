@@ -1,0 +1,232 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "common/parallel.h"
+#include "cpu/float16.h"
+#include "cpu/linear_exact.h"
+
+namespace gptvq {
+namespace {
+
+constexpr std::int64_t kBlock = Spec::block_cols, kTile = Spec::tile_rows;
+constexpr std::int64_t kWidestSpan = 8;                 // blocks that share an activation step where no block scale cuts them
+constexpr std::int64_t kBytesPerPart = 16 << 10;        // of indices and tokens: less is not worth another thread
+
+struct InstructionSet {
+  const char* name;
+  LinearKernels kernels;
+  bool supported;
+};
+
+const std::vector<InstructionSet>& known() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> found;
+#if defined(GPTVQ_AVX512)
+    __builtin_cpu_init();
+    found.push_back({"avx512", linear_avx512,
+                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+                         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")});
+#endif
+#if defined(GPTVQ_AVX2)
+    __builtin_cpu_init();
+    found.push_back({"avx2", linear_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+#if defined(GPTVQ_NEON)
+    found.push_back({"neon", linear_neon, neon_dotprod()});
+#endif
+    found.push_back({"scalar", linear_scalar, true});
+    return found;
+  }();
+  return sets;
+}
+
+LinearKernels kernels_of(const std::string& name) {
+  std::string names;
+  for (const InstructionSet& set : known()) {
+    if (!set.supported) continue;
+    if (name.empty() || name == set.name) return set.kernels;
+    names += std::string(names.empty() ? "" : ", ") + set.name;
+  }
+  throw std::invalid_argument("instruction set: got " + name + ", this processor and build have " + names);
+}
+
+void to_floats(const void* x, OutType type, std::int64_t count, float* out) {
+  if (type == OutType::float32) {
+    std::memcpy(out, x, static_cast<std::size_t>(count) * sizeof(float));
+  } else if (type == OutType::bfloat16) {
+    const auto* from = static_cast<const std::uint16_t*>(x);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = to_float(BFloat{from[i]});
+  } else {
+    const auto* from = static_cast<const std::uint16_t*>(x);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = to_float(Half{from[i]});
+  }
+}
+
+// Memory that grows and is kept by its thread, so that a call of a small layer allocates nothing.
+struct Scratch {
+  std::vector<std::int8_t> bytes;
+  std::vector<float> floats;
+  std::vector<std::int32_t> sums;
+};
+
+Scratch& scratch() {
+  static thread_local Scratch instance;
+  return instance;
+}
+
+template <class T>
+T* at_least(std::vector<T>& data, std::int64_t count) {
+  if (static_cast<std::int64_t>(data.size()) < count) data.resize(static_cast<std::size_t>(count));
+  return data.data();
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : known())
+    if (set.supported) names.emplace_back(set.name);
+  return names;
+}
+
+Linear::Linear(const Packed& weight, const Spec& spec, const float* bias, const std::string& instruction_set)
+    : weight_(weight), spec_(spec), bias_(bias) {
+  const LinearKernels kernels = kernels_of(instruction_set);
+  const bool one_book = spec.group_rows % kTile == 0 || spec.row_groups() == 1;
+  const bool small_groups = kTile % spec.group_rows == 0 && std::max<std::int64_t>(1, 4 / spec.group_rows) * spec.codewords() <= 16;
+  const bool whole_strips = spec.group_cols % kBlock == 0 || spec.strips() == 1;
+  if (!whole_strips || !(one_book || small_groups)) return;
+  kernels_ = kernels;
+
+  LinearArgs& a = args_;
+  a.idx = weight.idx;
+  a.cb = weight.cb;
+  a.sc = weight.sc;
+  a.scale_table = weight.scale_table;
+  a.rows = spec.rows;
+  a.blocks = spec.blocks();
+  a.row_groups = spec.row_groups();
+  a.strips = spec.strips();
+  a.group_rows = one_book && spec.row_groups() == 1 ? spec.tiles() * kTile : spec.group_rows;
+  a.scale_block = spec.scale_block;
+  a.scale_blocks = spec.scale_blocks();
+  a.strip_blocks = spec.strips() == 1 ? a.blocks : spec.group_cols / kBlock;
+  a.groups_per_tile = one_book ? 1 : kTile / spec.group_rows;
+  a.span_blocks = spec.scale_block ? std::max<std::int64_t>(1, spec.scale_block / kBlock) : kWidestSpan;
+  const std::int64_t halves = spec.scale_block == 16 ? 2 : 1;
+  for (std::int64_t first = 0; first < a.blocks; first += a.strip_blocks)
+    a.spans += halves * Spec::ceil_div(std::min(a.strip_blocks, a.blocks - first), a.span_blocks);
+  a.bias = bias;
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    a.row_group[r] = static_cast<std::uint8_t>(one_book ? 0 : r / spec.group_rows);
+    a.lane_offset[r] = static_cast<std::uint8_t>(one_book || spec.group_rows >= 4 ? 0 : r / 4 / spec.group_rows * spec.codewords());
+  }
+  const std::int64_t slots = spec.codewords() <= 16 ? 16 / spec.codewords() : 1;     // per 4 rows
+  for (std::int64_t s = 0; s < 4 * slots; ++s)
+    a.slot_group[s] = a.row_group[std::min<std::int64_t>(kTile - 1, s / slots * 4 + std::min<std::int64_t>(3, s % slots * spec.group_rows))];
+  // [row groups, strips] -> [tiles, strips, groups per tile], so that a tile's scales lie side by side.
+  gs_.assign(static_cast<std::size_t>(spec.tiles() * a.strips * a.groups_per_tile + kTile), 0);
+  for (std::int64_t tile = 0; tile < spec.tiles(); ++tile)
+    for (std::int64_t strip = 0; strip < a.strips; ++strip)
+      for (std::int64_t g = 0; g < a.groups_per_tile; ++g) {
+        const std::int64_t group = std::min(a.row_groups - 1, tile * kTile / a.group_rows + g);
+        gs_[static_cast<std::size_t>((tile * a.strips + strip) * a.groups_per_tile + g)] = weight.gs[group * a.strips + strip];
+      }
+  a.gs = gs_.data();
+}
+
+// One call: the activations as integers once for all layers that want the same ones, then all tiles of all layers.
+struct LinearRun {
+  const std::vector<const Linear*>& layers;
+  const void* x;
+  OutType type;
+  std::int64_t tokens;
+  const std::vector<void*>& y;
+  int planes, threads;
+
+  static bool same_activations(const LinearArgs& a, const LinearArgs& b, const Spec& s, const Spec& t) {
+    return s.dim == t.dim && a.spans == b.spans && a.strip_blocks == b.strip_blocks && a.span_blocks == b.span_blocks &&
+           (s.scale_block == 16) == (t.scale_block == 16);
+  }
+
+  static LinearKernel kernel_of(const Linear& l, int planes) {
+    return l.kernels_(static_cast<int>(l.spec_.code_bits()), static_cast<int>(l.spec_.dim), planes, l.args_.groups_per_tile == 1,
+                      l.spec_.scale_block == 16);
+  }
+
+  void operator()() {
+    for (std::size_t first = 0; first < layers.size();) {
+      std::size_t last = first + 1;
+      while (last < layers.size() && same_activations(layers[first]->args_, layers[last]->args_, layers[first]->spec_, layers[last]->spec_))
+        ++last;
+      some(first, last);
+      first = last;
+    }
+  }
+
+  void some(std::size_t first, std::size_t last) {
+    const Spec& spec = layers[first]->spec_;
+    LinearArgs shared = layers[first]->args_;
+    const std::int64_t width = shared.blocks * kBlock;
+    Scratch& memory = scratch();
+    shared.hi = at_least(memory.bytes, 2 * tokens * width);
+    shared.lo = shared.hi + tokens * width;
+    shared.step = at_least(memory.floats, tokens * (shared.spans + width));
+    shared.hi_sum = at_least(memory.sums, 2 * tokens * shared.spans);
+    shared.lo_sum = shared.hi_sum + tokens * shared.spans;
+    float* rows = shared.step + tokens * shared.spans;
+    const LinearKernel kernel = kernel_of(*layers[first], planes);
+    const std::int64_t item = type == OutType::float32 ? 4 : 2;
+    parallel_for(tokens, tokens * width < 1 << 15 ? 1 : threads, [&](std::int64_t token) {
+      float* row = rows + token * width;
+      to_floats(static_cast<const char*>(x) + token * spec.cols * item, type, spec.cols, row);
+      std::fill(row + spec.cols, row + width, 0.f);
+      kernel.quantize(shared, row, token);
+    });
+
+    struct Part { std::size_t layer; std::int64_t first, last; };
+    std::int64_t work = 0;
+    for (std::size_t l = first; l < last; ++l) work += layers[l]->spec_.tiles() * layers[l]->spec_.blocks() * layers[l]->spec_.block_bytes();
+    const std::int64_t useful = std::clamp<std::int64_t>(work * tokens / kBytesPerPart, 1, threads);
+    std::vector<Part> parts;
+    for (std::size_t l = first; l < last; ++l) {
+      const std::int64_t tiles = layers[l]->spec_.tiles();
+      // A few parts per thread even out their speeds; pairs of tiles share the loads of activations.
+      const std::int64_t size = useful == 1 ? tiles : std::max<std::int64_t>(2, tiles / (useful * 4) / 2 * 2);
+      for (std::int64_t t = 0; t < tiles; t += size) parts.push_back({l, t, std::min(tiles, t + size)});
+    }
+    parallel_for(static_cast<std::int64_t>(parts.size()), useful, [&](std::int64_t p) {
+      const Part& part = parts[static_cast<std::size_t>(p)];
+      const Linear& layer = *layers[part.layer];
+      LinearArgs a = layer.args_;
+      a.hi = shared.hi, a.lo = shared.lo, a.step = shared.step, a.hi_sum = shared.hi_sum, a.lo_sum = shared.lo_sum;
+      a.y = y[part.layer];
+      a.y_stride = a.rows;
+      a.type = static_cast<int>(type);
+      kernel_of(layer, planes).tiles(a, part.first, part.last, tokens);
+    });
+  }
+
+  void exact() {
+    const std::int64_t cols = layers.front()->spec_.cols;
+    float* rows = at_least(scratch().floats, tokens * cols);
+    to_floats(x, type, tokens * cols, rows);
+    for (std::size_t l = 0; l < layers.size(); ++l)
+      linear_exact(layers[l]->weight_, layers[l]->spec_, layers[l]->bias_, rows, tokens, y[l], type, threads);
+  }
+};
+
+void linear(const std::vector<const Linear*>& layers, const void* x, OutType type, std::int64_t tokens, const std::vector<void*>& y,
+            Activations activations, int threads) {
+  if (tokens == 0 || layers.empty()) return;
+  LinearRun run{layers, x, type, tokens, y, activations == Activations::a8 ? 1 : 2, std::max(1, threads)};
+  const bool fast = std::all_of(layers.begin(), layers.end(), [](const Linear* l) { return l->fast(); });
+  if (activations == Activations::fp32 || !fast) run.exact();
+  else run();
+}
+
+}  // namespace gptvq

@@ -1,0 +1,279 @@
+// y = W x on packed weights: the control flow that all instruction sets share.  Included once by each linear_<isa>.cpp, in an
+// unnamed namespace and with C headers only, so that no function compiled for one set can be linked into another's code.
+//
+// A lane of 32 bits is one output row.  A slab is V::rows rows of a tile (16 on AVX-512, 8, 4): 4 bytes of a plane per row are
+// four consecutive codes, a quad.  Looking a quad up in the table of dimension i gives the int8 weights of 4 columns per row,
+// which one dot instruction multiplies with 4 activation bytes:
+//
+//   plane   row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ...        codes of quad q
+//   lookup  row 0: w w w w     | row 1: w w w w     | ...        weights of columns (4 q + 0..3) d + i
+//   dot     row 0: += w . x    | row 1: += w . x    | ...        x: 4 bytes, stored in that order, the same for all rows
+//
+// Activations are integers: x = step * (254 hi + lo) with int8 hi and lo (a16), or step * hi (a8), one step per span of columns.
+// Sums over a span are exact in int32; spans are added up in float32.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/linear_args.h"
+
+#define GPTVQ_INLINE inline __attribute__((always_inline))
+#define GPTVQ_UNROLL _Pragma("GCC unroll 32")
+
+namespace {
+
+using gptvq::LinearArgs;
+using gptvq::LinearKernel;
+
+}  // namespace
+
+#include "cpu/linear_portable.h"
+
+namespace {
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// f(Number<First>{}), ..., f(Number<Last - 1>{}).
+template <int First, int Last, class F>
+GPTVQ_INLINE void for_each(F&& f) {
+  if constexpr (First < Last) {
+    f(Number<First>{});
+    for_each<First + 1, Last>(f);
+  }
+}
+
+template <int Bits, int Dim>
+struct Codes {
+  static constexpr int bits = Bits, dim = Dim, k = 1 << Bits;
+  static constexpr int quads = 8 / Dim, planes = Bits / Dim, bytes = planes * 64;
+
+  // The codes of quad Q in the low bits of each byte, with rubbish above them.  Layout: cpu/layout.h.
+  template <class V, int Q>
+  static GPTVQ_INLINE typename V::Bytes quad(const typename V::Bytes* p) {
+    if constexpr (Bits == 2) return V::template down<2 * (Q % 4)>(p[Q / 4]);
+    else if constexpr (Bits == 4) return V::template down<4 * (Q % 2)>(p[Q / 2]);
+    else if constexpr (Bits == 8) return p[Q];
+    else if constexpr (Bits == 3 && Q < 6) return V::template down<3 * (Q % 2)>(p[Q / 2]);
+    else if constexpr (Bits == 3) return V::template pick<4>(V::template down<Q - 2>(p[2]), V::template down<6>(p[Q - 6]));
+    else if constexpr (Q < 3) return p[Q];
+    else
+      return V::template pick<0x30>(V::template down<2>(p[0]),
+                                    V::template pick<0x0c>(V::template down<4>(p[1]), V::template down<6>(p[2])));
+  }
+};
+
+// The tables of a slab.  One: its rows share a codebook.  Otherwise every four rows have 16 table entries of their own: 16 / K
+// slots of K, so that four rows can belong to as many groups.
+template <class V, class C, bool One>
+struct Books {
+  static constexpr int kSlots = One ? 1 : 16 / C::k * (V::rows / 4);
+  typename V::template Table<C::k, One> table[C::dim];
+  const int8_t* book[kSlots];           // of strip 0
+
+  GPTVQ_INLINE void start(const LinearArgs& a, int64_t row) {
+    const int64_t stride = a.strips * C::dim * C::k;
+    if constexpr (One) {
+      book[0] = a.cb + row / a.group_rows * stride;
+    } else {
+      const int64_t first = row / 16 * 16 / a.group_rows, last = a.row_groups - 1;
+      for (int s = 0; s < kSlots; ++s) {
+        const int64_t group = first + a.slot_group[static_cast<int>(row % 16 / 4) * (16 / C::k) + s];
+        book[s] = a.cb + (group < last ? group : last) * stride;      // rows past the layer's last repeat its group
+      }
+    }
+  }
+
+  GPTVQ_INLINE void load(const LinearArgs& a, int64_t strip) {
+    GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
+      const int64_t at = (strip * C::dim + i) * C::k;
+      if constexpr (One) {
+        table[i].load(book[0] + at);
+      } else {
+        alignas(64) int8_t entries[4 * V::rows];
+        GPTVQ_UNROLL for (int s = 0; s < kSlots; ++s) memcpy(entries + s * C::k, book[s] + at, C::k);
+        table[i].load(entries, a.lane_offset);
+      }
+    }
+  }
+};
+
+template <class V, int Chains>
+GPTVQ_INLINE typename V::Floats total(const typename V::Ints* chain) {
+  typename V::Ints sum = chain[0];
+  GPTVQ_UNROLL for (int c = 1; c < Chains; ++c) sum = V::add(sum, chain[c]);
+  return V::real(sum);
+}
+
+// y of Slabs slabs from `row` on and Tokens tokens from `token` on.  Chains: independent sums per slab, token and plane.
+// Halves: block scales change in the middle of a block of 32 columns, which is then two spans.
+template <class V, class C, bool One, int Planes, bool Halves, int Slabs, int Tokens, int Chains>
+GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
+  using Bytes = typename V::Bytes;
+  using Ints = typename V::Ints;
+  using Floats = typename V::Floats;
+  constexpr int kParts = Halves ? 2 : 1, kQuads = C::quads / kParts;
+  Floats sum[Slabs][Tokens];
+  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
+    GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) sum[s][t] = V::full(0.f);
+
+  const uint8_t* from[Slabs];
+  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
+    const int64_t r = row + s * V::rows;
+    from[s] = a.idx + r / 16 * a.blocks * C::bytes + r % 16 * 4;
+  }
+  const int8_t* x[2] = {a.hi + token * a.blocks * 32, a.lo + token * a.blocks * 32};
+  const int64_t line = a.blocks * 32;
+
+  Books<V, C, One> books[Slabs];
+  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) books[s].start(a, row + s * V::rows);
+  int64_t span = token * a.spans;
+  for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
+    const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
+    Floats group_scale[Slabs];
+    GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
+      books[s].load(a, strip);
+      group_scale[s] = V::template group_scale<One>(a, row + s * V::rows, strip);
+    }
+    while (b < strip_end) {
+      const int64_t first = b, span_end = b + a.span_blocks < strip_end ? b + a.span_blocks : strip_end;
+      for_each<0, kParts>([&](auto part) __attribute__((always_inline)) {
+        Ints acc[Slabs][Tokens][Planes][Chains];
+        GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
+          GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
+            GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
+              GPTVQ_UNROLL for (int c = 0; c < Chains; ++c) acc[s][t][p][c] = V::whole(0);
+            if constexpr (V::offset) {
+              acc[s][t][0][0] = V::whole(a.hi_sum[span + t * a.spans]);
+              if constexpr (Planes == 2) acc[s][t][1][0] = V::whole(a.lo_sum[span + t * a.spans]);
+            }
+          }
+        for (int64_t at = first; at < span_end; ++at) {
+          Bytes planes[Slabs][C::planes];
+          GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
+            GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) planes[s][p] = V::load(from[s] + at * C::bytes + 64 * p);
+          for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
+            constexpr int Q = decltype(number)::value + kQuads * decltype(part)::value;
+            typename V::Index index[Slabs];
+            GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
+              index[s] = books[s].table[0].index(C::template quad<V, Q>(planes[s]));
+            GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
+              Bytes w[Slabs];
+              GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) w[s] = books[s].table[i].find(index[s]);
+              GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
+                GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) {
+                  const typename V::Four four = V::four(x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
+                  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
+                    Ints& to = acc[s][t][p][(Q * C::dim + i) % Chains];
+                    to = V::dot(to, w[s], four);
+                  }
+                }
+            }
+          });
+        }
+        GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
+          Floats scale = group_scale[s];
+          if (a.sc)
+            scale = V::mul(scale, V::block_scale(a, row + s * V::rows, (32 * first + 16 * decltype(part)::value) / a.scale_block));
+          GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
+            Floats found = total<V, Chains>(acc[s][t][0]);
+            if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[s][t][1]));
+            sum[s][t] = V::fma(V::mul(found, V::full(a.step[span + t * a.spans])), scale, sum[s][t]);
+          }
+        }
+        ++span;
+      });
+      b = span_end;
+    }
+  }
+  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
+    GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) V::store(a, row + s * V::rows, token + t, sum[s][t]);
+}
+
+template <class V, class C, bool One, int Planes, bool Halves, int Tokens>
+void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token) {
+  constexpr int kSlabs = V::template slabs<C::k, C::dim>;
+  constexpr int kBusy = kSlabs * Tokens * Planes;           // enough sums under way to hide the latency of the dot
+  constexpr int kChains = kBusy >= V::chains ? 1 : kBusy * 2 >= V::chains ? 2 : 4;
+  int64_t row = first * 16;
+  for (; row + kSlabs * V::rows <= last * 16; row += kSlabs * V::rows)
+    slabs<V, C, One, Planes, Halves, kSlabs, Tokens, kChains>(a, row, token);
+  for (; row < last * 16; row += V::rows)                   // an odd tile at the end
+    for (int t = 0; t < Tokens; ++t) slabs<V, C, One, Planes, Halves, 1, 1, 2>(a, row, token + t);
+}
+
+template <class V, class C, bool One, int Planes, bool Halves>
+void tiles(const LinearArgs& a, int64_t first, int64_t last, int64_t tokens) {
+  int64_t token = 0;
+  if constexpr (!Halves) {
+    for (; token + 4 <= tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
+    for (; token + 2 <= tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
+  }
+  for (; token < tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
+}
+
+constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero, lest 1 / step overflow
+
+// Activations to integers.  A span with a NaN or infinity gets the step NaN, so that the outputs are NaN.
+template <class V, int Dim, int Planes, bool Halves>
+void quantize(const LinearArgs& a, const float* x, int64_t token) {
+  constexpr float kLimit = Planes == 2 ? 127.f * 254.f + 126.f : 127.f;
+  int8_t *hi = a.hi + token * a.blocks * 32, *lo = a.lo + token * a.blocks * 32;
+  int64_t span = token * a.spans;
+  for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
+    const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
+    while (b < strip_end) {
+      const int64_t span_end = b + a.span_blocks < strip_end ? b + a.span_blocks : strip_end;
+      constexpr int kParts = Halves ? 2 : 1;
+      for (int part = 0; part < kParts; ++part, ++span) {
+        const int64_t from = 32 * b + 16 * part, to = Halves ? from + 16 : 32 * span_end;
+        const uint32_t peak_bits = V::peak(x + from, to - from);    // of |x|: NaN > infinity > finite
+        float peak;
+        memcpy(&peak, &peak_bits, 4);
+        const bool finite = peak_bits < 0x7f800000u, zero = peak < kTiny;
+        const float inverse = finite && !zero ? kLimit / peak : 0.f;
+        int32_t sums[2] = {0, 0};
+        for (int64_t c = from; c < to; c += 16) V::template sixteen<Dim, Planes>(x + c, inverse, finite, hi + c, lo + c, sums);
+        a.step[span] = !finite ? NAN : zero ? 0.f : peak / kLimit;
+        a.hi_sum[span] = -128 * sums[0];
+        if (Planes == 2) a.lo_sum[span] = -128 * sums[1];
+      }
+      b = span_end;
+    }
+  }
+}
+
+template <class V, class C, int Planes>
+LinearKernel kernel_of(bool one_book, bool halves) {
+  constexpr int D = C::dim;
+  if (one_book || C::k > 16)
+    return halves ? LinearKernel{tiles<V, C, true, Planes, true>, quantize<V, D, Planes, true>}
+                  : LinearKernel{tiles<V, C, true, Planes, false>, quantize<V, D, Planes, false>};
+  if constexpr (C::k <= 16)
+    return halves ? LinearKernel{tiles<V, C, false, Planes, true>, quantize<V, D, Planes, true>}
+                  : LinearKernel{tiles<V, C, false, Planes, false>, quantize<V, D, Planes, false>};
+}
+
+// The kernels on the instruction set V, or nulls for an unknown format.
+template <class V>
+LinearKernel kernels(int code_bits, int dim, int planes, bool one_book, bool halves) {
+  const auto of = [&](auto codes) {
+    using C = decltype(codes);
+    return planes == 2 ? kernel_of<V, C, 2>(one_book, halves) : kernel_of<V, C, 1>(one_book, halves);
+  };
+  switch (10 * dim + code_bits) {
+    case 12: return of(Codes<2, 1>{});
+    case 13: return of(Codes<3, 1>{});
+    case 14: return of(Codes<4, 1>{});
+    case 24: return of(Codes<4, 2>{});
+    case 26: return of(Codes<6, 2>{});
+    case 28: return of(Codes<8, 2>{});
+    case 48: return of(Codes<8, 4>{});
+  }
+  return {nullptr, nullptr};
+}
+
+}  // namespace

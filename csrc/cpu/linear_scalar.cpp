@@ -1,0 +1,122 @@
+// Plain C++, for processors without any of the other sets, and as the plainest form of the kernels.
+#include "cpu/linear_kernel.h"
+
+namespace {
+
+struct Scalar {
+  static constexpr int rows = 16, chains = 1;
+  static constexpr bool offset = false;
+  template <int K, int Dim>
+  static constexpr int slabs = 1;
+  struct Bytes { uint8_t v[4 * rows]; };
+  struct Ints { int32_t v[rows]; };
+  struct Floats { float v[rows]; };
+  struct Four { int8_t v[4]; };
+  using Index = Bytes;
+
+  static GPTVQ_INLINE Bytes load(const uint8_t* p) {
+    Bytes b;
+    memcpy(b.v, p, sizeof b.v);
+    return b;
+  }
+  template <int N>
+  static GPTVQ_INLINE Bytes down(Bytes b) {
+    for (uint8_t& v : b.v) v = static_cast<uint8_t>(v >> N);
+    return b;
+  }
+  template <int Mask>
+  static GPTVQ_INLINE Bytes pick(Bytes where_set, Bytes elsewhere) {
+    for (int i = 0; i < 4 * rows; ++i) elsewhere.v[i] = static_cast<uint8_t>((where_set.v[i] & Mask) | (elsewhere.v[i] & ~Mask));
+    return elsewhere;
+  }
+
+  template <int K, bool One>
+  struct Table {
+    int8_t entries[One ? K : 4 * rows];
+    uint8_t offsets[16];
+
+    GPTVQ_INLINE void load(const int8_t* p) {
+      memcpy(entries, p, K);
+      memset(offsets, 0, sizeof offsets);
+    }
+    GPTVQ_INLINE void load(const int8_t* all, const uint8_t* lane_offset) {
+      memcpy(entries, all, sizeof entries);
+      memcpy(offsets, lane_offset, sizeof offsets);
+    }
+    GPTVQ_INLINE Index index(Bytes code) const {
+      for (int i = 0; i < 4 * rows; ++i) code.v[i] = static_cast<uint8_t>((code.v[i] & (K - 1)) | offsets[i % 16]);
+      return code;
+    }
+    GPTVQ_INLINE Bytes find(Index at) const {
+      for (int i = 0; i < 4 * rows; ++i) at.v[i] = static_cast<uint8_t>(entries[(One ? 0 : i / 16 * 16) + at.v[i]]);
+      return at;
+    }
+  };
+
+  static GPTVQ_INLINE Ints whole(int32_t value) {
+    Ints all;
+    for (int32_t& v : all.v) v = value;
+    return all;
+  }
+  static GPTVQ_INLINE Ints add(Ints a, Ints b) {
+    for (int r = 0; r < rows; ++r) a.v[r] += b.v[r];
+    return a;
+  }
+  static GPTVQ_INLINE Four four(const int8_t* x) {
+    Four f;
+    memcpy(f.v, x, 4);
+    return f;
+  }
+  static GPTVQ_INLINE Ints dot(Ints sum, const Bytes& weights, Four x) {
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < 4; ++j) sum.v[r] += static_cast<int8_t>(weights.v[4 * r + j]) * x.v[j];
+    return sum;
+  }
+  static GPTVQ_INLINE Floats real(Ints a) {
+    Floats f;
+    for (int r = 0; r < rows; ++r) f.v[r] = static_cast<float>(a.v[r]);
+    return f;
+  }
+  static GPTVQ_INLINE Floats full(float value) {
+    Floats all;
+    for (float& v : all.v) v = value;
+    return all;
+  }
+  static GPTVQ_INLINE Floats mul(Floats a, const Floats& b) {
+    for (int r = 0; r < rows; ++r) a.v[r] *= b.v[r];
+    return a;
+  }
+  static GPTVQ_INLINE Floats fma(const Floats& a, const Floats& b, Floats c) {
+    for (int r = 0; r < rows; ++r) c.v[r] += a.v[r] * b.v[r];
+    return c;
+  }
+
+  template <bool One>
+  static GPTVQ_INLINE Floats group_scale(const LinearArgs& a, int64_t row, int64_t strip) {
+    return portable_group_scale<Scalar>(a, row, strip);
+  }
+  static GPTVQ_INLINE Floats block_scale(const LinearArgs& a, int64_t row, int64_t block) {
+    return portable_block_scale<Scalar>(a, row, block);
+  }
+  static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) { portable_store(a, row, token, v.v, rows); }
+  static GPTVQ_INLINE uint32_t peak(const float* x, int64_t count) { return portable_peak(x, count); }
+  template <int Dim, int Planes>
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, int32_t* sums) {
+    portable_sixteen<Dim, Planes>(x, inverse, finite, hi, lo, sums);
+  }
+  static GPTVQ_INLINE Floats floats(const float* p) {
+    Floats f;
+    memcpy(f.v, p, sizeof f.v);
+    return f;
+  }
+};
+
+}  // namespace
+
+namespace gptvq {
+
+LinearKernel linear_scalar(int code_bits, int dim, int planes, bool one_book, bool halves) {
+  return kernels<Scalar>(code_bits, dim, planes, one_book, halves);
+}
+
+}  // namespace gptvq
