@@ -10,15 +10,19 @@ from .errors import ConfigError
 from .spec import QuantSpec
 from .weight import DTYPES, VQWeight, check_buffers, decode_tables
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 
 class VQLinear(nn.Module):
-    """x [.., in_features] -> [.., out_features] in x's dtype (fp32, fp16 or bf16): F.linear with the dequantized weight.
+    """x [.., in_features] -> [.., out_features] in x's dtype (fp32, fp16 or bf16), by kernels that read the packed weight.
+
+    `activations`: how x enters the CPU kernels; "a16" (the default; error below 1e-4 of the output), "a8" (faster, about
+    1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once, other devices and anything that
+    needs gradients go through F.linear with the dequantized weight.
 
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
     `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.
     """
+
+    activations = "a16"
 
     def __init__(self, spec: QuantSpec, bias: bool = False, device=None, dtype: torch.dtype | None = None, name: str = ""):
         super().__init__()
@@ -28,6 +32,8 @@ class VQLinear(nn.Module):
             self.register_buffer(buffer, torch.zeros(shape, dtype=DTYPES[kind], device=device))
         self.bias = nn.Parameter(torch.zeros(spec.rows, device=device, dtype=dtype)) if bias else None
         self._tables: tuple | None = None
+        self._kernel = None
+        self._made_from: tuple = ()
 
     @classmethod
     def from_weight(cls, vq: VQWeight, bias: Tensor | None = None, name: str = "") -> VQLinear:
@@ -56,10 +62,21 @@ class VQLinear(nn.Module):
         return ops.dequantize(*self._decode_tables(), self.spec, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ConfigError(f"{self.name or 'VQLinear'}: got x {x.dtype} {tuple(x.shape)}, need torch.float32, float16 or bfloat16 "
-                              f"with last dimension {self.in_features}")
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        ops.check_input(x, self.in_features, self.name or "VQLinear")
+        bias = self.bias
+        if torch.compiler.is_compiling():
+            return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations)
+        if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad) or x.device != self._buffers["idx"].device:
+            return F.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self._prepared(bias)(x, self.activations)
+
+    def _prepared(self, bias: Tensor | None):
+        idx, gs = self._buffers["idx"], self._buffers["gs"]
+        made_from, versions = self._made_from, (_version(gs), _version(bias))
+        if not made_from or made_from[0] is not idx or made_from[1] is not gs or made_from[2] is not bias or made_from[3] != versions:
+            self._kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
+            self._made_from = idx, gs, bias, versions
+        return self._kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """nn.Linear with the dequantized weight; its forward equals this one for inputs of `dtype`."""
@@ -82,9 +99,19 @@ class VQLinear(nn.Module):
 
     def _decode_tables(self) -> tuple:
         # Expanded codebooks and scale tables cost more than a small GEMV: kept until the buffers change.
-        if self._tables is None or self._tables[0] is not self.idx:
-            self._tables = decode_tables(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()})
-        return self._tables
+        tables = self._tables
+        if tables is None or tables[0] is not self.idx:
+            tables = decode_tables(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()})
+            if not torch.compiler.is_compiling():           # a new attribute would compile the graph anew
+                self._tables = tables
+        return tables
+
+    def _forget(self) -> None:
+        self._tables = self._kernel = None
+        self._made_from = ()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tables": None, "_kernel": None, "_made_from": ()}
 
     def _apply(self, fn, recurse=True):
         before = {buffer: self._buffers[buffer] for buffer in self.spec.buffer_shapes()}
@@ -92,7 +119,7 @@ class VQLinear(nn.Module):
         for buffer, tensor in before.items():
             if self._buffers[buffer].dtype != tensor.dtype:     # fn was a cast: redo the move alone
                 self._buffers[buffer] = tensor.to(self._buffers[buffer].device)
-        self._tables = None
+        self._forget()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -101,4 +128,9 @@ class VQLinear(nn.Module):
             if got is not None and got.dtype != DTYPES[kind]:   # copy_ would convert it silently
                 error_msgs.append(f"{prefix}{buffer}: got {got.dtype}, need {DTYPES[kind]}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._tables = None
+        self._forget()
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Counts changes in place; inference tensors have no counter."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

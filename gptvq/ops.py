@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -14,6 +15,9 @@ from .errors import BackendUnavailable, ConfigError
 from .spec import QuantSpec
 
 BACKENDS = ("native", "reference")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+#: How the inputs of a linear enter the CPU kernels: as 16-bit integers, 8-bit integers, or as they are in float32.
+ACTIVATIONS = ("a16", "a8", "fp32")
 
 
 def backend(device: torch.device):
@@ -43,9 +47,29 @@ def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
 def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
                dtype: torch.dtype = torch.float32) -> Tensor:
     """Packed buffers and the f32 scale table [scale blocks, 16] -> [rows, cols] in `dtype`."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in FLOATS:
         raise ConfigError(f"dequantize: got dtype {dtype}, need torch.float32, torch.float16 or torch.bfloat16")
     return backend(idx.device).dequantize(idx, cb, gs, sc, table, spec, dtype)
+
+
+def check_input(x: Tensor, cols: int, name: str = "linear") -> None:
+    """Raises ConfigError unless x is a float tensor [.., cols]."""
+    if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] != cols:
+        raise ConfigError(f"{name}: got x {x.dtype} {tuple(x.shape)}, need torch.float32, float16 or bfloat16 with last dimension {cols}")
+
+
+def prepare_linear(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None, spec: QuantSpec):
+    """f(x, activations) -> y for one packed weight on its device, without the checks and look-ups that `linear` makes on each call.
+
+    It shares the tensors, but copies gs, and a bias that is not float32: prepare again after changing those in place.
+    """
+    return backend(idx.device).prepare_linear(idx, cb, gs, sc, table, bias, spec)
+
+
+def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
+           spec: QuantSpec, activations: str = "a16") -> Tensor:
+    """x [.., cols] -> x W^T + bias [.., rows] in x's dtype, as the operator gptvq::linear, which torch.compile takes as a whole."""
+    return torch.ops.gptvq.linear(x, idx, cb, gs, sc, table, bias, list(spec.to_dict().values()), activations)
 
 
 def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
@@ -78,3 +102,52 @@ def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None
 def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
     """Sums of values per centroid; see backends.reference.collect."""
     return backend(index.device).collect(index, values, strip, group_rows, shape)
+
+
+# ---- What torch.compile takes as a whole.  Library.define costs a call a fifth of the decorator torch.library.custom_op.
+_library = torch.library.Library("gptvq", "DEF")
+_library.define("dequantize(Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, int[] spec, ScalarType dtype) -> Tensor")
+_library.define("linear(Tensor x, Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, Tensor? bias, int[] spec, "
+                "str activations) -> Tensor")
+_spec_of = functools.lru_cache(maxsize=None)(lambda fields: QuantSpec(*fields))
+
+
+def _linear(x, idx, cb, gs, sc, table, bias, spec, activations):
+    spec = _spec_of(tuple(spec))
+    check_input(x, spec.cols)
+    return backend(x.device).linear(x, idx, cb, gs, sc, table, bias, spec, activations)
+
+
+def _linear_fake(x, idx, cb, gs, sc, table, bias, spec, activations):
+    check_input(x, spec[1])
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations: got {activations!r}, need one of {', '.join(ACTIVATIONS)}")
+    return x.new_empty((*x.shape[:-1], spec[0]))
+
+
+def _linear_context(ctx, inputs, output):
+    x, *weight, bias, spec, _ = inputs
+    ctx.save_for_backward(*weight)
+    ctx.spec, ctx.bias_dtype = spec, None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, grad):
+    W = torch.ops.gptvq.dequantize(*ctx.saved_tensors, ctx.spec, grad.dtype)
+    to_bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad @ W, None, None, None, None, None, to_bias, None, None
+
+
+def _dequantize(idx, cb, gs, sc, table, spec, dtype):
+    return dequantize(idx, cb, gs, sc, table, _spec_of(tuple(spec)), dtype)
+
+
+def _dequantize_fake(idx, cb, gs, sc, table, spec, dtype):
+    return idx.new_empty(spec[0], spec[1], dtype=dtype)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("linear", _linear, _device)
+    _library.impl("dequantize", _dequantize, _device)
+torch.library.register_fake("gptvq::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_fake("gptvq::linear", _linear_fake, lib=_library)
+torch.library.register_autograd("gptvq::linear", _linear_backward, setup_context=_linear_context, lib=_library)

@@ -1,8 +1,12 @@
 """The compiled module gptvq._C on CPU tensors; nothing else calls it."""
 from __future__ import annotations
 
+import os
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ConfigError
 from ..spec import QuantSpec
@@ -26,7 +30,7 @@ def why_not(device: torch.device) -> str:
     return f"it has no kernels for device type {device.type!r}"
 
 
-def _call(function, *args) -> None:
+def _call(function, *args):
     """Calls into C++ with tensors as (address, dtype, shape, strides in elements), where they are checked.
 
     `args` keeps the tensors alive during the call.  Raises ConfigError for a tensor that C++ refuses.
@@ -35,7 +39,7 @@ def _call(function, *args) -> None:
         if isinstance(arg, Tensor) and arg.device.type != "cpu":
             raise ConfigError(f"{function.__name__}: got a tensor on {arg.device}, need all tensors on the CPU like the indices")
     try:
-        function(*((a.data_ptr(), str(a.dtype)[6:], tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a for a in args))
+        return function(*((a.data_ptr(), str(a.dtype)[6:], tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a for a in args))
     except ValueError as error:
         raise ConfigError(f"{function.__name__}: {error}") from None
 
@@ -62,6 +66,62 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
     tensors = [None if t is None else t.contiguous() for t in (idx, cb, gs, sc, table)]
     _call(_C.dequantize, *tensors, out, _spec(spec), torch.get_num_threads())
     return out
+
+
+# ---- y = W x
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MODES = {"a16": 0, "a8": 1, "fp32": 2}
+#: Tokens from which unpacking the weight once for a dense product is the faster way.
+DENSE_FROM = 256
+
+
+def instruction_sets() -> list[str]:
+    """Those of this build that the processor has, best first; GPTVQ_CPU names the one to use."""
+    return _C.instruction_sets()
+
+
+class PreparedLinear:
+    """f(x, activations) on the CPU: keeps the packed tensors alive and the kernels' view of them."""
+
+    def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec):
+        self.spec, self.rows = spec, spec.rows
+        self.packed = [None if t is None else t.detach().contiguous() for t in (idx, cb, gs, sc, table)]
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.kernel = _call(_C.Linear, *self.packed, self.bias, _spec(spec), os.environ.get("GPTVQ_CPU", ""))
+        self.source = _source(cb, gs, sc, table, bias)
+
+    def __call__(self, x: Tensor, activations: str) -> Tensor:
+        tokens = x.numel() // self.spec.cols
+        if tokens >= DENSE_FROM:
+            weight = dequantize(*self.packed, self.spec, x.dtype)
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.rows))
+        self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _mode(activations), torch.get_num_threads())
+        return y
+
+
+def _mode(activations: str) -> int:
+    if activations not in _MODES:
+        raise ConfigError(f"activations: got {activations!r}, need one of {', '.join(_MODES)}")
+    return _MODES[activations]
+
+
+prepare_linear = PreparedLinear
+_prepared = WeakTensorKeyDictionary()       # idx -> the PreparedLinear of its layer, for calls that bring nothing but tensors
+
+
+def _source(*tensors: Tensor | None) -> list:
+    """What a PreparedLinear was made from; `_version` counts changes in place."""
+    return [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
+           spec: QuantSpec, activations: str) -> Tensor:
+    prepared = _prepared.get(idx)
+    if prepared is None or prepared.source != _source(cb, gs, sc, table, bias):
+        prepared = _prepared[idx] = PreparedLinear(idx, cb, gs, sc, table, bias, spec)
+    return prepared(x, activations)
 
 
 def _all_float32(*tensors: Tensor | None) -> bool:

@@ -77,6 +77,17 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
     return weight.to(dtype)
 
 
+def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
+           spec: QuantSpec, activations: str) -> Tensor:
+    """x [.., cols] -> [.., rows] with the dequantized weight in x's dtype, whatever `activations` says."""
+    weight = dequantize(idx, cb, gs, sc, table, spec, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def prepare_linear(*weight):
+    return lambda x, activations: linear(x, *weight, activations)
+
+
 # ---- quantization
 
 def quadratic_features(x: Tensor, metric: Tensor) -> Tensor:

@@ -40,20 +40,85 @@ def layer(name="2D K16", bias=True, seed=0):
     return VQLinear.from_weight(random_weight(spec, seed), nn.Parameter(torch.randn(spec.rows)) if bias else None, name="some.layer")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+ERROR = {"a16": 1e-4, "a8": 1.5e-2, "fp32": 1e-6}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_nn_linear(name, bias, dtype):
+def test_forward_against_float64(name, bias, dtype):
     vq = layer(name, bias)
-    dense = nn.Linear(vq.in_features, vq.out_features, bias=bias, dtype=dtype)
-    dense.weight.data = vq.packed.dequantize(dtype)
-    if bias:
-        dense.bias.data = vq.bias.data.to(dtype)
-    for leading in ((), (3,), (2, 5), (2, 1, 3), (0,)):
+    weight, constant = vq.dequantize().double(), vq.bias.detach().double() if bias else 0
+    for leading in ((), (3,), (2, 5), (2, 1, 3), (0,), (300,)):
         x = torch.randn(*leading, vq.in_features).to(dtype)
-        y = vq(x)
-        assert y.dtype == dtype and y.shape == (*leading, vq.out_features)
-        assert torch.equal(y, dense(x)) and torch.equal(vq.to_dense(dtype)(x), dense(x))
+        want = x.double() @ weight.T + constant
+        for vq.activations in ERROR:
+            with torch.no_grad():
+                y = vq(x)
+            assert y.dtype == dtype and y.shape == (*leading, vq.out_features)
+            assert float((y - want).norm()) <= (ROUNDING[dtype] + ERROR[vq.activations] + (leading == (300,)) * ROUNDING[dtype]) * float(want.norm())
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", SPECS)
+def test_with_gradients_it_equals_nn_linear(name, dtype):
+    vq = layer(name)
+    dense = nn.Linear(vq.in_features, vq.out_features, dtype=dtype)
+    dense.weight.data, dense.bias.data = vq.packed.dequantize(dtype), vq.bias.data.to(dtype)
+    for leading in ((), (2, 5), (0,)):
+        x = torch.randn(*leading, vq.in_features).to(dtype)
+        assert torch.equal(vq(x), dense(x)) and torch.equal(vq.to_dense(dtype)(x), dense(x))
+
+
+def test_changes_in_place_are_seen():
+    vq = layer("2D K256 scales")
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        for _ in range(300):                            # more versions than small integers that Python keeps
+            vq.gs.mul_(1)
+        before, kernel = vq(x), vq._kernel
+        assert torch.equal(vq(x), before) and vq._kernel is kernel
+        vq.gs.mul_(2)
+        vq.bias.mul_(2)
+        assert torch.allclose(vq(x), 2 * before, rtol=1e-4)
+        vq.bias.data = vq.bias.data.bfloat16()
+        vq(x)
+        vq.bias.zero_()
+        assert torch.allclose(vq(x), x @ vq.dequantize().T, rtol=1e-3, atol=1e-4)
+
+
+def test_unknown_activations_are_refused():
+    vq = layer()
+    vq.activations = "a4"
+    with pytest.raises(ConfigError, match="activations: got 'a4', need one of a16, a8, fp32"), torch.no_grad():
+        vq(torch.randn(1, 72))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiled_is_one_graph_and_equals_eager(name):
+    model = nn.Sequential(layer(name), nn.ReLU())
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(2, 3, model[0].in_features)
+            assert torch.equal(compiled(x), model(x))
+    assert sum("gptvq.linear" in str(node.target) for graph in graphs for node in graph.graph.nodes) == len(graphs) <= 2
+
+
+def test_operator_follows_the_rules_of_torch_library():
+    vq = layer("2D K256 scales")
+    args = (*vq._decode_tables(), vq.bias.detach().requires_grad_(), list(vq.spec.to_dict().values()), "fp32")
+    torch.library.opcheck(torch.ops.gptvq.linear.default, (torch.randn(3, 64, requires_grad=True), *args))
+    with pytest.raises(ConfigError, match="need torch.float32, float16 or bfloat16 with last dimension 64"):
+        torch.ops.gptvq.linear(torch.randn(3, 65), *args)
 
 
 def test_buffers_are_the_packed_ones():
@@ -161,6 +226,11 @@ def test_deep_copies_and_weight_are_independent():
     other = copy.deepcopy(vq)
     other.cb.zero_()
     assert torch.equal(vq(x), want) and torch.equal(other(x), other.bias.detach().expand(2, -1))
+    with torch.no_grad():
+        vq(x)
+        fresh = copy.deepcopy(vq)                       # after the kernel has been prepared
+        fresh.cb.zero_()
+        assert not torch.equal(vq(x), fresh(x)) and torch.equal(fresh(x), fresh.bias.expand(2, -1))
     vq.weight.zero_()
     assert torch.equal(vq(x), want) and torch.equal(vq.weight, vq.dequantize())
     assert gptvq.VQLinear is VQLinear
