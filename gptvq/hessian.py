@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import NumericalError
 
 DAMP_STEPS = (1, 2, 5, 10, 100)     # repair ladder: multiples of the asked damping
@@ -34,12 +35,12 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """x [.., cols] inputs of any float dtype."""
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device, torch.float32)
-        if not math.isfinite(float(x.sum())):       # a NaN or inf survives the sum, which costs a tenth of isfinite
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device)
+        if not math.isfinite(float(x.sum(dtype=torch.float32))):       # a NaN or inf survives the sum, which costs a tenth of isfinite
             self.dropped += x.shape[0]
             return
         self.tokens += x.shape[0]
-        self.sum.addmm_(x.T, x)
+        ops.gram(self.sum, x)
         self._factors.clear()
 
     def matrix(self) -> Tensor:
@@ -47,7 +48,8 @@ class Hessian:
         if self.dropped > 0.01 * (self.tokens + self.dropped):
             raise NumericalError(f"{self.dropped} of {self.tokens + self.dropped} calibration tokens gave non-finite activations; "
                                  "at most 1 % may be dropped. Check the model's dtype (try dtype=float32) and the text")
-        return checked(self.sum * (2 / max(self.tokens, 1)))
+        upper = self.sum.triu() * (2 / max(self.tokens, 1))
+        return checked(upper + upper.triu(1).T)
 
     def factor(self, key: tuple, columns: Tensor, damp: float, dtype: torch.dtype) -> HessianFactor:
         """The factor for the padded column order `columns`, cached under `key` for the layers that share this Hessian."""

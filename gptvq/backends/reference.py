@@ -78,6 +78,18 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
 
 
 # ---- quantization
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    return A @ B
+
+
+def submatmul(C: Tensor, A: Tensor, B: Tensor) -> None:
+    C.sub_(A @ B)
+
+
+def gram(total: Tensor, x: Tensor) -> None:
+    """total += x^T x for x [n, cols] of any float dtype; only the upper triangle of `total` [cols, cols] counts."""
+    total.addmm_(x.to(total.dtype).T, x.to(total.dtype))
+
 
 def quadratic_features(x: Tensor, metric: Tensor) -> Tensor:
     """x [.., d], metric [.., d, d] -> [.., d + d(d+1)/2] with (x-c)^T M (x-c) = x^T M x + features . centroid_features(c)."""
@@ -137,6 +149,21 @@ def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
     """sum_n min_k (x - c_k)^T M (x - c_k) per group: x [G, N, d], metric [G, N, d, d], centroids [G, K, d] -> float64 [G]."""
     spread = ((metric * x.unsqueeze(-2)).sum(-1) * x).sum(-1)
     return (spread + nearest(quadratic_features(x, metric), centroids)[0]).double().sum(1)
+
+
+def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
+    """The best codebook of each group: x [G, N, d], metric [M, d, d], weight [G, N], seeds [starts, G, K, d] -> [G, K, d].
+
+    Point n has the metric weight[n] * metric[n % M].  In every round (iterations, keep) all starts that are left take that
+    many steps of `em`, and the `keep` with the least loss before the last of them go on; the last round's best is the result.
+    """
+    weighted, tried = metric.repeat(x.shape[1] // len(metric), 1, 1) * weight[..., None, None], seeds
+    for iterations, keep in rounds:
+        tried = torch.stack([em(x, weighted, c, iterations - 1) for c in tried])
+        best = torch.stack([distortion(x, weighted, c) for c in tried]).argsort(dim=0, stable=True)[:keep]
+        tried = tried[best, torch.arange(len(x), device=x.device)]
+        tried = torch.stack([em(x, weighted, c, 1) for c in tried])
+    return tried[0]
 
 
 def _m_step(features: Tensor, index: Tensor, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +231,7 @@ def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Ten
 def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
     """index [rows, n], centroids [row groups, strips, K, d], strip [n], scale [rows, n] or None -> Q [rows, n d]."""
     group = torch.arange(len(index), device=index.device)[:, None] // group_rows
-    vectors = centroids[group, strip, index]
+    vectors = centroids[group, strip, index.long()]
     return (vectors if scale is None else vectors * scale.unsqueeze(-1)).reshape(len(index), -1)
 
 
@@ -227,13 +254,13 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
     """
     n, d = roots.shape[:2]
     start, W, E = W, W.clone(), torch.empty_like(W)
-    index = torch.empty(len(W), n, dtype=torch.long, device=W.device)
+    index = torch.empty(len(W), n, dtype=torch.uint8, device=W.device)
     group = torch.arange(len(W), device=W.device) // group_rows
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         x = W[:, at] if scale is None else (start if stale else W)[:, at] / scale[:, i, None]
         index[:, i] = assign(x, roots[i] @ roots[i].T, centroids[:, s], group_rows)
-        q = centroids[group, s, index[:, i]]
+        q = centroids[group, s, index[:, i].long()]
         E[:, at] = (W[:, at] - (q if scale is None else q * scale[:, i, None])) @ roots[i]
         W[:, at.stop:] -= E[:, at] @ U[at, at.stop:]
     return index, E
@@ -253,10 +280,10 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         size = 1 if scale is None else scale[:, i, None]
-        q = centroids[group, s, index[:, i]] * size
+        q = centroids[group, s, index[:, i].long()] * size
         target = q + solve_small(H[at, at].expand(len(R), d, d), R[:, at])
         index[:, i] = assign(target / size, H[at, at], centroids[:, s], group_rows)
-        change[:, at] = centroids[group, s, index[:, i]] * size - q
+        change[:, at] = centroids[group, s, index[:, i].long()] * size - q
         R -= change[:, at] @ H[at]
     return index, change
 
