@@ -123,7 +123,8 @@ def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block
     spec, d = problem.spec, problem.spec.dim
     index = index.clone()
     # A dead input would make H_PP singular; its weights then simply follow their neighbours in the vector.
-    H = problem.H + 1e-6 * problem.H.diagonal().mean() * torch.eye(len(problem.H), dtype=problem.H.dtype, device=index.device)
+    H = problem.H.clone()
+    H.diagonal().add_(1e-6 * problem.H.diagonal().mean())
     R = ops.matmul(problem.W - problem.decode(index, centroids), H)
     for first in range(0, spec.vectors, block_cols // d):
         at = slice(first, min(first + block_cols // d, spec.vectors))
