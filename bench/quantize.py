@@ -27,7 +27,8 @@ EXAMPLE = """examples:
   python -m bench.quantize --shape 4096x4096 --preset 2d-3.125
 
 Seconds are those of the quantizer: the Hessians' products of the inputs and the solver, without the model's forward passes.  The
-column "whole model" takes the measured blocks for all of them; with --all it is what was measured."""
+column "whole model" takes the measured blocks for all of them; with --all it is what was measured.  "all threads": their processor
+time together, for the whole model."""
 # A stage's seconds are those inside its functions, without those of the stages that they call.
 STAGES = ((Hessian, "add", "Hessian products"), (solver, "_problem", "Hessian matrix"), (Hessian, "factor", "factor"),
           (codebook, "seed", "seeds"), (codebook, "draw", "seeds"), (solver, "fit_strip", "EM"), (solver, "column_pass", "column passes"),
@@ -36,11 +37,11 @@ STAGES = ((Hessian, "add", "Hessian products"), (solver, "_problem", "Hessian ma
 
 
 class Stages:
-    """Seconds of every stage while it is entered."""
+    """Seconds of every stage while it is entered, and those of all its threads' work, which other programs disturb less."""
 
     def __init__(self):
-        self.seconds = {stage: 0.0 for _, _, stage in STAGES}
-        self._inner: list[float] = []               # seconds of the stages called by each one that runs
+        self.seconds, self.cpu_seconds = ({stage: 0.0 for _, _, stage in STAGES} for _ in range(2))
+        self._inner: list[list[float]] = []         # both, of the stages called by each one that runs
 
     def __enter__(self) -> Stages:
         self._functions = [(owner, name, getattr(owner, name)) for owner, name, _ in STAGES]
@@ -55,15 +56,17 @@ class Stages:
     def _timed(self, function, stage: str):
         @functools.wraps(function)
         def timed(*args, **kwargs):
-            self._inner.append(0.0)
-            began = time.perf_counter()
+            self._inner.append([0.0, 0.0])
+            began = time.perf_counter(), time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds = time.perf_counter() - began
-                self.seconds[stage] += seconds - self._inner.pop()
-                if self._inner:
-                    self._inner[-1] += seconds
+                ended = time.perf_counter(), time.process_time()
+                inner = self._inner.pop()
+                for i, total in enumerate((self.seconds, self.cpu_seconds)):
+                    total[stage] += ended[i] - began[i] - inner[i]
+                    if self._inner:
+                        self._inner[-1][i] += ended[i] - began[i]
         return timed
 
 
@@ -83,9 +86,11 @@ def main(argv: list[str] | None = None) -> None:
                 runner.log(f"{layer.name:<34} error {100 * record.error:.3f} %, {record.seconds:.2f} s")
         same = {"preset": args.preset, "format": " ".join(layers.describe_format(specs[found[0].name]).split()[:2]), "device": "cpu",
                 "threads": torch.get_num_threads()}
-        whole = sum(stages.seconds.values())
+        whole, work = sum(stages.seconds.values()), sum(stages.cpu_seconds.values())
         results.add([{"operation": "quantize", "method": "native", **same, "shape": args.shape, "layers": len(found), "stage": stage,
-                      "seconds": seconds, "model_seconds": None if args.shape else seconds / share, "share": seconds / whole}
+                      "seconds": seconds, "cpu_seconds": stages.cpu_seconds.get(stage, work), "share": seconds / whole,
+                      "model_seconds": None if args.shape else seconds / share,
+                      "model_cpu_seconds": None if args.shape else stages.cpu_seconds.get(stage, work) / share}
                      for stage, seconds in (*stages.seconds.items(), ("all", whole))])
         smallest = min(found, key=lambda layer: layer.weight.numel())
         results.add(_compared(smallest, specs[smallest.name], config.recipe, same, args.repeats))
@@ -171,7 +176,7 @@ def show(rows: list[dict]) -> str:
     stages, solves = ([row for row in rows if row["operation"] == kind] for kind in ("quantize", "solve"))
     return runner.table(stages, {
         "stage": lambda r: r["stage"], "seconds": lambda r: f"{r['seconds']:.2f}", "share": lambda r: f"{r['share']:.0%}",
-        "whole model": lambda r: f"{r['model_seconds']:.1f} s", "layers": lambda r: r["layers"], "preset": lambda r: r["preset"],
+        "whole model": lambda r: f"{r['model_seconds']:.1f} s", "all threads": lambda r: f"{r['model_cpu_seconds']:.1f} s", "layers": lambda r: r["layers"], "preset": lambda r: r["preset"],
         "threads": lambda r: r["threads"]}) + "\n\n" + runner.table(solves, {
             "layer": lambda r: r["layer"], "shape": lambda r: f"{r['shape'][0]}x{r['shape'][1]}", "method": lambda r: r["method"],
             "format": lambda r: r["format"], "threads": lambda r: r["threads"], "seconds": lambda r: f"{r['median_seconds']:.3f}",

@@ -61,7 +61,8 @@ void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, cons
 }
 
 void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_arg, const Arg& strip_arg,
-                     const std::optional<Arg>& scale_arg, std::int64_t group_rows, const Arg& index_arg, const Arg& change_arg, int threads) {
+                     const std::optional<Arg>& scale_arg, std::int64_t group_rows, const Arg& index_arg, const Arg& change_arg,
+                     int threads) {
   const TensorArg R = tensor(R_arg), H = tensor(H_arg), index = tensor(index_arg), change = tensor(change_arg);
   const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
   R.require("R", "float32", {c.rows, c.n * c.d});

@@ -17,8 +17,8 @@ _LEAF = 96                          # rows that are factorized at once
 class Hessian:
     """H = (2 / n) sum_t x_t x_t^T over n tokens x_t of a layer's [.., cols] inputs; layers with one input share one.
 
-    Sums are float32 on `device`.  Batches with non-finite values are left out and counted; `matrix` raises
-    NumericalError when they make up more than 1 % of the tokens.
+    `sum` is float32 on `device`; only its upper triangle counts.  Batches with non-finite values are left out and counted;
+    `matrix` raises NumericalError when they make up more than 1 % of the tokens.
     """
 
     def __init__(self, cols: int, device: torch.device | str | None = None):
@@ -38,7 +38,7 @@ class Hessian:
     def add(self, x: Tensor) -> None:
         """x [.., cols] inputs of any float dtype."""
         x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device)
-        if not math.isfinite(float(x.sum(dtype=torch.float32))):       # a NaN or inf survives the sum, which costs a tenth of isfinite
+        if not math.isfinite(float(x.sum(dtype=torch.float32))):    # a NaN or inf survives the sum, a tenth of isfinite's cost
             self.dropped += x.shape[0]
             return
         self.tokens += x.shape[0]

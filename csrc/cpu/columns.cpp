@@ -228,7 +228,8 @@ void decode_row(const Columns& c, int64_t row, const int64_t* at, const std::uin
 }
 
 template <int F>            // f values per vector, known to the compiler where F > 0
-void collect_row(const Columns& c, int64_t row, int64_t f, const int64_t* at, const std::uint8_t* index, const float* values, double* books) {
+void collect_row(const Columns& c, int64_t row, int64_t f, const int64_t* at, const std::uint8_t* index, const float* values,
+                 double* books) {
   const int64_t count = F > 0 ? F : f;
   index += row * c.n;
   values += row * c.n * count;

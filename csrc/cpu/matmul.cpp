@@ -27,7 +27,7 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t kDepth = 192;      // steps of k per tile visit: a panel of B of 48 columns takes 36 KiB
-constexpr int64_t kChunk = 96;       // rows of A per part
+constexpr int64_t kChunk = 96;       // rows of A per part, a multiple of every tile's
 constexpr int64_t kMost = 2048;      // steps of k packed at a time
 
 // C tile [MR, NV * L] = or += a [k][MR] * b [k][NV * L].
@@ -194,7 +194,8 @@ void matmul(const Product& whole, const Matrix& A, const Matrix& B, float* C, in
       if (panel < row_panels)
         packed(A, row * A.row + first * A.col, A.row, A.col, std::min(kernel.rows, p.m - row), kernel.rows, p.sign, left.data() + row * p.k);
       else
-        packed(B, col * B.col + first * B.row, B.col, B.row, std::min(kernel.cols, p.n - col), kernel.cols, 1.f, right.data() + col * p.k);
+        packed(B, col * B.col + first * B.row, B.col, B.row, std::min(kernel.cols, p.n - col), kernel.cols, 1.f,
+               right.data() + col * p.k);
     });
     parallel_for(chunks * col_panels, threads, [&](int64_t part) {
       const int64_t row = part / col_panels * kChunk, col = part % col_panels * kernel.cols;
