@@ -176,7 +176,8 @@ def show(rows: list[dict]) -> str:
     stages, solves = ([row for row in rows if row["operation"] == kind] for kind in ("quantize", "solve"))
     return runner.table(stages, {
         "stage": lambda r: r["stage"], "seconds": lambda r: f"{r['seconds']:.2f}", "share": lambda r: f"{r['share']:.0%}",
-        "whole model": lambda r: f"{r['model_seconds']:.1f} s", "all threads": lambda r: f"{r['model_cpu_seconds']:.1f} s", "layers": lambda r: r["layers"], "preset": lambda r: r["preset"],
+        "whole model": lambda r: f"{r['model_seconds']:.1f} s", "all threads": lambda r: f"{r['model_cpu_seconds']:.1f} s",
+        "layers": lambda r: r["layers"], "preset": lambda r: r["preset"],
         "threads": lambda r: r["threads"]}) + "\n\n" + runner.table(solves, {
             "layer": lambda r: r["layer"], "shape": lambda r: f"{r['shape'][0]}x{r['shape'][1]}", "method": lambda r: r["method"],
             "format": lambda r: r["format"], "threads": lambda r: r["threads"], "seconds": lambda r: f"{r['median_seconds']:.3f}",

@@ -192,7 +192,8 @@ void matmul(const Product& whole, const Matrix& A, const Matrix& B, float* C, in
     parallel_for(row_panels + col_panels, threads, [&](int64_t panel) {
       const int64_t row = panel * kernel.rows, col = (panel - row_panels) * kernel.cols;
       if (panel < row_panels)
-        packed(A, row * A.row + first * A.col, A.row, A.col, std::min(kernel.rows, p.m - row), kernel.rows, p.sign, left.data() + row * p.k);
+        packed(A, row * A.row + first * A.col, A.row, A.col, std::min(kernel.rows, p.m - row), kernel.rows, p.sign,
+               left.data() + row * p.k);
       else
         packed(B, col * B.col + first * B.row, B.col, B.row, std::min(kernel.cols, p.n - col), kernel.cols, 1.f,
                right.data() + col * p.k);
