@@ -43,6 +43,7 @@ else
     done
 fi
 step dequantize "$python" -m bench.dequantize --json "$out/dequantize.json"
+step quantize "$python" -m bench.quantize --json "$out/quantize.json"
 if [ -n "${CALIBRATION:-}" ] && [ -n "${TEXT:-}" ]; then
     model=()
     [ -z "${MODEL:-}" ] || model=(--model "$MODEL")

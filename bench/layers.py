@@ -26,7 +26,7 @@ SIDES = ("calibration", "heldout")
 
 @dataclass
 class Layer:
-    """One linear of the dense model: weight [rows, cols] float32, and a Hessian of its inputs for each of SIDES."""
+    """One linear of the dense model: weight [rows, cols] float32, and a Hessian of its inputs for each text."""
 
     name: str
     weight: Tensor
@@ -47,9 +47,9 @@ def collect(model: nn.Module, tokens: dict[str, Tensor], blocks: list[int], patt
             device: torch.device) -> list[Layer]:
     """The linears of `blocks` whose last name matches one of `patterns`, in model order.
 
-    `tokens` holds ids [samples, n] for each of SIDES; their Hessians are those of the dense model's inputs.
+    `tokens` holds ids [samples, n] for some of SIDES; their Hessians are those of the dense model's inputs.
     """
-    found = find_blocks(model, tokens[SIDES[0]][:1])
+    found = find_blocks(model, next(iter(tokens.values()))[:1])
     if max(blocks) >= len(found):
         raise ConfigError(f"--blocks: got {max(blocks)}, the model has the blocks 0 to {len(found) - 1}")
     wanted = {name: linear for b in sorted(set(blocks)) for name, linear in linears(found[b].module, found[b].name).items()
@@ -62,7 +62,7 @@ def collect(model: nn.Module, tokens: dict[str, Tensor], blocks: list[int], patt
         raise _Enough
 
     collected = {}
-    for side in SIDES:
+    for side in tokens:
         began = time.perf_counter()
         handle = found[max(blocks)].module.register_forward_hook(enough)
         try:
@@ -77,7 +77,7 @@ def collect(model: nn.Module, tokens: dict[str, Tensor], blocks: list[int], patt
             handle.remove()
         collected[side] = {name: collector.hessian(name) for name in wanted}
         log(f"Hessians of {len(wanted)} layers, {side}: {tokens[side].numel():,} tokens, {time.perf_counter() - began:.0f} s")
-    return [Layer(name, dense_weight(linear).to(device, torch.float32, copy=True), {side: collected[side][name] for side in SIDES})
+    return [Layer(name, dense_weight(linear).to(device, torch.float32, copy=True), {side: collected[side][name] for side in tokens})
             for name, linear in wanted.items()]
 
 

@@ -15,8 +15,9 @@
 
 namespace gptvq {
 
-using Arg = std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>;  // address, dtype, shape, strides
-using SpecArg = std::array<std::int64_t, 7>;                                                                // the fields of Spec, in order
+using Dims = std::vector<std::int64_t>;
+using Arg = std::tuple<std::uintptr_t, std::string, Dims, Dims>;    // address, dtype, shape, strides
+using SpecArg = std::array<std::int64_t, 7>;                        // the fields of Spec, in order
 
 inline TensorArg tensor(const Arg& a) { return {std::get<0>(a), std::get<1>(a), std::get<2>(a), std::get<3>(a)}; }
 
@@ -59,5 +60,6 @@ inline Packed checked_weight(const Arg& idx_arg, const Arg& cb_arg, const Arg& g
 }
 
 void bind_linear(pybind11::module_& m);
+void bind_quantize(pybind11::module_& m);
 
 }  // namespace gptvq

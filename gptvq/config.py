@@ -33,7 +33,7 @@ class Recipe:
     em_starts: int = 8              # seedings tried for each codebook
     passes: int = 3                 # full quantisation passes; codebooks are fixed after the first
     sweeps: int = 2                 # coordinate-descent sweeps over all indices
-    cg_iterations: int = 10         # of each codebook update
+    cg_iterations: int = 4          # of each codebook update
     block_cols: int = 128           # lazy-update block
     dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
 

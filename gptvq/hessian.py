@@ -7,21 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import NumericalError
 
 DAMP_STEPS = (1, 2, 5, 10, 100)     # repair ladder: multiples of the asked damping
+_LEAF = 96                          # rows that are factorized at once
 
 
 class Hessian:
     """H = (2 / n) sum_t x_t x_t^T over n tokens x_t of a layer's [.., cols] inputs; layers with one input share one.
 
-    Sums are float32 on `device`.  Batches with non-finite values are left out and counted; `matrix` raises
-    NumericalError when they make up more than 1 % of the tokens.
+    `sum` is float32 on `device`; only its upper triangle counts.  Batches with non-finite values are left out and counted;
+    `matrix` raises NumericalError when they make up more than 1 % of the tokens.
     """
 
     def __init__(self, cols: int, device: torch.device | str | None = None):
         self.sum = torch.zeros(cols, cols, dtype=torch.float32, device=device)
         self.tokens = self.dropped = 0
+        self._matrix: Tensor | None = None
         self._factors: dict[tuple, HessianFactor] = {}
 
     @classmethod
@@ -34,20 +37,24 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """x [.., cols] inputs of any float dtype."""
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device, torch.float32)
-        if not math.isfinite(float(x.sum())):       # a NaN or inf survives the sum, which costs a tenth of isfinite
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device)
+        if not math.isfinite(float(x.sum(dtype=torch.float32))):    # a NaN or inf survives the sum, a tenth of isfinite's cost
             self.dropped += x.shape[0]
             return
         self.tokens += x.shape[0]
-        self.sum.addmm_(x.T, x)
+        ops.gram(self.sum, x)
+        self._matrix = None
         self._factors.clear()
 
     def matrix(self) -> Tensor:
-        """H [cols, cols] float32; zeros where no token was seen."""
+        """H [cols, cols] float32, to be read only; zeros where no token was seen."""
         if self.dropped > 0.01 * (self.tokens + self.dropped):
             raise NumericalError(f"{self.dropped} of {self.tokens + self.dropped} calibration tokens gave non-finite activations; "
                                  "at most 1 % may be dropped. Check the model's dtype (try dtype=float32) and the text")
-        return checked(self.sum * (2 / max(self.tokens, 1)))
+        if self._matrix is None:
+            upper = self.sum.triu() * (2 / max(self.tokens, 1))
+            self._matrix = checked(upper + upper.triu(1).T)
+        return self._matrix
 
     def factor(self, key: tuple, columns: Tensor, damp: float, dtype: torch.dtype) -> HessianFactor:
         """The factor for the padded column order `columns`, cached under `key` for the layers that share this Hessian."""
@@ -91,16 +98,15 @@ def factorize(matrix: Tensor, damp: float, dtype: torch.dtype = torch.float32) -
     mean = diag.clamp_min(0).mean()
     if not mean > 0:
         return HessianFactor(torch.eye(len(matrix), dtype=dtype, device=matrix.device), damp, "no calibration data: unweighted")
-    scaled = matrix.double() / mean     # U scales by mean^-1/2; working near 1 makes the ladder independent of H's units
-    eye = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
     attempts = [(1, dtype), (1, torch.float64)] if dtype != torch.float64 else [(1, torch.float64)]
     attempts += [(step, torch.float64) for step in DAMP_STEPS[1:]]
     for step, precision in attempts:
-        damped = (scaled + damp * step * eye).to(precision)
+        damped = matrix.to(precision) / mean        # U scales by mean^-1/2; near 1 the ladder does not depend on H's units
+        damped.diagonal().add_(damp * step)
         U = _inverse_upper(damped)
         if U is not None:
             repair = "" if (step, precision) == attempts[0] else "float64" if step == 1 else f"damping x {step}"
-            return HessianFactor((U.double() / mean.sqrt()).to(dtype), damp * step, repair)
+            return HessianFactor((U / mean.sqrt()).to(dtype), damp * step, repair)
     diagonal = torch.diag(((diag.clamp_min(0) / mean) + damp).rsqrt() / mean.sqrt())
     return HessianFactor(diagonal.to(dtype), damp, "diagonal only")
 
@@ -108,12 +114,32 @@ def factorize(matrix: Tensor, damp: float, dtype: torch.dtype = torch.float32) -
 def _inverse_upper(A: Tensor) -> Tensor | None:
     """Upper U with U^T U = A^-1, or None where A is not positive definite enough for its precision.
 
-    With J the reversal and J A J = L L^T, U = J L^-1 J: one factorization and one triangular inverse, no A^-1.
+    With J the reversal and J A J = L L^T, U = J L^-1 J: no A^-1.
     """
-    L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
-    if int(info) != 0:
+    root = _inverse_lower(A.flip(0, 1))
+    if root is None:
         return None
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
+    U = root.flip(0, 1)
     probe = A @ (U.T @ (U @ torch.ones(len(A), 1, dtype=A.dtype, device=A.device)))
     return U if bool(torch.isfinite(U).all()) and float((probe - 1).abs().max()) < 1e-2 else None
+
+
+def _inverse_lower(A: Tensor) -> Tensor | None:
+    """L^-1 of A = L L^T, by halves, so that nearly all of it is products; None where A is not positive definite."""
+    if len(A) <= _LEAF:
+        L, info = torch.linalg.cholesky_ex(A)
+        eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
+        return None if int(info) else torch.linalg.solve_triangular(L, eye, upper=False)
+    half = len(A) // 2
+    first = _inverse_lower(A[:half, :half])
+    if first is None:
+        return None
+    below, rest = ops.matmul(A[half:, :half], first.T), A[half:, half:].clone()
+    ops.submatmul(rest, below, below.T)
+    second = _inverse_lower(rest)
+    if second is None:
+        return None
+    root = torch.zeros_like(A)
+    root[:half, :half], root[half:, half:] = first, second
+    ops.submatmul(root[half:, :half], second, ops.matmul(below, first))
+    return root

@@ -72,14 +72,24 @@ def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, ta
     return torch.ops.gptvq.linear(x, idx, cb, gs, sc, table, bias, list(spec.to_dict().values()), activations)
 
 
-def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    """Weighted k-means of many groups; see backends.reference.em."""
-    return backend(x.device).em(x, metric, centroids, iterations)
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    """A [m, k] @ B [k, n]; on the CPU in float32 with the same bits for any number of threads."""
+    return backend(A.device).matmul(A, B)
 
 
-def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
-    """Loss of each group's codebook; see backends.reference.distortion."""
-    return backend(x.device).distortion(x, metric, centroids)
+def submatmul(C: Tensor, A: Tensor, B: Tensor) -> None:
+    """C [m, n] -= A [m, k] @ B [k, n], in place; see `matmul`."""
+    backend(C.device).submatmul(C, A, B)
+
+
+def gram(total: Tensor, x: Tensor) -> None:
+    """The upper triangle of `total` [cols, cols] += that of x^T x, x [n, cols]; see backends.reference.gram."""
+    backend(total.device).gram(total, x)
+
+
+def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
+    """Weighted k-means of many groups from several starts; see backends.reference.fit."""
+    return backend(x.device).fit(x, metric, weight, seeds, rounds)
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,

@@ -12,7 +12,7 @@ from .spec import QuantSpec
 class Problem:
     """Weights W [rows, n] and Hessian H [n, n] of a layer, n = vectors * dim (columns past the layer's are zero).
 
-    An `index` is [rows, vectors] long, `centroids` [row groups, strips, K, d], both in natural column order.
+    An `index` is [rows, vectors] uint8, `centroids` [row groups, strips, K, d], both in natural column order.
     Block scales live here because every decode needs them: `scale` is [rows, vectors] or None.
     """
 
@@ -52,7 +52,7 @@ class Problem:
 
     def gradient(self, index: Tensor, residual: Tensor) -> Tensor:
         """Half the descent direction of the loss in the centroids, collect((W - Q) H s), as float64 [.., K, d]."""
-        pull = (residual @ self.H).view(self.spec.rows, self.spec.vectors, self.spec.dim)
+        pull = ops.matmul(residual, self.H).view(self.spec.rows, self.spec.vectors, self.spec.dim)
         return self.collect(index, pull if self.scale is None else pull * self.scale.unsqueeze(-1))
 
     def curvature(self, index: Tensor) -> Tensor:
@@ -70,4 +70,4 @@ class Problem:
 
 def weight_loss(W: Tensor, H: Tensor) -> Tensor:
     """tr(W H W^T) as a float64 scalar."""
-    return ((W @ H) * W).sum(dtype=torch.float64)
+    return (ops.matmul(W, H).double() * W).sum(1).sum()         # row by row: the same for any number of threads

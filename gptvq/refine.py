@@ -57,7 +57,7 @@ def update_codebook(problem: Problem, index: Tensor, centroids: Tensor, iteratio
     return x.to(centroids.dtype)
 
 
-def svd_codebook(problem: Problem, index: Tensor, centroids: Tensor, iterations: int, rounds: int = 2) -> tuple[Tensor, Codebooks]:
+def svd_codebook(problem: Problem, index: Tensor, centroids: Tensor, iterations: int = 10, rounds: int = 2) -> tuple[Tensor, Codebooks]:
     """1D codebooks as int8 U [groups, rank] times fp16 V [rank, K] -> (remapped index, codebooks).
 
     Each codebook is sorted ascending so that all are alike, the stack is cut to `svd_rank` by SVD, and both factors are
@@ -66,7 +66,7 @@ def svd_codebook(problem: Problem, index: Tensor, centroids: Tensor, iterations:
     spec = problem.spec
     order = centroids[..., 0].argsort(dim=2, stable=True)
     rank_of = torch.empty_like(order).scatter_(2, order, torch.arange(spec.codewords, device=order.device).expand_as(order))
-    index = rank_of[problem.group[:, None], problem.strip, index]
+    index = rank_of[problem.group[:, None], problem.strip, index.long()].to(torch.uint8)
     table = centroids[..., 0].gather(2, order).double()
     gs = codebook.table_scale(table.abs().amax(2))
     scale = gs.double().unsqueeze(-1)
@@ -123,13 +123,14 @@ def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block
     spec, d = problem.spec, problem.spec.dim
     index = index.clone()
     # A dead input would make H_PP singular; its weights then simply follow their neighbours in the vector.
-    H = problem.H + 1e-6 * problem.H.diagonal().mean() * torch.eye(len(problem.H), dtype=problem.H.dtype, device=index.device)
-    R = (problem.W - problem.decode(index, centroids)) @ H
+    H = problem.H.clone()
+    H.diagonal().add_(1e-6 * problem.H.diagonal().mean())
+    R = ops.matmul(problem.W - problem.decode(index, centroids), H)
     for first in range(0, spec.vectors, block_cols // d):
         at = slice(first, min(first + block_cols // d, spec.vectors))
         cols = slice(at.start * d, at.stop * d)
         scale = None if problem.scale is None else problem.scale[:, at]
         index[:, at], change = ops.descent_block(
             R[:, cols], H[cols, cols], index[:, at], centroids, problem.strip[at], scale, spec.group_rows)
-        R -= change @ H[cols]
+        ops.submatmul(R, change, H[cols])
     return index

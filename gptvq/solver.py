@@ -100,7 +100,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     if not math.isfinite(best.error):
         raise NumericalError(f"{name}: the layer error is not finite; check the weights' range ({float(weight.abs().max()):.3g}) "
                              "and the calibration activations, or use dtype float64")
-    vq = VQWeight.from_parts(spec, best.index.to(torch.uint8), best.codebooks.tables, best.codebooks.gs,
+    vq = VQWeight.from_parts(spec, best.index, best.codebooks.tables, best.codebooks.gs,
                              *((problem.scale_codes, problem.sz) if spec.scale_block else ()))
     digest = hashlib.sha256()
     for buffer in vq.buffers.values():
@@ -152,7 +152,7 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
             for strip in range(spec.strips):
                 fit_strip(problem, centroids, strip, problem.W, natural, recipe)
     W = problem.W[:, columns]
-    index = torch.empty(spec.rows, spec.vectors, dtype=torch.long, device=W.device)
+    index = torch.empty(spec.rows, spec.vectors, dtype=torch.uint8, device=W.device)
     for first, last in _blocks(spec, recipe):
         if by_strip and first * d % spec.group_cols == 0:
             strip = first * d // spec.group_cols
@@ -164,7 +164,7 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
         index[:, at], E = ops.column_block(
             W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows,
             recipe.method == "paper")
-        W[:, cols.stop:] -= E @ factor.U[cols, cols.stop:]
+        ops.submatmul(W[:, cols.stop:], E, factor.U[cols, cols.stop:])
     return index, centroids
 
 
@@ -194,8 +194,7 @@ def fit_strip(problem: Problem, centroids: Tensor, strip: int, W: Tensor, metric
     missing = spec.row_groups * spec.group_rows - spec.rows          # a last shorter group is filled with points of weight 0
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).reshape(spec.row_groups, -1, d)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)).reshape(spec.row_groups, -1)
-    metric = metric[at].repeat(spec.group_rows, 1, 1)
-    centroids[:, strip] = codebook.fit(x, metric, weight, spec.codewords, recipe.em_iterations, recipe.em_starts)
+    centroids[:, strip] = codebook.fit(x, metric[at], weight, spec.codewords, recipe.em_iterations, recipe.em_starts)
 
 
 def _blocks(spec: QuantSpec, recipe: Recipe) -> list[tuple[int, int]]:
@@ -213,7 +212,7 @@ def _refit(problem: Problem, index: Tensor, centroids: Tensor, recipe: Recipe) -
     else:
         centroids = update_codebook(problem, index, centroids, recipe.cg_iterations)
     if problem.spec.svd_rank:
-        return svd_codebook(problem, index, centroids, recipe.cg_iterations)
+        return svd_codebook(problem, index, centroids)
     return index, codebook.compress(centroids)
 
 

@@ -5,15 +5,13 @@
 
 #include "common/parallel.h"
 #include "cpu/float16.h"
-#include "cpu/per_isa.h"
+#include "cpu/simd.h"
 
 namespace gptvq {
 namespace {
 
-constexpr int kLanes = 16;
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-
-GPTVQ_PER_ISA double dot(const float* w, const float* x, std::int64_t count) {
+// The sum of w [i] x [i].
+GPTVQ_INLINE void product(const float* w, const float* x, std::int64_t count, double* out) {
   Vec sum = {};
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -22,11 +20,12 @@ GPTVQ_PER_ISA double dot(const float* w, const float* x, std::int64_t count) {
     __builtin_memcpy(&b, x + i, sizeof b);
     sum += a * b;
   }
-  double total = 0;
-  for (int l = 0; l < kLanes; ++l) total += static_cast<double>(sum[l]);
-  for (; i < count; ++i) total += static_cast<double>(w[i]) * static_cast<double>(x[i]);
-  return total;
+  *out = 0;
+  for (int l = 0; l < kLanes; ++l) *out += static_cast<double>(sum[l]);
+  for (; i < count; ++i) *out += static_cast<double>(w[i]) * static_cast<double>(x[i]);
 }
+
+GPTVQ_PER_ISA(dot, (const float* w, const float* x, std::int64_t count, double* out), product(w, x, count, out))
 
 void put(void* y, OutType type, std::int64_t at, float value) {
   switch (type) {
@@ -46,7 +45,8 @@ void linear_exact(const Packed& weight, const Spec& spec, const float* bias, con
     dequantize_tile(weight, rows.data(), spec, tile);
     for (std::int64_t row = tile * Spec::tile_rows; row < std::min(spec.rows, (tile + 1) * Spec::tile_rows); ++row)
       for (std::int64_t t = 0; t < tokens; ++t) {
-        const double sum = dot(rows.data() + row % Spec::tile_rows * spec.cols, x + t * spec.cols, spec.cols);
+        double sum;
+        dot(rows.data() + row % Spec::tile_rows * spec.cols, x + t * spec.cols, spec.cols, &sum);
         put(y, type, t * spec.rows + row, static_cast<float>(sum + (bias ? static_cast<double>(bias[row]) : 0.0)));
       }
   });

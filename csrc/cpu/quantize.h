@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace gptvq {
 
@@ -13,20 +14,30 @@ struct Columns {
 };
 
 // gptvq.backends.reference.column_block: W [rows, n d], U [n d, n d], roots [n, d, d] -> index [rows, n], E [rows, n d].
-void column_block(const Columns& c, const float* W, const float* U, const float* roots, std::int64_t* index, float* E, int threads);
+void column_block(const Columns& c, const float* W, const float* U, const float* roots, std::uint8_t* index, float* E, int threads);
 
 // gptvq.backends.reference.descent_block: R [rows, n d], H [n d, n d], index [rows, n] in and out -> change [rows, n d].
-void descent_block(const Columns& c, const float* R, const float* H, std::int64_t* index, float* change, int threads);
-
-// gptvq.backends.reference.em for d = 2 and 4: x [groups, points, d], metric [groups, points, d, d], centroids
-// [groups, k, d] seeds in, result out.  `loss`, if not null, gets the distortion of the result [groups].
-void em(const float* x, const float* metric, float* centroids, double* loss, std::int64_t groups, std::int64_t points, std::int64_t k,
-        std::int64_t d, std::int64_t iterations, int threads);
+void descent_block(const Columns& c, const float* R, const float* H, std::uint8_t* index, float* change, int threads);
 
 // gptvq.backends.reference.decode: index [rows, n] -> Q [rows, n d].
-void decode(const Columns& c, const std::int64_t* index, float* Q, int threads);
+void decode(const Columns& c, const std::uint8_t* index, float* Q, int threads);
 
 // gptvq.backends.reference.collect: values [rows, n, f] -> sums [groups, strips, k, f], double; c.centroids and c.d are not read.
-void collect(const Columns& c, const std::int64_t* index, const float* values, std::int64_t f, double* sums, int threads);
+void collect(const Columns& c, const std::uint8_t* index, const float* values, std::int64_t f, double* sums, int threads);
+
+// The points of many groups that get a codebook of k centroids each.
+struct Points {
+  std::int64_t groups, points, d, k, starts, metrics;
+  const float* x;                   // [groups, points, d]
+  const float* metric;              // [metrics, d, d]; point n has the one of n % metrics
+  const float* weight;              // [groups, points], times the metric
+};
+
+struct Round {
+  std::int64_t iterations, keep;    // of every start still left; that many best ones stay
+};
+
+// gptvq.backends.reference.fit: seeds [starts, groups, k, d] -> centroids [groups, k, d].
+void fit(const Points& p, const float* seeds, const std::vector<Round>& rounds, float* centroids, int threads);
 
 }  // namespace gptvq

@@ -128,28 +128,39 @@ def _all_float32(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
 
 
-def em(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    if not _all_float32(x, metric, centroids) or x.shape[2] == 1:       # in 1D the reference's sorted form is the fast one
-        return reference.em(x, metric, centroids, iterations)
-    out = centroids.clone(memory_format=torch.contiguous_format)
-    _call(_C.em, x.contiguous(), metric.contiguous(), out, None, iterations, torch.get_num_threads())
-    return out
+def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
+    if not _all_float32(x, metric, weight, seeds):
+        return reference.fit(x, metric, weight, seeds, rounds)
+    centroids = torch.empty(seeds.shape[1:])
+    tensors = [t.contiguous() for t in (x, metric, weight, seeds)]
+    _call(_C.fit, *tensors, [tuple(r) for r in rounds], centroids, torch.get_num_threads())
+    return centroids
 
 
-def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
-    if not _all_float32(x, metric, centroids):
-        return reference.distortion(x, metric, centroids)
-    loss = torch.empty(len(x), dtype=torch.float64)
-    _call(_C.em, x.contiguous(), metric.contiguous(), centroids.clone(memory_format=torch.contiguous_format), loss, 0,
-          torch.get_num_threads())
-    return loss
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    if not _all_float32(A, B):
+        return reference.matmul(A, B)
+    C = torch.empty(A.shape[0], B.shape[1])
+    _call(_C.matmul, A, B, C, 1.0, False, False, torch.get_num_threads())
+    return C
+
+
+def submatmul(C: Tensor, A: Tensor, B: Tensor) -> None:
+    if not _all_float32(A, B, C):
+        return reference.submatmul(C, A, B)
+    _call(_C.matmul, A, B, C, -1.0, True, False, torch.get_num_threads())
+
+
+def gram(total: Tensor, x: Tensor) -> None:
+    x = x if x.dtype == torch.bfloat16 else x.float()
+    _call(_C.matmul, x.T, x, total, 1.0, True, True, torch.get_num_threads())
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
                  group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
         return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
-    index, E = torch.empty(len(W), len(roots), dtype=torch.long), torch.empty(W.shape)
+    index, E = torch.empty(len(W), len(roots), dtype=torch.uint8), torch.empty(W.shape)
     tensors = [None if t is None else t.contiguous() for t in (W, U, roots, centroids, strip, scale)]
     _call(_C.column_block, *tensors, group_rows, stale, index, E, torch.get_num_threads())
     return index, E

@@ -1,94 +1,26 @@
 """Plain PyTorch on any device: the semantics of every operator."""
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ..spec import BLOCK_COLS, TILE_ROWS, QuantSpec
+from .reference_packed import bit_map, dequantize, linear, pack_codes, prepare_linear, unpack_codes
+
+__all__ = ["bit_map", "dequantize", "linear", "pack_codes", "prepare_linear", "unpack_codes"]
 
 
-@functools.lru_cache
-def bit_map(code_bits: int, dim: int) -> Tensor:
-    """[vectors per block, code_bits, 2]: (byte within a row's bytes, bit) that holds bit t of vector v's code.
-
-    A block is 16 rows x 32 columns of indices, in 64-byte planes; byte 4 r + j of a plane belongs to row r.  A row's
-    bytes are numbered 4 plane + j here.
-    """
-    vectors = BLOCK_COLS // dim
-    place = torch.zeros(vectors, code_bits, 2, dtype=torch.long)
-    for v in range(vectors):
-        for t in range(code_bits):
-            if code_bits == 8:                       # one byte per vector
-                byte, bit = v, t
-            elif code_bits == 4:                     # plane of 8: low nibbles, then high nibbles
-                byte, bit = 4 * (v // 8) + v % 4, 4 * (v // 4 % 2) + t
-            elif code_bits == 2:                     # plane of 16: four fields of two bits
-                byte, bit = 4 * (v // 16) + v % 4, 2 * (v // 4 % 4) + t
-            elif code_bits == 6:                     # three planes of four; their top bits hold the last four, high bits first
-                byte, bit = (v, t) if v < 12 else (4 * (2 - t // 2) + v % 4, 6 + t % 2)
-            elif v < 24:                             # 3 bits: two fields in each of three planes
-                byte, bit = 4 * (v // 8) + v % 4, 3 * (v // 4 % 2) + t
-            else:                                    # columns 24.. in the top bits of A, 28.. of B, their third bit in C
-                half = v // 4 - 6
-                byte, bit = (4 * half + v % 4, 6 + t) if t < 2 else (8 + v % 4, 6 + half)
-            place[v, t, 0], place[v, t, 1] = byte, bit
-    return place
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    return A @ B
 
 
-def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
-    place = bit_map(spec.code_bits, spec.dim)
-    per_block, row_bytes = place.shape[0], spec.block_bytes // TILE_ROWS
-    padded = codes.new_zeros(spec.tiles * TILE_ROWS, spec.blocks * per_block)
-    padded[: spec.rows, : spec.vectors] = codes
-    padded = padded.view(spec.tiles, TILE_ROWS, spec.blocks, per_block)
-    out = codes.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, row_bytes)
-    for v in range(per_block):
-        for t, (byte, bit) in enumerate(place[v].tolist()):
-            out[..., byte] |= (padded[..., v] >> t & 1) << bit
-    # [tile, row, block, plane, j] -> [tile, block, plane, row, j]
-    return out.view(spec.tiles, TILE_ROWS, spec.blocks, -1, 4).permute(0, 2, 3, 1, 4).reshape(spec.tiles, spec.blocks, -1)
+def submatmul(C: Tensor, A: Tensor, B: Tensor) -> None:
+    C.sub_(A @ B)
 
 
-def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
-    place = bit_map(spec.code_bits, spec.dim)
-    rows = idx.view(spec.tiles, spec.blocks, -1, TILE_ROWS, 4).permute(0, 3, 1, 2, 4).reshape(spec.tiles, TILE_ROWS, spec.blocks, -1)
-    out = idx.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, place.shape[0])
-    for v in range(place.shape[0]):
-        for t, (byte, bit) in enumerate(place[v].tolist()):
-            out[..., v] |= (rows[..., byte] >> bit & 1) << t
-    return out.view(spec.tiles * TILE_ROWS, -1)[: spec.rows, : spec.vectors].contiguous()
+def gram(total: Tensor, x: Tensor) -> None:
+    """total += x^T x for x [n, cols] of any float dtype; only the upper triangle of `total` [cols, cols] counts."""
+    total.addmm_(x.to(total.dtype).T, x.to(total.dtype))
 
-
-def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
-               dtype: torch.dtype) -> Tensor:
-    codes = unpack_codes(idx, spec).long()
-    row = torch.arange(spec.rows, device=idx.device)[:, None] // spec.group_rows
-    col = torch.arange(spec.vectors, device=idx.device)[None] * spec.dim // spec.group_cols
-    scale = gs.float()[row, col]
-    weight = torch.stack([cb[row, col, i, codes].float() * scale for i in range(spec.dim)], -1)
-    weight = weight.view(spec.rows, -1)[:, : spec.cols]
-    if sc is not None:
-        from_col = torch.arange(spec.cols, device=idx.device) // spec.scale_block
-        byte = sc.permute(0, 2, 1).reshape(spec.tiles * TILE_ROWS, -1)[: spec.rows][:, from_col // 2]
-        code = torch.where(from_col % 2 == 0, byte & 15, byte >> 4).long()
-        weight = weight * table[from_col, code]
-    return weight.to(dtype)
-
-
-def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
-           spec: QuantSpec, activations: str) -> Tensor:
-    """x [.., cols] -> [.., rows] with the dequantized weight in x's dtype, whatever `activations` says."""
-    weight = dequantize(idx, cb, gs, sc, table, spec, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-def prepare_linear(*weight):
-    return lambda x, activations: linear(x, *weight, activations)
-
-
-# ---- quantization
 
 def quadratic_features(x: Tensor, metric: Tensor) -> Tensor:
     """x [.., d], metric [.., d, d] -> [.., d + d(d+1)/2] with (x-c)^T M (x-c) = x^T M x + features . centroid_features(c)."""
@@ -148,6 +80,21 @@ def distortion(x: Tensor, metric: Tensor, centroids: Tensor) -> Tensor:
     """sum_n min_k (x - c_k)^T M (x - c_k) per group: x [G, N, d], metric [G, N, d, d], centroids [G, K, d] -> float64 [G]."""
     spread = ((metric * x.unsqueeze(-2)).sum(-1) * x).sum(-1)
     return (spread + nearest(quadratic_features(x, metric), centroids)[0]).double().sum(1)
+
+
+def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
+    """The best codebook of each group: x [G, N, d], metric [M, d, d], weight [G, N], seeds [starts, G, K, d] -> [G, K, d].
+
+    Point n has the metric weight[n] * metric[n % M].  In every round (iterations, keep) all starts that are left take that
+    many steps of `em`, and the `keep` with the least loss before the last of them go on; the last round's best is the result.
+    """
+    weighted, tried = metric.repeat(x.shape[1] // len(metric), 1, 1) * weight[..., None, None], seeds
+    for iterations, keep in rounds:
+        tried = torch.stack([em(x, weighted, c, iterations - 1) for c in tried])
+        best = torch.stack([distortion(x, weighted, c) for c in tried]).argsort(dim=0, stable=True)[:keep]
+        tried = tried[best, torch.arange(len(x), device=x.device)]
+        tried = torch.stack([em(x, weighted, c, 1) for c in tried])
+    return tried[0]
 
 
 def _m_step(features: Tensor, index: Tensor, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +162,7 @@ def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Ten
 def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
     """index [rows, n], centroids [row groups, strips, K, d], strip [n], scale [rows, n] or None -> Q [rows, n d]."""
     group = torch.arange(len(index), device=index.device)[:, None] // group_rows
-    vectors = centroids[group, strip, index]
+    vectors = centroids[group, strip, index.long()]
     return (vectors if scale is None else vectors * scale.unsqueeze(-1)).reshape(len(index), -1)
 
 
@@ -238,13 +185,13 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
     """
     n, d = roots.shape[:2]
     start, W, E = W, W.clone(), torch.empty_like(W)
-    index = torch.empty(len(W), n, dtype=torch.long, device=W.device)
+    index = torch.empty(len(W), n, dtype=torch.uint8, device=W.device)
     group = torch.arange(len(W), device=W.device) // group_rows
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         x = W[:, at] if scale is None else (start if stale else W)[:, at] / scale[:, i, None]
         index[:, i] = assign(x, roots[i] @ roots[i].T, centroids[:, s], group_rows)
-        q = centroids[group, s, index[:, i]]
+        q = centroids[group, s, index[:, i].long()]
         E[:, at] = (W[:, at] - (q if scale is None else q * scale[:, i, None])) @ roots[i]
         W[:, at.stop:] -= E[:, at] @ U[at, at.stop:]
     return index, E
@@ -264,10 +211,10 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         size = 1 if scale is None else scale[:, i, None]
-        q = centroids[group, s, index[:, i]] * size
+        q = centroids[group, s, index[:, i].long()] * size
         target = q + solve_small(H[at, at].expand(len(R), d, d), R[:, at])
         index[:, i] = assign(target / size, H[at, at], centroids[:, s], group_rows)
-        change[:, at] = centroids[group, s, index[:, i]] * size - q
+        change[:, at] = centroids[group, s, index[:, i].long()] * size - q
         R -= change[:, at] @ H[at]
     return index, change
 

@@ -172,6 +172,7 @@ def test_more_starts_find_better_codebooks_and_leave_the_callers_random_numbers_
     x, metric = (torch.from_numpy(a) for a in cloud(d, groups=6, seed=3))
     weight = torch.ones(x.shape[:2], dtype=x.dtype)
     state = torch.get_rng_state()
-    loss = [float(reference.distortion(x, metric, codebook.fit(x, metric, weight, k, 60, starts)).sum()) for starts in (1, 8, 8)]
+    everywhere = metric[:1].expand_as(metric)
+    loss = [float(reference.distortion(x, everywhere, codebook.fit(x, metric[0], weight, k, 60, starts)).sum()) for starts in (1, 8, 8)]
     assert loss[1] < loss[0] and loss[1] == loss[2]
     assert torch.equal(torch.get_rng_state(), state)

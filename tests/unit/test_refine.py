@@ -18,7 +18,7 @@ def setting(case, dtype=torch.float64, seed=0):
     problem = Problem(W, pad(H, spec.vectors * spec.dim), spec)
     problem.rescale(problem.W, 0, spec.cols)
     draw = torch.Generator().manual_seed(seed)
-    index = torch.randint(spec.codewords, (spec.rows, spec.vectors), generator=draw)
+    index = torch.randint(spec.codewords, (spec.rows, spec.vectors), generator=draw).to(torch.uint8)
     size = problem.W.square().mean().sqrt() if problem.scale is None else 0.6
     centroids = (torch.randn(spec.row_groups, spec.strips, spec.codewords, spec.dim, generator=draw, dtype=torch.float64)
                  * size).to(dtype)

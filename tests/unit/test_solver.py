@@ -104,13 +104,13 @@ def test_the_paper_method_equals_the_published_arithmetic(case):
 @pytest.mark.parametrize("case", [c for c in GENERIC if c.dim < 4], ids=ids)
 def test_the_first_stage_is_the_pass_with_its_best_int8_codebooks(case):
     """The stage's error lies between the least-squares optimum for its codes and a little more for rounding."""
-    recipe = Recipe(passes=1, sweeps=0, cg_iterations=200, dtype="float64")
+    recipe = Recipe(em_starts=1, passes=1, sweeps=0, cg_iterations=200, dtype="float64")
     problem, index, centroids = run_first_pass(case, recipe)
     spec, scale = case.spec, np.ones(index.shape) if problem.scale is None else problem.scale.numpy()
     best = 0.0
     for g in range(spec.row_groups):
         rows = slice(g * spec.group_rows, (g + 1) * spec.group_rows)
-        c = oracle.best_codebooks(problem.W[rows].numpy(), problem.H.numpy(), index[rows].numpy(), problem.strip.tolist(),
+        c = oracle.best_codebooks(problem.W[rows].numpy(), problem.H.numpy(), index[rows].long().numpy(), problem.strip.tolist(),
                                   spec.codewords, spec.dim, scale[rows])
         tables = [[c[s] for s in problem.strip.tolist()]] * len(index[rows])
         best += oracle.loss(problem.W[rows].numpy(), oracle.decode(index[rows].numpy(), tables, scale[rows], spec.dim),

@@ -1,0 +1,164 @@
+// The kernels of quantization as gptvq._C has them; every argument is checked again here, whatever Python checked before.
+#include <algorithm>
+
+#include "bind.h"
+#include "cpu/matmul.h"
+#include "cpu/quantize.h"
+
+namespace py = pybind11;
+
+namespace gptvq {
+namespace {
+
+void require_index(const TensorArg& index, const Columns& c) {
+  const std::uint8_t* codes = index.data<const std::uint8_t>();
+  std::uint8_t most = 0;
+  for (std::int64_t i = 0; i < c.rows * c.n; ++i) most = std::max(most, codes[i]);
+  if (most >= c.k) throw std::invalid_argument("index: got " + std::to_string(most) + ", need numbers below the " + std::to_string(c.k) +
+                                               " centroids");
+}
+
+void require_strips(const TensorArg& strip, const Columns& c) {
+  strip.require("strip", "int64", {c.n});
+  if (c.group_rows < 1 || c.groups * c.group_rows < c.rows) throw std::invalid_argument("group_rows: the groups do not cover the rows");
+  for (std::int64_t i = 0; i < c.n; ++i)
+    if (c.strip[i] < 0 || c.strip[i] >= c.strips) throw std::invalid_argument("strip: got a number that is not a strip's");
+}
+
+// Shapes from centroids [groups, strips, k, d] and index [rows, n]; everything else is checked against them.
+Columns columns(const TensorArg& centroids, const TensorArg& index, const TensorArg& strip, const std::optional<Arg>& scale_arg,
+                std::int64_t group_rows) {
+  if (centroids.shape.size() != 4 || index.shape.size() != 2) throw std::invalid_argument("centroids, index: need 4 and 2 dimensions");
+  const Dims& c = centroids.shape;
+  Columns out{index.shape[0], index.shape[1], c[3], c[0], c[1], c[2], group_rows, centroids.data<const float>(),
+              strip.data<const std::int64_t>(), nullptr};
+  if ((out.d != 1 && out.d != 2 && out.d != 4) || out.k < 1 || out.k > 256)
+    throw std::invalid_argument("centroids: got another shape, need [row groups, strips, 1 to 256, 1, 2 or 4]");
+  centroids.require("centroids", "float32", {c[0], c[1], c[2], c[3]});
+  index.require("index", "uint8", {out.rows, out.n});
+  require_strips(strip, out);
+  if (scale_arg) {
+    const TensorArg scale = tensor(*scale_arg);
+    scale.require("scale", "float32", {out.rows, out.n});
+    out.scale = scale.data<const float>();
+  }
+  return out;
+}
+
+void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, const Arg& centroids_arg, const Arg& strip_arg,
+                  const std::optional<Arg>& scale_arg, std::int64_t group_rows, bool stale, const Arg& index_arg, const Arg& E_arg,
+                  int threads) {
+  const TensorArg W = tensor(W_arg), U = tensor(U_arg), roots = tensor(roots_arg), index = tensor(index_arg), E = tensor(E_arg);
+  Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
+  c.stale = stale;
+  W.require("W", "float32", {c.rows, c.n * c.d});
+  U.require("U", "float32", {c.n * c.d, c.n * c.d});
+  roots.require("roots", "float32", {c.n, c.d, c.d});
+  E.require("E", "float32", {c.rows, c.n * c.d});
+  py::gil_scoped_release nogil;
+  column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<std::uint8_t>(),
+               E.data<float>(), threads);
+}
+
+void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_arg, const Arg& strip_arg,
+                     const std::optional<Arg>& scale_arg, std::int64_t group_rows, const Arg& index_arg, const Arg& change_arg,
+                     int threads) {
+  const TensorArg R = tensor(R_arg), H = tensor(H_arg), index = tensor(index_arg), change = tensor(change_arg);
+  const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
+  R.require("R", "float32", {c.rows, c.n * c.d});
+  H.require("H", "float32", {c.n * c.d, c.n * c.d});
+  change.require("change", "float32", {c.rows, c.n * c.d});
+  require_index(index, c);
+  py::gil_scoped_release nogil;
+  descent_block(c, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(), change.data<float>(), threads);
+}
+
+void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& strip_arg, const std::optional<Arg>& scale_arg,
+                    std::int64_t group_rows, const Arg& Q_arg, int threads) {
+  const TensorArg index = tensor(index_arg), Q = tensor(Q_arg);
+  const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
+  Q.require("Q", "float32", {c.rows, c.n * c.d});
+  require_index(index, c);
+  py::gil_scoped_release nogil;
+  decode(c, index.data<const std::uint8_t>(), Q.data<float>(), threads);
+}
+
+void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& strip_arg, std::int64_t group_rows, const Arg& sums_arg,
+                     int threads) {
+  const TensorArg index = tensor(index_arg), values = tensor(values_arg), sums = tensor(sums_arg), strip = tensor(strip_arg);
+  if (sums.shape.size() != 4 || index.shape.size() != 2) throw std::invalid_argument("sums, index: need 4 and 2 dimensions");
+  const Dims& s = sums.shape;
+  const Columns c{index.shape[0], index.shape[1], 0, s[0], s[1], s[2], group_rows, nullptr, strip.data<const std::int64_t>(), nullptr};
+  sums.require("sums", "float64", {s[0], s[1], s[2], s[3]});
+  index.require("index", "uint8", {c.rows, c.n});
+  values.require("values", "float32", {c.rows, c.n, s[3]});
+  require_strips(strip, c);
+  require_index(index, c);
+  py::gil_scoped_release nogil;
+  collect(c, index.data<const std::uint8_t>(), values.data<const float>(), s[3], sums.data<double>(), threads);
+}
+
+// rounds: (iterations, how many starts stay), the last of which keeps one.
+void fit_codebooks(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_arg, const Arg& seeds_arg,
+                   const std::vector<std::pair<std::int64_t, std::int64_t>>& rounds_arg, const Arg& centroids_arg, int threads) {
+  const TensorArg x = tensor(x_arg), metric = tensor(metric_arg), weight = tensor(weight_arg), seeds = tensor(seeds_arg),
+                  centroids = tensor(centroids_arg);
+  if (x.shape.size() != 3 || metric.shape.size() != 3 || seeds.shape.size() != 4)
+    throw std::invalid_argument("x, metric, seeds: need 3, 3 and 4 dimensions");
+  const Points p{x.shape[0], x.shape[1], x.shape[2], seeds.shape[2], seeds.shape[0], metric.shape[0], x.data<const float>(),
+                 metric.data<const float>(), weight.data<const float>()};
+  if ((p.d != 1 && p.d != 2 && p.d != 4) || p.k < 1 || p.starts < 1 || p.points < 1)
+    throw std::invalid_argument("x, seeds: need points of dimension 1, 2 or 4, a centroid and a start");
+  if (p.metrics < 1 || p.points % p.metrics) throw std::invalid_argument("metric: got a number of them that does not divide the points");
+  x.require("x", "float32", {p.groups, p.points, p.d});
+  metric.require("metric", "float32", {p.metrics, p.d, p.d});
+  weight.require("weight", "float32", {p.groups, p.points});
+  seeds.require("seeds", "float32", {p.starts, p.groups, p.k, p.d});
+  centroids.require("centroids", "float32", {p.groups, p.k, p.d});
+  std::vector<Round> rounds;
+  for (const auto& [iterations, keep] : rounds_arg) {
+    if (iterations < 1 || keep < 1) throw std::invalid_argument("rounds: got 0, need an iteration and a start that stays");
+    rounds.push_back({iterations, keep});
+  }
+  py::gil_scoped_release nogil;
+  fit(p, seeds.data<const float>(), rounds, centroids.data<float>(), threads);
+}
+
+// float32 or bfloat16, two dimensions, any strides.
+Matrix matrix(const char* name, const TensorArg& t, std::int64_t rows, std::int64_t cols) {
+  if ((t.dtype != "float32" && t.dtype != "bfloat16") || t.shape != Dims{rows, cols} || t.strides.size() != 2)
+    throw std::invalid_argument(std::string(name) + ": got another tensor, need float32 or bfloat16 [" + std::to_string(rows) + ", " +
+                                std::to_string(cols) + "]");
+  return {t.data<const void>(), t.dtype == "bfloat16", t.strides[0], t.strides[1]};
+}
+
+void product(const Arg& A_arg, const Arg& B_arg, const Arg& C_arg, float sign, bool add, bool upper, int threads) {
+  const TensorArg A = tensor(A_arg), B = tensor(B_arg), C = tensor(C_arg);
+  if (A.shape.size() != 2 || B.shape.size() != 2) throw std::invalid_argument("A, B: need 2 dimensions");
+  const Product p{A.shape[0], B.shape[1], A.shape[1], sign, add, upper};
+  const Matrix left = matrix("A", A, p.m, p.k), right = matrix("B", B, p.k, p.n);
+  const Matrix out = matrix("C", C, p.m, p.n);
+  if (out.bfloat16 || (out.col != 1 && p.n > 1) || (out.row < p.n && p.m > 1))
+    throw std::invalid_argument("C: need float32 with contiguous rows");
+  py::gil_scoped_release nogil;
+  matmul(p, left, right, C.data<float>(), out.row, threads);
+}
+
+}  // namespace
+
+void bind_quantize(py::module_& m) {
+  m.def("column_block", &columns_pass, py::arg("W"), py::arg("U"), py::arg("roots"), py::arg("centroids"), py::arg("strip"),
+        py::arg("scale").none(true), py::arg("group_rows"), py::arg("stale"), py::arg("index"), py::arg("E"), py::arg("threads"));
+  m.def("descent_block", &columns_descend, py::arg("R"), py::arg("H"), py::arg("centroids"), py::arg("strip"),
+        py::arg("scale").none(true), py::arg("group_rows"), py::arg("index"), py::arg("change"), py::arg("threads"));
+  m.def("decode", &columns_decode, py::arg("index"), py::arg("centroids"), py::arg("strip"), py::arg("scale").none(true),
+        py::arg("group_rows"), py::arg("Q"), py::arg("threads"));
+  m.def("collect", &columns_collect, py::arg("index"), py::arg("values"), py::arg("strip"), py::arg("group_rows"), py::arg("sums"),
+        py::arg("threads"));
+  m.def("fit", &fit_codebooks, py::arg("x"), py::arg("metric"), py::arg("weight"), py::arg("seeds"), py::arg("rounds"),
+        py::arg("centroids"), py::arg("threads"));
+  m.def("matmul", &product, py::arg("A"), py::arg("B"), py::arg("C"), py::arg("sign"), py::arg("add"), py::arg("upper"),
+        py::arg("threads"));
+}
+
+}  // namespace gptvq

@@ -1,0 +1,208 @@
+// Matrix products in float32.  Other libraries' products run at half the speed or less on processors of another make than
+// theirs, or depend on the number of threads in the last bits.
+//
+// A is packed in panels of `rows` rows, B in panels of `cols` columns, k contiguous steps each; zeros fill the last ones up.
+// A tile of C, rows x cols, lives in registers while one depth block of both panels passes by:
+//
+//            B panel [k][cols]
+//            |||||||
+//   A panel  C tile        for a chunk of rows (in the second cache), for a panel of B (in the first), depth by depth
+//   [k][rows]
+#include "cpu/matmul.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/aligned.h"
+#include "common/parallel.h"
+#include "cpu/simd.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+
+namespace gptvq {
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t kDepth = 192;      // steps of k per tile visit: a panel of B of 48 columns takes 36 KiB
+constexpr int64_t kChunk = 96;       // rows of A per part, a multiple of every tile's
+constexpr int64_t kMost = 2048;      // steps of k packed at a time
+
+// C tile [MR, NV * L] = or += a [k][MR] * b [k][NV * L].
+template <int MR, int NV, int L>
+GPTVQ_INLINE void tile(const float* a, const float* b, float* c, int64_t stride, int64_t k, bool add) {
+  typedef float Vec __attribute__((vector_size(4 * L)));
+  Vec sum[MR][NV] = {};
+  for (int64_t p = 0; p < k; ++p, a += MR, b += NV * L) {
+    Vec right[NV];
+    for (int j = 0; j < NV; ++j) std::memcpy(&right[j], b + j * L, sizeof(Vec));
+    for (int i = 0; i < MR; ++i) {
+      const Vec left = a[i] - Vec{};       // not a[i] + 0, which for -0 is another number and so costs an addition
+      for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * stride + j * L;
+      if (add) {
+        Vec before;
+        std::memcpy(&before, to, sizeof(Vec));
+        sum[i][j] += before;
+      }
+      std::memcpy(to, &sum[i][j], sizeof(Vec));
+    }
+}
+
+struct Kernel {
+  int64_t rows, cols;
+  void (*tile)(const float*, const float*, float*, int64_t, int64_t, bool);
+  bool pairs = false;       // a packed number is two bfloat16, those of two steps of k
+};
+
+// As many vectors of C as the registers hold beside one row of B and an element of A.
+#define GPTVQ_TILE(name, MR, NV, L)                                                                             \
+  GPTVQ_PER_ISA(name, (const float* a, const float* b, float* c, int64_t stride, int64_t k, bool add),          \
+                (tile<MR, NV, L>(a, b, c, stride, k, add)))
+GPTVQ_TILE(tile_8x48, 8, 3, 16)
+GPTVQ_TILE(tile_6x16, 6, 2, 8)
+GPTVQ_TILE(tile_4x8, 4, 2, 4)
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define GPTVQ_BFLOAT16 1
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void tile_pairs(const float* a, const float* b, float* c, int64_t stride,
+                                                                                int64_t k, bool add) {
+  constexpr int rows = 8, vectors = 3;
+  __m512 sum[rows][vectors];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < k; ++p, a += rows, b += vectors * kLanes) {
+    __m512 right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = _mm512_load_ps(b + j * kLanes);
+    for (int i = 0; i < rows; ++i) {
+      const __m512 left = _mm512_set1_ps(a[i]);
+      for (int j = 0; j < vectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * stride + j * kLanes;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][j]) : sum[i][j]);
+    }
+}
+#endif
+
+// Products of two bfloat16 are exact in float32, so `pairs` gives what converted numbers would, but for the order of sums.
+Kernel kernel(bool pairs) {
+#ifdef GPTVQ_BFLOAT16
+  if (pairs && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return {8, 48, tile_pairs, true};
+#endif
+  (void)pairs;
+  if (isa() == Isa::avx512) return {8, 48, tile_8x48};
+  if (isa() == Isa::avx2) return {6, 16, tile_6x16};
+  return {4, 8, tile_4x8};
+}
+
+GPTVQ_INLINE float value(float v) { return v; }
+GPTVQ_INLINE float value(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+
+// `count` lines (rows of A or columns of B), `line` apart, `step` from one k to the next -> to [k][width], times sign.
+template <class T>
+void pack(const T* from, int64_t line, int64_t step, int64_t count, int64_t k, int64_t width, float sign, float* to) {
+  if (count < width) std::fill_n(to, k * width, 0.f);
+  if (line == 1) {
+    for (int64_t p = 0; p < k; ++p)
+      for (int64_t i = 0; i < count; ++i) to[p * width + i] = sign * value(from[p * step + i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t p = 0; p < k; ++p) to[p * width + i] = sign * value(from[i * line + p * step]);
+  }
+}
+
+void pack(const Matrix& from, int64_t offset, int64_t line, int64_t step, int64_t count, int64_t k, int64_t width, float sign, float* to) {
+  if (from.bfloat16)
+    pack(static_cast<const std::uint16_t*>(from.data) + offset, line, step, count, k, width, sign, to);
+  else
+    pack(static_cast<const float*>(from.data) + offset, line, step, count, k, width, sign, to);
+}
+
+// The same with two steps of k side by side; a step too few is zero.
+void pack_pairs(const Matrix& from, int64_t offset, int64_t line, int64_t step, int64_t count, int64_t k, int64_t width, float* to) {
+  const auto* x = static_cast<const std::uint16_t*>(from.data) + offset;
+  std::uint32_t pairs[48] = {};
+  for (int64_t p = 0; p < k; p += 2, x += 2 * step, to += width) {
+    for (int64_t i = 0; i < count; ++i) pairs[i] = x[i * line];
+    if (p + 1 < k)
+      for (int64_t i = 0; i < count; ++i) pairs[i] |= static_cast<std::uint32_t>(x[step + i * line]) << 16;
+    std::memcpy(to, pairs, static_cast<std::size_t>(width) * sizeof(float));
+  }
+}
+
+int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// The products of rows [row, end) with the panel of columns from `col` on.
+void chunk(const Kernel& kernel, const Product& p, const float* left, const float* right, float* C, int64_t stride, int64_t row,
+           int64_t end, int64_t col) {
+  float edge[8 * 48];
+  const int64_t width = std::min(kernel.cols, p.n - col);
+  for (int64_t depth = 0; depth < p.k; depth += kDepth) {
+    const int64_t steps = std::min(kDepth, p.k - depth);
+    const bool add = p.add || depth > 0;
+    for (int64_t i = row; i < end && !(p.upper && i >= col + width); i += kernel.rows) {
+      const float* a = left + i * p.k + depth * kernel.rows;
+      const float* b = right + depth * kernel.cols;
+      const int64_t height = std::min(kernel.rows, p.m - i);
+      float* c = C + i * stride + col;
+      if (height == kernel.rows && width == kernel.cols) {
+        kernel.tile(a, b, c, stride, steps, add);
+        continue;
+      }
+      kernel.tile(a, b, edge, kernel.cols, steps, false);
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t j = 0; j < width; ++j) c[r * stride + j] = edge[r * kernel.cols + j] + (add ? c[r * stride + j] : 0.f);
+    }
+  }
+}
+
+}  // namespace
+
+void matmul(const Product& whole, const Matrix& A, const Matrix& B, float* C, int64_t stride, int threads) {
+  const Kernel kernel = gptvq::kernel(A.bfloat16 && B.bfloat16 && whole.sign == 1.f);
+  const int64_t row_panels = parts(whole.m, kernel.rows), col_panels = parts(whole.n, kernel.cols);
+  const int64_t chunks = parts(whole.m, kChunk), deepest = std::min(whole.k, kMost);
+  const Aligned<float> left(row_panels * kernel.rows * deepest), right(col_panels * kernel.cols * deepest);
+  for (int64_t first = 0; first < whole.k; first += kMost) {
+    const int64_t steps = std::min(kMost, whole.k - first);
+    Product p = whole;
+    p.k = kernel.pairs ? parts(steps, 2) : steps;
+    p.add = whole.add || first > 0;
+    const auto packed = [&](const Matrix& from, int64_t offset, int64_t line, int64_t step, int64_t count, int64_t width, float sign,
+                            float* to) {
+      if (kernel.pairs)
+        pack_pairs(from, offset, line, step, count, steps, width, to);
+      else
+        pack(from, offset, line, step, count, steps, width, sign, to);
+    };
+    parallel_for(row_panels + col_panels, threads, [&](int64_t panel) {
+      const int64_t row = panel * kernel.rows, col = (panel - row_panels) * kernel.cols;
+      if (panel < row_panels)
+        packed(A, row * A.row + first * A.col, A.row, A.col, std::min(kernel.rows, p.m - row), kernel.rows, p.sign,
+               left.data() + row * p.k);
+      else
+        packed(B, col * B.col + first * B.row, B.col, B.row, std::min(kernel.cols, p.n - col), kernel.cols, 1.f,
+               right.data() + col * p.k);
+    });
+    parallel_for(chunks * col_panels, threads, [&](int64_t part) {
+      const int64_t row = part / col_panels * kChunk, col = part % col_panels * kernel.cols;
+      chunk(kernel, p, left.data(), right.data() + col * p.k, C, stride, row, std::min(p.m, row + kChunk), col);
+    });
+  }
+}
+
+}  // namespace gptvq
