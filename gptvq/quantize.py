@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from . import checkpoint
 from .calibration import calibration_tokens, describe, tokens_sha256
 from .config import VQConfig
+from .drift import Stage, collect, dense_twin, find_stages
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
 from .model import (
     Block,
-    InputCollector,
     dense_weight,
     embed,
     find_blocks,
+    in_list,
     linears,
     record_calls,
     unfuse_experts,
@@ -100,39 +101,44 @@ def _quantize(source, folder, config, calibration, samples, sequence_length, dev
     with _timed(stages, "embed"):
         record_calls(model, blocks, tokens[:1], device)
         hidden = embed(model, blocks, tokens)
+    dense = list(hidden)        # what the dense model gives to the next block, beside what the quantized one does
     for index, block in enumerate(blocks):
         progress.block(index, block.name)
         home = next(block.module.parameters()).device
         block.to(device)
-        names = [full for full in linears(block.module, block.name) if full in specs]
-
-        progress.stage("collecting Hessians")
-        with _timed(stages, "hessians"), InputCollector({full: modules[full] for full in names}, device) as inputs:
-            for state in hidden:
-                block(state.to(device))
-                inputs.next_sample()
+        names = {full: modules[full] for full in linears(block.module, block.name) if full in specs}
+        twin, order = None, [Stage(tuple(names))]
+        if config.recipe.compensate:
+            twin, order = dense_twin(block), find_stages(block, names, hidden[0].to(device))
 
         packed: dict[str, VQLinear] = {}
-        for full in names:
-            linear, hessian = modules[full], inputs.hessian(full)
-            if hessian.tokens + hessian.dropped == 0:
-                if not any(full.startswith(expert + ".") for expert in experts) and not _in_list(block, full):
-                    warnings.append(f"{full}: never called in the calibration runs, left dense")
-                    continue
-                warnings.append(f"{full}: saw no calibration tokens, quantized without them; more samples would help")
-            progress.stage(f"solving {full}")
-            with _timed(stages, "solve"):
-                vq, record = solve(dense_weight(linear).float(), hessian, specs[full], config.recipe, full)
-            packed[full] = VQLinear.from_weight(vq, linear.bias, full)
-            report.layers.append(record)
-            progress.layer(record)
-            # The same values unpacked once, not again for every sample.
-            model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
-            del modules[full]
+        for stage in order:
+            progress.stage("collecting Hessians")
+            with _timed(stages, "hessians"):
+                inputs = collect(stage, {full: modules[full] for full in stage.names}, block, twin, hidden, dense, device)
+            for full in stage.names:
+                linear, hessian = modules[full], inputs.hessians[full]
+                if hessian.tokens + hessian.dropped == 0:
+                    if not any(full.startswith(expert + ".") for expert in experts) and not in_list(block, full):
+                        warnings.append(f"{full}: never called in the calibration runs, left dense")
+                        continue
+                    warnings.append(f"{full}: saw no calibration tokens, quantized without them; more samples would help")
+                progress.stage(f"solving {full}")
+                with _timed(stages, "solve"):
+                    weight = inputs.target(full, dense_weight(linear).float(), config.recipe)
+                    vq, record = solve(weight, hessian, specs[full], config.recipe, full)
+                packed[full] = VQLinear.from_weight(vq, linear.bias, full)
+                report.layers.append(record)
+                progress.layer(record)
+                # The same values unpacked once, not again for every sample.
+                model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
+                del modules[full]
 
-        progress.stage("running the quantized block")
+        progress.stage("running the block")
         with _timed(stages, "forward"):
             hidden = [_finite(block(state.to(device)), block).to(state.device) for state in hidden]
+            if twin is not None:
+                dense = [_finite(twin(state.to(device)), block).to(state.device) for state in dense]
         for full, linear in packed.items():
             model.set_submodule(full, linear)
         block.to(home)
@@ -167,12 +173,6 @@ def _finite(hidden: Tensor, block: Block) -> Tensor:
         raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden)).sum())} non-finite activations; the source "
                              "checkpoint is damaged or its dtype overflowed, try dtype float32")
     return hidden
-
-
-def _in_list(block: Block, full: str) -> bool:
-    """Whether the linear is inside an nn.ModuleList of the block: one of several experts, which may be idle."""
-    inside = {f"{block.name}.{name}." for name, module in block.module.named_modules() if name and isinstance(module, nn.ModuleList)}
-    return any(full.startswith(prefix) for prefix in inside)
 
 
 @contextmanager
