@@ -6,9 +6,8 @@ but for W* = W + D (H + damping)^-1, the weight that gets nearest to the dense m
 """
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +65,6 @@ def target_weight(weight: Tensor, hessian: Hessian, drift: Tensor, share: float,
     return weight + share * (drift @ U.T @ U)
 
 
-def dense_twin(block: Block) -> Block:
-    """The block as it is now.  It shares the parameters, so that replacing linears in `block` leaves it dense at no extra memory."""
-    return replace(block, module=copy.deepcopy(block.module, {id(p): p for p in block.module.parameters()}))
-
-
 @torch.no_grad()
 def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> list[Stage]:
     """`linears` in the order in which a real call on `hidden` [1, tokens, width] comes to them.
@@ -96,11 +90,31 @@ def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> 
 
 
 @torch.no_grad()
-def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, twin: Block | None, hidden: list[Tensor], dense: list[Tensor],
-            device: torch.device) -> Inputs:
-    """Runs the quantized stream `hidden` through `block` and, for an aligned stage, the dense one through `twin`, sample by sample.
+def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor],
+              device: torch.device) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Runs the dense stream through a block that is still dense -> (its outputs, what aligned stages are compared with).
 
-    linears: those of the stage, in `block`.  Runs end as soon as they have given what is wanted.
+    The latter, [1, tokens, ..] per sample under the name of the stage's first linear, are about as large as the hidden
+    states each, and are kept where those are.
+    """
+    outputs, wanted = [], {stage.names[0]: [] for stage in stages if stage.aligned}
+    summed = {stage.names[0] for stage in stages if stage.summed}
+    for state in dense:
+        run = _Run({name: linears[name] for name in wanted}, copies=True)
+        with run:
+            outputs.append(block(state.to(device)).to(state.device))
+        inputs = {name: x for name, x, _ in run.calls}
+        for name, kept in wanted.items():
+            kept.append(_seen(name, run.sums if name in summed else inputs).to(state.device))
+    return outputs, wanted
+
+
+@torch.no_grad()
+def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: list[Tensor], wanted: dict[str, list[Tensor]],
+            device: torch.device) -> Inputs:
+    """Runs the quantized stream `hidden` through `block` and compares it with the `wanted` of the dense one.
+
+    linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.
     """
     if not stage.aligned:
         with InputCollector(linears, device) as inputs:
@@ -112,40 +126,44 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, twin: Blo
     rows, cols = dense_weight(linears[leader]).shape
     hessian = Hessian(cols, device)
     drift = torch.zeros(rows if stage.summed else cols, cols, device=device)
-    there = twin.module.get_submodule(leader.removeprefix(block.name + "."))
-    for state, dense_state in zip(hidden, dense):
-        x, have = _observe(block, leader, linears[leader], stage.summed, state.to(device))
-        _, want = _observe(twin, leader, there, stage.summed, dense_state.to(device))
+    for state, want in zip(hidden, wanted.pop(leader)):
+        run = _Run({leader: linears[leader]}, until="sum" if stage.summed else "input")
+        try:
+            with run:
+                block(state.to(device))
+        except Stop:
+            pass
+        x = run.calls[0][1]
+        have = _seen(leader, run.sums) if stage.summed else x
         before = hessian.tokens
         hessian.add(x)
-        change = (want - have).T @ x
+        change = _rows(want.to(device) - have).T @ _rows(x)
         if hessian.tokens > before and math.isfinite(float(change.sum())):
             drift += change
     return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
 
 
-def _observe(block: Block, name: str, linear: nn.Module, summed: bool, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """(inputs, what is compared) of one linear, float32 [tokens, ..]; the call of the block goes no further than that."""
-    run = _Run({name: linear}, "sum" if summed else "input")
-    try:
-        with run:
-            block(hidden)
-    except Stop:
-        x = run.calls[0][1]
-        return tuple(t.reshape(-1, t.shape[-1]).float() for t in (x, run.sums[name] if summed else x))
-    raise ConfigError(f"{name}: the block calls it in another way than on the first sample; quantize with Recipe(compensate=0)")
+def _rows(x: Tensor) -> Tensor:
+    """float32 [tokens, width]."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _seen(name: str, found: dict[str, Tensor]) -> Tensor:
+    if name not in found:
+        raise ConfigError(f"{name}: the block calls it in another way than on the first sample; quantize with Recipe(compensate=0)")
+    return found[name]
 
 
 class _Run(TorchDispatchMode):
     """Hooks on `linears` while their block runs: `calls` are (name, input, its identity) in order.
 
     `sums` are {name: its output plus another tensor} where that addition is the first that happens to the output; it
-    stops the block's call at the first "input" or "sum" if told so.
+    stops the block's call at the first "input" or "sum" if told so.  `copies` outlive the block's changes to them.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], until: str = ""):
+    def __init__(self, linears: dict[str, nn.Module], until: str = "", copies: bool = False):
         super().__init__()
-        self.linears, self.until = linears, until
+        self.linears, self.until, self.copies = linears, until, copies
         self.calls: list[tuple[str, Tensor, tuple]] = []
         self.sums: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}           # not read yet
@@ -163,7 +181,7 @@ class _Run(TorchDispatchMode):
         super().__exit__(*exception)
 
     def _called(self, name: str, x: Tensor) -> None:
-        self.calls.append((name, x, identity(x)))
+        self.calls.append((name, x.clone() if self.copies else x, identity(x)))
         if self.until == "input":
             raise Stop
 
@@ -172,7 +190,7 @@ class _Run(TorchDispatchMode):
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)] if self._outputs else []
         for name in [name for name, out in self._outputs.items() if any(_shares(t, out) for t in read)]:
             if func in _ADDITIONS and not kwargs and len(read) == 2 and read[0].shape == read[1].shape and not _shares(*read):
-                self.sums[name] = result
+                self.sums[name] = result.clone() if self.copies else result
                 if self.until == "sum":
                     raise Stop
             elif isinstance(result, Tensor) and _shares(result, self._outputs[name]) and not func._schema.is_mutable:

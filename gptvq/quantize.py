@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .calibration import calibration_tokens, describe, tokens_sha256
 from .config import VQConfig
-from .drift import Stage, collect, dense_twin, find_stages
+from .drift import Stage, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
 from .model import (
@@ -107,15 +107,18 @@ def _quantize(source, folder, config, calibration, samples, sequence_length, dev
         home = next(block.module.parameters()).device
         block.to(device)
         names = {full: modules[full] for full in linears(block.module, block.name) if full in specs}
-        twin, order = None, [Stage(tuple(names))]
+        order, wanted = [Stage(tuple(names))], {}
         if config.recipe.compensate:
-            twin, order = dense_twin(block), find_stages(block, names, hidden[0].to(device))
+            progress.stage("running the dense block")
+            with _timed(stages, "forward"):
+                order = find_stages(block, names, hidden[0].to(device))
+                dense, wanted = run_dense(block, order, names, dense, device)
 
         packed: dict[str, VQLinear] = {}
         for stage in order:
             progress.stage("collecting Hessians")
             with _timed(stages, "hessians"):
-                inputs = collect(stage, {full: modules[full] for full in stage.names}, block, twin, hidden, dense, device)
+                inputs = collect(stage, {full: modules[full] for full in stage.names}, block, hidden, wanted, device)
             for full in stage.names:
                 linear, hessian = modules[full], inputs.hessians[full]
                 if hessian.tokens + hessian.dropped == 0:
@@ -134,11 +137,9 @@ def _quantize(source, folder, config, calibration, samples, sequence_length, dev
                 model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
                 del modules[full]
 
-        progress.stage("running the block")
+        progress.stage("running the quantized block")
         with _timed(stages, "forward"):
             hidden = [_finite(block(state.to(device)), block).to(state.device) for state in hidden]
-            if twin is not None:
-                dense = [_finite(twin(state.to(device)), block).to(state.device) for state in dense]
         for full, linear in packed.items():
             model.set_submodule(full, linear)
         block.to(home)

@@ -6,7 +6,7 @@ from job.tiny_models import build, logits, preset
 
 import gptvq
 from gptvq.config import Recipe, VQConfig
-from gptvq.drift import Inputs, Stage, collect, dense_twin, find_stages, target_weight
+from gptvq.drift import Stage, collect, find_stages, run_dense, target_weight
 from gptvq.hessian import Hessian
 from gptvq.model import embed, find_blocks, linears, record_calls, unfuse_experts
 from gptvq.solver import solve
@@ -90,7 +90,9 @@ def test_linears_called_twice_or_never_are_not_aligned(ids):
 def test_drift_is_that_of_the_two_streams(name, ids):
     """Every stage's target against what hooks on two plain runs see."""
     block, found, hidden = opened(name, ids)
-    twin, order = dense_twin(block), find_stages(block, found, hidden[0])
+    order = find_stages(block, found, hidden[0])
+    outputs, compared = run_dense(block, order, found, hidden, CPU)
+    assert torch.equal(torch.cat(outputs), torch.cat([block(state) for state in hidden]))
     drifted = [state + 0.3 * torch.randn_like(state) for state in hidden]
 
     def seen(full, states):
@@ -104,7 +106,7 @@ def test_drift_is_that_of_the_two_streams(name, ids):
 
     residual = [state[0].double().numpy() for state in (torch.cat(hidden, 1), torch.cat(drifted, 1))]
     for stage in order:
-        got = collect(stage, {full: found[full] for full in stage.names}, block, twin, drifted, hidden, CPU)
+        got = collect(stage, {full: found[full] for full in stage.names}, block, drifted, compared, CPU)
         for full in stage.names:
             (_, wanted), (x, y) = seen(full, hidden), seen(full, drifted)
             if stage.summed:
@@ -122,20 +124,12 @@ def test_drift_is_that_of_the_two_streams(name, ids):
 
 def test_without_drift_the_target_is_the_weight(ids):
     block, found, hidden = opened("llama", ids)
-    twin = dense_twin(block)
-    for stage in find_stages(block, found, hidden[0]):
-        inputs = collect(stage, {full: found[full] for full in stage.names}, block, twin, hidden, hidden, CPU)
+    order = find_stages(block, found, hidden[0])
+    wanted = run_dense(block, order, found, hidden, CPU)[1]
+    for stage in order:
+        inputs = collect(stage, {full: found[full] for full in stage.names}, block, hidden, wanted, CPU)
         for full in stage.names:
             assert torch.equal(inputs.target(full, found[full].weight, Recipe()), found[full].weight)
-
-
-def test_the_twin_stays_dense_without_a_copy(ids):
-    block, found, hidden = opened("llama", ids)
-    twin = dense_twin(block)
-    assert all(a is b for a, b in zip(twin.module.parameters(), block.module.parameters(), strict=True))
-    want = block(hidden[0])
-    block.module.mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
-    assert torch.equal(twin(hidden[0]), want) and not torch.allclose(block(hidden[0]), want)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2-moe"])
@@ -173,15 +167,18 @@ def test_without_compensation_each_weight_is_solved_on_the_inputs_of_its_dense_b
 
 def test_a_block_that_changes_its_ways_is_named(ids):
     block, found, hidden = opened("llama", ids)
-    full = f"{block.name}.mlp.gate_proj"
+    stage = Stage((f"{block.name}.mlp.gate_proj",), aligned=True, summed=True)
     with pytest.raises(gptvq.ConfigError, match="gate_proj.*compensate=0"):
-        collect(Stage((full,), True, True), {full: found[full]}, block, dense_twin(block), hidden, hidden, CPU)
+        run_dense(block, [stage], found, hidden, CPU)
+    with pytest.raises(gptvq.ConfigError, match="gate_proj.*compensate=0"):
+        collect(stage, {stage.names[0]: found[stage.names[0]]}, block, hidden, {stage.names[0]: hidden}, CPU)
 
 
 def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids):
     block, found, hidden = opened("llama", ids)
     stage = find_stages(block, found, hidden[0])[0]
     bad = [hidden[0] * float("nan"), *hidden[1:]]
-    inputs = collect(stage, {full: found[full] for full in stage.names}, block, dense_twin(block), bad, hidden, CPU)
-    assert isinstance(inputs, Inputs) and inputs.hessians[stage.names[0]].dropped == ids.shape[1]
+    wanted = run_dense(block, [stage], found, hidden, CPU)[1]
+    inputs = collect(stage, {full: found[full] for full in stage.names}, block, bad, wanted, CPU)
+    assert inputs.hessians[stage.names[0]].dropped == ids.shape[1]
     assert torch.equal(inputs.drift, torch.zeros_like(inputs.drift))
