@@ -39,6 +39,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     `tokenizer`.  out: a new or empty folder (`overwrite` replaces a checkpoint in it), or None to keep the result in memory.
     config: a VQConfig or a preset's name.  calibration: text, a path, a dataset's name, strings, or ids [samples, tokens].
     device: where blocks run and are solved, one at a time; None is the GPU where there is one.  dtype: to load the model in.
+    Memory: beside the model, two hidden states of every calibration token (the dense model's and the quantized one's) and, for
+    the block at hand, about four more; `Recipe(compensate=0)` needs only one.
     The report holds the quantized model (`.model`, runs at once) and the tokenizer.  Raises ConfigError for unusable
     arguments, before any work, and NumericalError for non-finite weights or activations; nothing unfinished is left in `out`.
     """
