@@ -103,7 +103,7 @@ def _quantize(source, folder, config, calibration, samples, sequence_length, dev
     with _timed(stages, "embed"):
         record_calls(model, blocks, tokens[:1], device)
         hidden = embed(model, blocks, tokens)
-    dense = list(hidden)        # what the dense model gives to the next block, beside what the quantized one does
+    dense = list(hidden) if config.recipe.compensate else []    # as `hidden`, but of the dense model
     for index, block in enumerate(blocks):
         progress.block(index, block.name)
         home = next(block.module.parameters()).device
