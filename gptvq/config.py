@@ -35,6 +35,7 @@ class Recipe:
     sweeps: int = 2                 # coordinate-descent sweeps over all indices
     cg_iterations: int = 4          # of each codebook update
     block_cols: int = 128           # lazy-update block
+    compensate: float = 1.0         # share of the quantized model's drift so far that a layer makes up for; 0: none, its own weight
     dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
 
     def __post_init__(self):
@@ -50,16 +51,18 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not (isinstance(self.compensate, (int, float)) and 0 <= self.compensate <= 1):
+            raise ConfigError(f"compensate must be a number from 0 to 1, got {self.compensate!r}")
         if self.block_cols % 4:
             raise ConfigError(f"block_cols must be a multiple of 4, got {self.block_cols}")
-        if self.method == "paper" and (self.order, self.passes, self.sweeps) != ("sequential", 1, 0):
-            raise ConfigError('method="paper" is one sequential pass without sweeps: use Recipe.paper()')
+        if self.method == "paper" and (self.order, self.passes, self.sweeps, self.compensate) != ("sequential", 1, 0, 0):
+            raise ConfigError('method="paper" is one sequential pass without sweeps or compensation: use Recipe.paper()')
 
     @classmethod
     def paper(cls, **changes) -> Recipe:
         """The published procedure: damping 0.01, up to 100 EM iterations, one left-to-right pass, 25 Adam steps."""
         return cls(**{"method": "paper", "order": "sequential", "damp": 0.01, "em_iterations": 100, "em_starts": 1, "passes": 1,
-                      "sweeps": 0, **changes})
+                      "sweeps": 0, "compensate": 0, **changes})
 
 
 @dataclass(frozen=True)

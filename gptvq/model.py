@@ -44,7 +44,7 @@ class Block:
         return self
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward once everything wanted has been seen."""
 
 
@@ -93,7 +93,7 @@ def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: 
         def after(module, args, out, block=block, home=next(model.parameters()).device):
             module.to(home)
             if block is blocks[-1]:
-                raise _Stop
+                raise Stop
             return _map(lambda t: t.to(home), out)
 
         handles += [block.module.register_forward_pre_hook(before, with_kwargs=True), block.module.register_forward_hook(after)]
@@ -116,7 +116,7 @@ def embed(model: nn.Module, blocks: list[Block], tokens: Tensor) -> list[Tensor]
             raise ConfigError(f"{first.name}: its arguments beside the hidden state differ from sample to sample; "
                               f"{type(model).__name__} feeds tokens to its blocks in another way, which is not supported")
         hidden.append(state.clone())
-        raise _Stop
+        raise Stop
 
     for ids in tokens:
         _until_stopped(model, ids[None], [first.module.register_forward_pre_hook(stop, with_kwargs=True)])
@@ -160,6 +160,17 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return linear.weight.T if is_conv1d(linear) else linear.weight
 
 
+def in_list(block: Block, name: str) -> bool:
+    """Whether the linear is inside an nn.ModuleList of the block: one of several experts, which may be idle."""
+    return any(name.startswith(f"{block.name}.{inner}.") for inner, module in block.module.named_modules()
+               if inner and isinstance(module, nn.ModuleList))
+
+
+def identity(x: Tensor) -> tuple:
+    """Equal for two calls on one tensor that was not changed in between, as long as it is kept."""
+    return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version
+
+
 class InputCollector:
     """Hessians of the inputs of `linears` while their block runs; linears called on one tensor share one Hessian.
 
@@ -195,8 +206,7 @@ class InputCollector:
 
     def _add(self, name: str, x: Tensor) -> None:
         # The tensor is kept with its key: a freed one's address would be given out again.
-        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
-        first, _ = self._seen.setdefault(key, (name, x))
+        first, _ = self._seen.setdefault(identity(x), (name, x))
         leader = self.leader.setdefault(name, self.leader.get(first, first))
         if leader == name:
             self.hessians.setdefault(name, Hessian(x.shape[-1], self.device)).add(x)
@@ -211,7 +221,7 @@ def _call(model: nn.Module, tokens: Tensor) -> Any:
 def _until_stopped(model: nn.Module, tokens: Tensor, handles: list) -> None:
     try:
         _call(model, tokens)
-    except _Stop:
+    except Stop:
         pass
     finally:
         for handle in handles:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from . import checkpoint
 from .calibration import calibration_tokens, describe, tokens_sha256
 from .config import VQConfig
+from .drift import Stage, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
 from .model import (
     Block,
-    InputCollector,
     dense_weight,
     embed,
     find_blocks,
+    in_list,
     linears,
     record_calls,
     unfuse_experts,
@@ -38,6 +39,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     `tokenizer`.  out: a new or empty folder (`overwrite` replaces a checkpoint in it), or None to keep the result in memory.
     config: a VQConfig or a preset's name.  calibration: text, a path, a dataset's name, strings, or ids [samples, tokens].
     device: where blocks run and are solved, one at a time; None is the GPU where there is one.  dtype: to load the model in.
+    Memory: beside the model, two hidden states of every calibration token (the dense model's and the quantized one's) and, for
+    the block at hand, about four more; `Recipe(compensate=0)` needs only one.
     The report holds the quantized model (`.model`, runs at once) and the tokenizer.  Raises ConfigError for unusable
     arguments, before any work, and NumericalError for non-finite weights or activations; nothing unfinished is left in `out`.
     """
@@ -100,35 +103,41 @@ def _quantize(source, folder, config, calibration, samples, sequence_length, dev
     with _timed(stages, "embed"):
         record_calls(model, blocks, tokens[:1], device)
         hidden = embed(model, blocks, tokens)
+    dense = list(hidden) if config.recipe.compensate else []    # as `hidden`, but of the dense model
     for index, block in enumerate(blocks):
         progress.block(index, block.name)
         home = next(block.module.parameters()).device
         block.to(device)
-        names = [full for full in linears(block.module, block.name) if full in specs]
-
-        progress.stage("collecting Hessians")
-        with _timed(stages, "hessians"), InputCollector({full: modules[full] for full in names}, device) as inputs:
-            for state in hidden:
-                block(state.to(device))
-                inputs.next_sample()
+        names = {full: modules[full] for full in linears(block.module, block.name) if full in specs}
+        order, wanted = [Stage(tuple(names))], {}
+        if config.recipe.compensate:
+            progress.stage("running the dense block")
+            with _timed(stages, "forward"):
+                order = find_stages(block, names, hidden[0].to(device))
+                dense, wanted = run_dense(block, order, names, dense, device)
 
         packed: dict[str, VQLinear] = {}
-        for full in names:
-            linear, hessian = modules[full], inputs.hessian(full)
-            if hessian.tokens + hessian.dropped == 0:
-                if not any(full.startswith(expert + ".") for expert in experts) and not _in_list(block, full):
-                    warnings.append(f"{full}: never called in the calibration runs, left dense")
-                    continue
-                warnings.append(f"{full}: saw no calibration tokens, quantized without them; more samples would help")
-            progress.stage(f"solving {full}")
-            with _timed(stages, "solve"):
-                vq, record = solve(dense_weight(linear).float(), hessian, specs[full], config.recipe, full)
-            packed[full] = VQLinear.from_weight(vq, linear.bias, full)
-            report.layers.append(record)
-            progress.layer(record)
-            # The same values unpacked once, not again for every sample.
-            model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
-            del modules[full]
+        for stage in order:
+            progress.stage("collecting Hessians")
+            with _timed(stages, "hessians"):
+                inputs = collect(stage, {full: modules[full] for full in stage.names}, block, hidden, wanted, device)
+            for full in stage.names:
+                linear, hessian = modules[full], inputs.hessians[full]
+                if hessian.tokens + hessian.dropped == 0:
+                    if not any(full.startswith(expert + ".") for expert in experts) and not in_list(block, full):
+                        warnings.append(f"{full}: never called in the calibration runs, left dense")
+                        continue
+                    warnings.append(f"{full}: saw no calibration tokens, quantized without them; more samples would help")
+                progress.stage(f"solving {full}")
+                with _timed(stages, "solve"):
+                    weight = inputs.target(full, dense_weight(linear).float(), config.recipe)
+                    vq, record = solve(weight, hessian, specs[full], config.recipe, full)
+                packed[full] = VQLinear.from_weight(vq, linear.bias, full)
+                report.layers.append(record)
+                progress.layer(record)
+                # The same values unpacked once, not again for every sample.
+                model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
+                del modules[full]
 
         progress.stage("running the quantized block")
         with _timed(stages, "forward"):
@@ -167,12 +176,6 @@ def _finite(hidden: Tensor, block: Block) -> Tensor:
         raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden)).sum())} non-finite activations; the source "
                              "checkpoint is damaged or its dtype overflowed, try dtype float32")
     return hidden
-
-
-def _in_list(block: Block, full: str) -> bool:
-    """Whether the linear is inside an nn.ModuleList of the block: one of several experts, which may be idle."""
-    inside = {f"{block.name}.{name}." for name, module in block.module.named_modules() if name and isinstance(module, nn.ModuleList)}
-    return any(full.startswith(prefix) for prefix in inside)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class LayerRecord:
 
     name: str
     spec: QuantSpec
-    error: float                    # tr((W-Q) H (W-Q)^T) / tr(W H W^T)
+    error: float                    # tr((W-Q) H (W-Q)^T) / tr(W H W^T), W the weight it was solved for
     stages: dict[str, float] = field(default_factory=dict)
     repair: str = ""
     damp: float = 0.0

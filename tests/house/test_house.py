@@ -26,7 +26,7 @@ LAYERS = [
     {"refine"},
     {"solver"},
     {"linear"},
-    {"experts", "model", "stream", "calibration", "journal", "checkpoint", "plan", "report", "evaluate", "hf", "vllm", "export"},
+    {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "plan", "report", "evaluate", "hf", "vllm", "export"},
     {"quantize"},
     {"cli", "demo", "__main__"},
     {"__init__"},

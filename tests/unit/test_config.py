@@ -147,6 +147,8 @@ def test_contradictory_settings(values, named):
     ({"damp": "0.1"}, "damp"), ({"em_iterations": 0}, "em_iterations"), ({"passes": 0}, "passes"),
     ({"sweeps": -1}, "sweeps"),
     ({"cg_iterations": 2.5}, "cg_iterations"), ({"block_cols": 6}, "block_cols"), ({"dtype": "float16"}, "dtype"),
+    ({"compensate": -0.1}, "compensate"), ({"compensate": 1.5}, "compensate"), ({"compensate": float("nan")}, "compensate"),
+    ({"method": "paper", "order": "sequential", "passes": 1, "sweeps": 0}, "compensation"), ({"compensate": "all"}, "compensate"),
     ({"method": "paper"}, "sequential"), ({"method": "paper", "order": "sequential"}, "one sequential pass")])
 def test_bad_recipes(values, named):
     with pytest.raises(ConfigError, match=named):
@@ -168,6 +170,7 @@ def test_errors_name_the_layer():
 def test_the_published_recipe():
     recipe = Recipe.paper()
     assert (recipe.damp, recipe.em_iterations, recipe.order, recipe.passes, recipe.sweeps) == (0.01, 100, "sequential", 1, 0)
+    assert recipe.compensate == 0 and Recipe().compensate == 1
     assert Recipe() == Recipe("gptvq", "importance", 0.03, 50, 8, 3, 2)
 
 

@@ -1,0 +1,204 @@
+"""The drift of the quantized model from the dense one, and target weights that make up for it.
+
+Layer errors add up over a model: what a layer reads is no longer what its weights were made for. So two streams of hidden
+states run through the blocks, the dense model's and the quantized one's, and each layer is solved not for its own weight W
+but for W* = W + D (H + damping)^-1, the weight that gets nearest to the dense model's values from the quantized model's inputs.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .config import Recipe
+from .errors import ConfigError, NumericalError
+from .hessian import Hessian
+from .model import Block, InputCollector, Stop, dense_weight, identity, in_list
+
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block whose inputs are collected in one go, once all that are called before them are quantized.
+
+    aligned: they share one input, called once with a row per token, so the two streams can be compared.  summed: the
+    block adds the output of the stage's only linear to something, as to the residual stream; the sum is compared then, and
+    the drift of the other summand made up for as well.
+    """
+
+    names: tuple[str, ...]
+    aligned: bool = False
+    summed: bool = False
+
+
+@dataclass
+class Inputs:
+    """Of one stage: {linear: Hessian of its inputs}, and the drift, (2 / n) sum_t (v_t - v~_t) x~_t^T over n tokens.
+
+    x~ are the stage's inputs in the quantized stream.  v, v~ are what is compared, in the dense and the quantized stream:
+    the inputs themselves, or the sums that the output is added up to.  None where there is nothing to compare.
+    """
+
+    hessians: dict[str, Hessian]
+    summed: bool = False
+    drift: Tensor | None = None
+
+    def target(self, name: str, weight: Tensor, recipe: Recipe) -> Tensor:
+        """The weight [rows, cols] to solve the linear `name` for, making up for the recipe's share of the drift."""
+        if self.drift is None:
+            return weight
+        drift = self.drift if self.summed else weight @ self.drift
+        try:
+            return target_weight(weight, self.hessians[name], drift, recipe.compensate, recipe.damp)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from None
+
+
+def target_weight(weight: Tensor, hessian: Hessian, drift: Tensor, share: float, damp: float) -> Tensor:
+    """W + share D (H + damp mean diag H)^-1; W [rows, cols] and the drift of its output D [rows, cols] are float32."""
+    U = hessian.factor(("target",), torch.arange(weight.shape[1], device=weight.device), damp, torch.float32).U
+    return weight + share * (drift @ U.T @ U)
+
+
+@torch.no_grad()
+def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> list[Stage]:
+    """`linears` in the order in which a real call on `hidden` [1, tokens, width] comes to them.
+
+    Members of a ModuleList, of which a token may reach a few only (experts), and linears called never, more than once or on
+    other rows than the block's make one stage together, which is not aligned.
+    """
+    run = _Run(linears)
+    with run:
+        block(hidden)
+    names = [name for name, _, _ in run.calls]
+    groups: dict[object, list[str]] = {}
+    for name, x, key in run.calls:
+        alone = names.count(name) == 1 and not in_list(block, name) and x.shape[:-1].numel() == hidden.shape[:-1].numel()
+        members = groups.setdefault(key if alone else None, [])
+        if name not in members:
+            members.append(name)
+    idle = [name for name in linears if name not in names]
+    if idle:
+        groups.setdefault(None, []).extend(idle)
+    return [Stage(tuple(members), key is not None, key is not None and len(members) == 1 and members[0] in run.sums)
+            for key, members in groups.items()]
+
+
+@torch.no_grad()
+def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor],
+              device: torch.device) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Runs the dense stream through a block that is still dense -> (its outputs, what aligned stages are compared with).
+
+    The latter, [1, tokens, ..] per sample under the name of the stage's first linear, are about as large as the hidden
+    states each, and are kept where those are.
+    """
+    outputs, wanted = [], {stage.names[0]: [] for stage in stages if stage.aligned}
+    summed = {stage.names[0] for stage in stages if stage.summed}
+    for state in dense:
+        run = _Run({name: linears[name] for name in wanted}, copies=True)
+        with run:
+            outputs.append(block(state.to(device)).to(state.device))
+        inputs = {name: x for name, x, _ in run.calls}
+        for name, kept in wanted.items():
+            kept.append(_seen(name, run.sums if name in summed else inputs).to(state.device))
+    return outputs, wanted
+
+
+@torch.no_grad()
+def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: list[Tensor], wanted: dict[str, list[Tensor]],
+            device: torch.device) -> Inputs:
+    """Runs the quantized stream `hidden` through `block` and compares it with the `wanted` of the dense one.
+
+    linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.
+    """
+    if not stage.aligned:
+        with InputCollector(linears, device) as inputs:
+            for state in hidden:
+                block(state.to(device))
+                inputs.next_sample()
+        return Inputs({name: inputs.hessian(name) for name in linears})
+    leader = stage.names[0]
+    rows, cols = dense_weight(linears[leader]).shape
+    hessian = Hessian(cols, device)
+    drift = torch.zeros(rows if stage.summed else cols, cols, device=device)
+    for state, want in zip(hidden, wanted.pop(leader)):
+        run = _Run({leader: linears[leader]}, until="sum" if stage.summed else "input")
+        try:
+            with run:
+                block(state.to(device))
+        except Stop:
+            pass
+        x = run.calls[0][1]
+        have = _seen(leader, run.sums) if stage.summed else x
+        before = hessian.tokens
+        hessian.add(x)
+        change = _rows(want.to(device) - have).T @ _rows(x)
+        if hessian.tokens > before and math.isfinite(float(change.sum())):
+            drift += change
+    return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """float32 [tokens, width]."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _seen(name: str, found: dict[str, Tensor]) -> Tensor:
+    if name not in found:
+        raise ConfigError(f"{name}: the block calls it in another way than on the first sample; quantize with Recipe(compensate=0)")
+    return found[name]
+
+
+class _Run(TorchDispatchMode):
+    """Hooks on `linears` while their block runs: `calls` are (name, input, its identity) in order.
+
+    `sums` are {name: its output plus another tensor} where that addition is the first that happens to the output; it
+    stops the block's call at the first "input" or "sum" if told so.  `copies` outlive the block's changes to them.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], until: str = "", copies: bool = False):
+        super().__init__()
+        self.linears, self.until, self.copies = linears, until, copies
+        self.calls: list[tuple[str, Tensor, tuple]] = []
+        self.sums: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}           # not read yet
+        self._handles: list = []
+
+    def __enter__(self) -> _Run:
+        for name, linear in self.linears.items():
+            self._handles += [linear.register_forward_pre_hook(lambda m, args, name=name: self._called(name, args[0])),
+                              linear.register_forward_hook(lambda m, args, out, name=name: self._outputs.__setitem__(name, out))]
+        return super().__enter__()
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*exception)
+
+    def _called(self, name: str, x: Tensor) -> None:
+        self.calls.append((name, x.clone() if self.copies else x, identity(x)))
+        if self.until == "input":
+            raise Stop
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)] if self._outputs else []
+        for name in [name for name, out in self._outputs.items() if any(_shares(t, out) for t in read)]:
+            if func in _ADDITIONS and not kwargs and len(read) == 2 and read[0].shape == read[1].shape and not _shares(*read):
+                self.sums[name] = result.clone() if self.copies else result
+                if self.until == "sum":
+                    raise Stop
+            elif isinstance(result, Tensor) and _shares(result, self._outputs[name]) and not func._schema.is_mutable:
+                continue                                # only a view of it
+            # Whatever comes later may depend on the output, and is no summand that it could make up for.
+            del self._outputs[name]
+        return result
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,184 @@
+"""Targets that make up for the drift of the quantized model, against plain NumPy."""
+import numpy as np
+import pytest
+import torch
+from job.tiny_models import build, logits, preset
+
+import gptvq
+from gptvq.config import Recipe, VQConfig
+from gptvq.drift import Stage, collect, find_stages, run_dense, target_weight
+from gptvq.hessian import Hessian
+from gptvq.model import embed, find_blocks, linears, record_calls, unfuse_experts
+from gptvq.solver import solve
+
+CPU = torch.device("cpu")
+
+
+def opened(name, ids):
+    """(block 0 with its recorded call, its linears by short name, the hidden states that enter it)."""
+    model = build(name)
+    blocks = find_blocks(model, ids[:1])
+    unfuse_experts(model, blocks)
+    record_calls(model, blocks, ids[:1], CPU)
+    found = linears(blocks[0].module, blocks[0].name)
+    return blocks[0], found, embed(model, blocks, ids)
+
+
+def stages(name, ids):
+    """[(short names, aligned, summed)]"""
+    block, found, hidden = opened(name, ids)
+    return [([full.removeprefix(block.name + ".") for full in stage.names], stage.aligned, stage.summed)
+            for stage in find_stages(block, found, hidden[0])]
+
+
+def oracle_target(W, x, v, wanted, damp):
+    """The W* that minimises sum_t |W* x_t - (W x_t + wanted_t - v_t)|^2 + damping |W* - W|^2, in float64."""
+    W, x, v, wanted = (np.asarray(a, np.float64) for a in (W, x, v, wanted))
+    H = 2 / len(x) * x.T @ x
+    damping = damp * np.mean(np.diag(H)) * np.eye(len(H))
+    return W + np.linalg.solve(H + damping, 2 / len(x) * x.T @ (wanted - v)).T
+
+
+@pytest.mark.parametrize("rows,cols,tokens", [(5, 7, 40), (33, 18, 25), (4, 30, 12)], ids=["plenty", "ragged", "fewer tokens than inputs"])
+@pytest.mark.parametrize("damp", [0.01, 0.3])
+def test_target_weight_is_the_damped_least_squares_solution(rows, cols, tokens, damp):
+    W, x, x_dense = torch.randn(rows, cols), torch.randn(tokens, cols) * torch.logspace(-1, 1, cols), torch.randn(tokens, cols)
+    x[:, 3] = 0                                         # a dead input: nothing is known of its column
+    hessian = Hessian(cols)
+    hessian.add(x)
+    drift = 2 / tokens * W @ (x_dense - x).T @ x
+    got = target_weight(W, hessian, drift, 1.0, damp)
+    assert np.allclose(got.numpy(), oracle_target(W, x, x @ W.T, x_dense @ W.T, damp), rtol=1e-3, atol=1e-3)
+    assert torch.equal(got[:, 3], W[:, 3])
+    half = target_weight(W, hessian, drift, 0.5, damp)
+    assert torch.allclose(half, (W + got) / 2, atol=1e-5)
+
+
+def test_linears_come_in_the_order_of_the_call(ids):
+    attention = [(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], True, False), (["self_attn.o_proj"], True, True)]
+    plain = [(["mlp.gate_proj", "mlp.up_proj"], True, False), (["mlp.down_proj"], True, True)]
+    assert stages("llama", ids) == stages("llama-bias", ids) == attention + plain
+    gpt2 = stages("gpt2", ids)
+    assert gpt2 == [(["attn.c_attn"], True, False), (["attn.c_proj"], True, True), (["mlp.c_fc"], True, False), (["mlp.c_proj"], True, True)]
+    after_a_norm = [summed for _, aligned, summed in stages("gemma2", ids) if aligned]
+    assert after_a_norm == [False] * 4                  # its blocks normalise what they add to the residual stream
+
+
+def test_experts_make_one_stage(ids):
+    """A token reaches other experts in the other stream, so there is nothing to compare."""
+    mixtral = stages("mixtral", ids)
+    assert [aligned for _, aligned, _ in mixtral] == [True, True, False]
+    assert sorted(mixtral[2][0]) == sorted(f"mlp.experts.{e}.{m}_proj" for e in range(4) for m in ("gate", "up", "down"))
+    shared = {name for names, aligned, _ in stages("qwen2-moe", ids) if aligned for name in names}
+    assert {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"} < shared
+    assert not any(".experts." in name for name in shared)
+
+
+def test_linears_called_twice_or_never_are_not_aligned(ids):
+    block, found, hidden = opened("llama", ids)
+    again = block.module.mlp
+    real = again.forward
+    again.forward = lambda x: again.down_proj(again.act_fn(again.gate_proj(x))) + real(x)
+    block.module.spare = torch.nn.Linear(4, 4)
+    spare = f"{block.name}.spare"
+    got = find_stages(block, {**found, spare: block.module.spare}, hidden[0])
+    assert [stage.aligned for stage in got] == [True, True, False, True]
+    assert set(got[2].names) == {f"{block.name}.mlp.gate_proj", f"{block.name}.mlp.down_proj", spare}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_drift_is_that_of_the_two_streams(name, ids):
+    """Every stage's target against what hooks on two plain runs see."""
+    block, found, hidden = opened(name, ids)
+    order = find_stages(block, found, hidden[0])
+    outputs, compared = run_dense(block, order, found, hidden, CPU)
+    assert torch.equal(torch.cat(outputs), torch.cat([block(state) for state in hidden]))
+    drifted = [state + 0.3 * torch.randn_like(state) for state in hidden]
+
+    def seen(full, states):
+        log = []
+        handle = found[full].register_forward_hook(lambda m, args, out: log.append((args[0][0].double(), out[0].double())))
+        with torch.no_grad():
+            for state in states:
+                block(state)
+        handle.remove()
+        return (torch.cat(parts).numpy() for parts in zip(*log))
+
+    residual = [state[0].double().numpy() for state in (torch.cat(hidden, 1), torch.cat(drifted, 1))]
+    for stage in order:
+        got = collect(stage, {full: found[full] for full in stage.names}, block, drifted, compared, CPU)
+        for full in stage.names:
+            (_, wanted), (x, y) = seen(full, hidden), seen(full, drifted)
+            if stage.summed:
+                wanted, y = wanted + residual[0], y + residual[1]
+            if stage is order[1]:                       # what comes after the attention reads these sums
+                residual_after = wanted, y
+            weight = (found[full].weight.T if name == "gpt2" else found[full].weight).detach()
+            target = got.target(full, weight.float(), Recipe())
+            want = oracle_target(weight, x, y, wanted, Recipe().damp)
+            assert np.linalg.norm(target.numpy() - want) < 1e-3 * np.linalg.norm(want)
+            assert np.linalg.norm(target.numpy() - weight.numpy()) > 0.05 * np.linalg.norm(want)
+        if stage is order[1]:
+            residual = residual_after
+
+
+def test_without_drift_the_target_is_the_weight(ids):
+    block, found, hidden = opened("llama", ids)
+    order = find_stages(block, found, hidden[0])
+    wanted = run_dense(block, order, found, hidden, CPU)[1]
+    for stage in order:
+        inputs = collect(stage, {full: found[full] for full in stage.names}, block, hidden, wanted, CPU)
+        for full in stage.names:
+            assert torch.equal(inputs.target(full, found[full].weight, Recipe()), found[full].weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2-moe"])
+def test_the_output_gets_nearer_to_the_dense_one(name):
+    ids = torch.randint(0, 256, (24, 48))
+    want = logits(build(name), ids)
+    errors = []
+    for compensate in (0.0, 1.0):
+        recipe = Recipe(em_iterations=5, passes=1, sweeps=1, cg_iterations=3, compensate=compensate)
+        report = gptvq.quantize(build(name), None, VQConfig.preset("2d-2.25", recipe=recipe), calibration=ids)
+        errors.append(float((logits(report.model, ids) - want).square().sum() / want.square().sum()))
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_two_runs_give_the_same_bytes(ids):
+    runs = [gptvq.quantize(build("mixtral"), None, preset(), calibration=ids) for _ in range(2)]
+    assert [r.sha256 for r in runs[0].layers] == [r.sha256 for r in runs[1].layers]
+
+
+@pytest.mark.parametrize("recipe", [Recipe.paper(em_iterations=3), Recipe(em_iterations=3, passes=1, sweeps=0, compensate=0)])
+def test_without_compensation_each_weight_is_solved_on_the_inputs_of_its_dense_block(ids, recipe):
+    block, found, hidden = opened("llama", ids)
+    report = gptvq.quantize(build(), None, VQConfig.preset("2d-2.25", recipe=recipe), calibration=ids)
+    for record in report.layers[:7]:
+        inputs, hessian = [], Hessian(record.cols)
+        handle = found[record.name].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        with torch.no_grad():
+            for state in hidden:
+                block(state)
+        handle.remove()
+        for x in inputs:
+            hessian.add(x)
+        assert solve(found[record.name].weight, hessian, record.spec, recipe)[1].sha256 == record.sha256
+
+
+def test_a_block_that_changes_its_ways_is_named(ids):
+    block, found, hidden = opened("llama", ids)
+    stage = Stage((f"{block.name}.mlp.gate_proj",), aligned=True, summed=True)
+    with pytest.raises(gptvq.ConfigError, match="gate_proj.*compensate=0"):
+        run_dense(block, [stage], found, hidden, CPU)
+    with pytest.raises(gptvq.ConfigError, match="gate_proj.*compensate=0"):
+        collect(stage, {stage.names[0]: found[stage.names[0]]}, block, hidden, {stage.names[0]: hidden}, CPU)
+
+
+def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids):
+    block, found, hidden = opened("llama", ids)
+    stage = find_stages(block, found, hidden[0])[0]
+    bad = [hidden[0] * float("nan"), *hidden[1:]]
+    wanted = run_dense(block, [stage], found, hidden, CPU)[1]
+    inputs = collect(stage, {full: found[full] for full in stage.names}, block, bad, wanted, CPU)
+    assert inputs.hessians[stage.names[0]].dropped == ids.shape[1]
+    assert torch.equal(inputs.drift, torch.zeros_like(inputs.drift))
