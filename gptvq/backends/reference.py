@@ -4,9 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference_packed import bit_map, dequantize, linear, pack_codes, prepare_linear, unpack_codes
-
-__all__ = ["bit_map", "dequantize", "linear", "pack_codes", "prepare_linear", "unpack_codes"]
+# The operators on packed weights belong to this backend too.
+from .reference_packed import bit_map, dequantize, linear, pack_codes, prepare_linear, unpack_codes  # noqa: F401
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
