@@ -66,6 +66,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def numbers(text: str) -> list[int]:
+    """"1,2" -> [1, 2]; an argparse type."""
+    return [positive(part) for part in names(text)]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """"576x1536,576x576" -> [(576, 1536), (576, 576)]; an argparse type."""
+    found = [part.split("x") for part in names(text)]
+    if any(len(shape) != 2 for shape in found):
+        raise argparse.ArgumentTypeError(f"got {text!r}, need ROWSxCOLS with commas between them")
+    return [(positive(rows), positive(cols)) for rows, cols in found]
+
+
 def log(text: str) -> None:
     """Progress, kept out of the table on standard output."""
     print(text, file=sys.stderr, flush=True)
@@ -177,12 +190,14 @@ def table(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str
 
 # ---- timing
 def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least: float = 0.01,
-           synchronize: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+           synchronize: Callable[[], None] = lambda: None, settle: float = 0.0) -> dict[str, list[float]]:
     """Seconds per call of each function, `repeats` samples of about `least` seconds or one call.
 
     The functions take turns, their order reversed every other round, so that a machine that slows down slows all.
+    `settle`: seconds of rest before each sample, for the threads of the one before to fall asleep.
     """
     def sample(function: Callable[[], object], loops: int) -> float:
+        time.sleep(settle)
         synchronize()
         began = time.perf_counter()
         for _ in range(loops):
