@@ -58,11 +58,13 @@ def ring_bytes() -> int:
 
 
 class Shape:
-    """All weights of one shape [rows, cols], made when first asked for, in rings of copies if any pass is to find cold caches."""
+    """All weights of one shape [rows, cols], made when first asked for, `copies(nbytes of one)` of each.
 
-    def __init__(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype, rings: bool):
-        self.rows, self.cols, self.device, self.dtype = rows, cols, device, dtype
-        self.bytes = ring_bytes() if rings else 1
+    Cold contenders go over all copies in a call, hot ones use the first again and again.
+    """
+
+    def __init__(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype, copies: Callable[[int], int]):
+        self.rows, self.cols, self.device, self.dtype, self.copies = rows, cols, device, dtype, copies
         self.generator = torch.Generator().manual_seed(1)
         self.rings: dict[str, list] = {}
         self.ggml: dict[str, ggml.Weights] = {}
@@ -97,9 +99,6 @@ class Shape:
             self.left_out.add(name)
             return []
 
-    def _copies(self, nbytes: int) -> int:
-        return -(-self.bytes // nbytes)
-
     def _repeated(self, part: Tensor) -> Tensor:
         """[rows, ..] from the rows of `part`, over and over."""
         return part[torch.arange(self.rows) % len(part)]
@@ -108,7 +107,7 @@ class Shape:
         vq, x = random_weight(VQConfig.preset(preset), self.rows, self.cols), x.to(self.device, self.dtype)
         if preset not in self.rings:
             self.rings[preset] = [{name: t.clone().to(self.device) for name, t in vq.buffers.items()}
-                                  for _ in range(self._copies(vq.nbytes))]
+                                  for _ in range(self.copies(vq.nbytes))]
         ring = self.rings[preset] if cold else self.rings[preset][:1]
 
         def contender(kind: str) -> Contender:
@@ -130,7 +129,7 @@ class Shape:
         dtype, nbytes = TORCH[name], self.rows * self.cols * TORCH[name].itemsize
         if name not in self.rings:
             weight = self._repeated(self.some).to(self.device, dtype)
-            self.rings[name] = [weight.clone() for _ in range(self._copies(nbytes))]
+            self.rings[name] = [weight.clone() for _ in range(self.copies(nbytes))]
         weights, x = self.rings[name] if cold else self.rings[name][:1], x.to(self.device, dtype)
 
         def run() -> None:
@@ -144,7 +143,7 @@ class Shape:
         kind, plain = GGML[name]
         if name not in self.ggml:
             data = self._repeated(torch.from_numpy(ggml.quantize(kind, self.some.numpy()))).numpy()
-            self.ggml[name] = ggml.Weights(kind, data, self.cols, self._copies(data.nbytes), plain)
+            self.ggml[name] = ggml.Weights(kind, data, self.cols, self.copies(data.nbytes), plain)
         weights = self.ggml[name]
         products = ggml.Products(weights, x.numpy(), threads, 0 if cold else _again(weights.nbytes))
         row = {"method": "ggml", "preset": None, "format": kind, "buffer": weights.buffer, "activations": "a8",
@@ -155,7 +154,7 @@ class Shape:
         if "int4" not in self.rings:
             int4.load()
             packed = int4.pack(*(self._repeated(part) for part in int4.quantize(self.some)))
-            self.rings["int4"] = [int4.aligned(packed) for _ in range(self._copies(packed.numel()))]
+            self.rings["int4"] = [int4.aligned(packed) for _ in range(self.copies(packed.numel()))]
         ring = self.rings["int4"]
         nbytes = ring[0].numel()
         products = int4.Products(ring if cold else ring[:1] * _again(nbytes), self.rows, x, INT4[name], threads)
@@ -166,12 +165,12 @@ class Shape:
     def read(self, name: str, packed: Contender, threads: int, cold: bool) -> Contender:
         """The probe over as many bytes as `packed` has, rounded down to cache lines."""
         nbytes = max(64, packed.nbytes // 64 * 64)
-        if name not in self.rings:
-            int4.load()
-            memory = self.rings.setdefault(READ, int4.aligned(torch.ones(max(self.bytes, 32 << 20), dtype=torch.uint8)))
-            self.rings[name] = [memory[i: i + nbytes] for i in range(0, len(memory) - nbytes + 1, nbytes)]
-        ring = self.rings[name]
-        reads = int4.Reads(ring if cold else ring[:1] * _again(nbytes), threads)
+        int4.load()
+        needed = nbytes * (self.copies(nbytes) if cold else 1)
+        if len(self.rings.get(READ, ())) < needed:
+            self.rings[READ] = int4.aligned(torch.ones(needed, dtype=torch.uint8))
+        stretches = list(self.rings[READ][:needed].split(nbytes))
+        reads = int4.Reads(stretches if cold else stretches * _again(nbytes), threads)
         return Contender(name, {**packed.row, "method": READ, "activations": None}, nbytes, reads.calls, reads)
 
     def close(self) -> None:

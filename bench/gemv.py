@@ -78,9 +78,10 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     device, before = torch.device(args.device), torch.get_num_threads()
     results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
                                                        "ggml": described(args.baselines)})
+    least = ring_bytes() if "cold" in args.cache else 1
     try:
         for rows, cols in args.shapes:
-            shape = Shape(rows, cols, device, getattr(torch, args.dtype), "cold" in args.cache)
+            shape = Shape(rows, cols, device, getattr(torch, args.dtype), lambda nbytes: -(-least // nbytes))
             for m, threads, cache in ((m, t, c) for m in args.m for t in args.threads for c in args.cache):
                 torch.set_num_threads(threads)
                 results.add(compare(shape, args, m, threads, cache))

@@ -32,7 +32,8 @@ class _ThreadpoolParams(Structure):
 _Log = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _QUIET = _Log(lambda level, text, data: None)
 _BASE = {  # function: result, arguments
-    "ggml_version": (c_char_p,), "ggml_log_set": (None, _Log, c_void_p), "ggml_init": (c_void_p, _InitParams), "ggml_free": (None, c_void_p),
+    "ggml_version": (c_char_p,), "ggml_log_set": (None, _Log, c_void_p),
+    "ggml_init": (c_void_p, _InitParams), "ggml_free": (None, c_void_p),
     "ggml_tensor_overhead": (c_size_t,), "ggml_graph_overhead_custom": (c_size_t, c_size_t, c_bool),
     "ggml_new_tensor_2d": (c_void_p, c_void_p, c_int, c_int64, c_int64), "ggml_mul_mat": (c_void_p, c_void_p, c_void_p, c_void_p),
     "ggml_new_graph_custom": (c_void_p, c_void_p, c_size_t, c_bool), "ggml_build_forward_expand": (None, c_void_p, c_void_p),
@@ -59,8 +60,9 @@ class Ggml:
     """The loaded libraries: `version` of ggml, `package` it came with, `instructions` it was compiled for."""
 
     def __init__(self, folder: Path, package: str):
-        base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
-        cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+        # by the names that libllama.so asks for, so that the process has one copy of each
+        base = ctypes.CDLL(str(folder / "libggml-base.so.0"), mode=ctypes.RTLD_GLOBAL)
+        cpu = ctypes.CDLL(str(folder / "libggml-cpu.so.0"), mode=ctypes.RTLD_GLOBAL)
         for library, functions in ((base, _BASE), (cpu, _CPU)):
             for name, (result, *arguments) in functions.items():
                 function = getattr(library, name)
@@ -69,7 +71,7 @@ class Ggml:
         self.package = f"{package} {importlib.metadata.version(package)}"
         self.version = self.version().decode()
         self.instructions = [name for name in INSTRUCTION_SETS if getattr(cpu, f"ggml_cpu_has_{name}")()]
-        self.openmp = b"libgomp" in (folder / "libggml-cpu.so").read_bytes()    # then OMP_WAIT_POLICY rules its threads
+        self.openmp = b"libgomp" in (folder / "libggml-cpu.so.0").read_bytes()    # then OMP_WAIT_POLICY rules its threads
         self.log_set(_QUIET, None)
         self.backend, self.pools = self.backend_cpu_init(), {}
 
@@ -106,7 +108,7 @@ def load() -> Ggml:
     for module, package, libraries in PACKAGES:
         spec = importlib.util.find_spec(module)
         folder = Path(spec.origin).parent / libraries if spec and spec.origin else None
-        if folder is None or not (folder / "libggml-cpu.so").is_file():
+        if folder is None or not (folder / "libggml-cpu.so.0").is_file():
             continue
         try:
             return Ggml(folder, package)

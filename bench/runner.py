@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -189,15 +190,24 @@ def table(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str
 
 
 # ---- timing
+def turns(functions: dict[str, Callable[[], float]], repeats: int, settle: float = 0.0) -> dict[str, list[float]]:
+    """What each function returned in each of `repeats` rounds.
+
+    They take turns, their order reversed every other round, so that a machine that slows down slows all.  `settle`: seconds
+    of rest before each, for the threads of the one before to fall asleep.
+    """
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats):
+        for name in reversed(functions) if i % 2 else functions:
+            time.sleep(settle)
+            found[name].append(functions[name]())
+    return found
+
+
 def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least: float = 0.01,
            synchronize: Callable[[], None] = lambda: None, settle: float = 0.0) -> dict[str, list[float]]:
-    """Seconds per call of each function, `repeats` samples of about `least` seconds or one call.
-
-    The functions take turns, their order reversed every other round, so that a machine that slows down slows all.
-    `settle`: seconds of rest before each sample, for the threads of the one before to fall asleep.
-    """
+    """Seconds per call of each function in turns, each sample of about `least` seconds or one call."""
     def sample(function: Callable[[], object], loops: int) -> float:
-        time.sleep(settle)
         synchronize()
         began = time.perf_counter()
         for _ in range(loops):
@@ -209,11 +219,7 @@ def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least:
     for name, function in functions.items():
         function()                                      # the first call also allocates and loads
         loops[name] = max(1, math.ceil(least / sample(function, 1)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(repeats):
-        for name in reversed(functions) if i % 2 else functions:
-            times[name].append(sample(functions[name], loops[name]))
-    return times
+    return turns({name: functools.partial(sample, function, loops[name]) for name, function in functions.items()}, repeats, settle)
 
 
 def ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
