@@ -29,10 +29,10 @@ BASELINES = (*TORCH, *GGML, *INT4, READ)
 
 @dataclass
 class Contender:
-    """`run` computes `calls` products of one weight each; `row` says what it is, `nbytes` of one weight are read."""
+    """`run` computes `calls` products of one weight each and returns the last, [m, rows]; `nbytes` of each weight are read."""
 
     name: str
-    row: dict
+    row: dict                       # what a result says of it
     nbytes: int
     calls: int
     run: Callable[[], object]
@@ -51,6 +51,11 @@ def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
     return VQWeight(spec, buffers)
 
 
+def inputs(m: int, cols: int) -> Tensor:
+    """float32 [m, cols], the same for all."""
+    return torch.randn(m, cols, generator=torch.Generator().manual_seed(2))
+
+
 def ring_bytes() -> int:
     """Bytes of copies that one pass goes over when the caches are to be cold: more than four times the last level."""
     largest = max((os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE") if name in os.sysconf_names), default=0)
@@ -65,18 +70,16 @@ class Shape:
 
     def __init__(self, rows: int, cols: int, device: torch.device, dtype: torch.dtype, copies: Callable[[int], int]):
         self.rows, self.cols, self.device, self.dtype, self.copies = rows, cols, device, dtype, copies
-        self.generator = torch.Generator().manual_seed(1)
         self.rings: dict[str, list] = {}
         self.ggml: dict[str, ggml.Weights] = {}
         self.left_out: set[str] = set()
         # Quantizing is slow in some formats, and the rows' values do not matter to speed.
-        self.some = torch.randn(min(rows, 256), cols, generator=self.generator)
+        self.some = torch.randn(min(rows, 256), cols, generator=torch.Generator().manual_seed(1))
 
     def contenders(self, presets: list[str], activations: list[str], baselines: list[str], m: int, threads: int,
                    cold: bool) -> list[Contender]:
         """Those that can run here, for x [m, cols]; the log says why others are left out."""
-        x = torch.randn(m, self.cols, generator=self.generator)
-        found = []
+        x, found = inputs(m, self.cols), []
         for preset in presets:
             found += self.packed(preset, activations, x, cold)
             if READ in baselines and m == 1:
@@ -115,9 +118,10 @@ class Shape:
             for layer in layers:
                 layer.activations = kind
 
-            def run() -> None:
+            def run() -> Tensor:
                 for layer in layers:
-                    layer(x)
+                    y = layer(x)
+                return y
 
             row = {"method": "gptvq", "preset": preset, "format": describe_format(vq.spec), "activations": kind,
                    "bits_per_value": vq.bits_per_value}
@@ -132,9 +136,10 @@ class Shape:
             self.rings[name] = [weight.clone() for _ in range(self.copies(nbytes))]
         weights, x = self.rings[name] if cold else self.rings[name][:1], x.to(self.device, dtype)
 
-        def run() -> None:
+        def run() -> Tensor:
             for weight in weights:
-                F.linear(x, weight)
+                y = F.linear(x, weight)
+            return y
 
         row = {"method": "torch", "preset": None, "format": name.split()[1], "bits_per_value": 8.0 * dtype.itemsize}
         return Contender(name, row, nbytes, len(weights), run)

@@ -185,7 +185,7 @@ class Products:
             ggml.build_forward_expand(self.graph, node)
         self.y = np.ctypeslib.as_array(ctypes.cast(out, POINTER(c_float)), (m, weights.rows))
 
-    def __call__(self) -> None:
+    def __call__(self) -> np.ndarray:
         ggml = self.weights.ggml
         pool = ggml.threadpool(self.threads)
         ggml.backend_cpu_set_threadpool(ggml.backend, pool)
@@ -194,6 +194,7 @@ class Products:
         ggml.threadpool_pause(pool)     # or its threads spin on for 100 ms, at the cost of whoever is timed next
         if status:
             raise BackendUnavailable(f"ggml could not compute its products (status {status})")
+        return self.y
 
     def close(self) -> None:
         self.weights.ggml.backend_buffer_free(self.memory)

@@ -106,8 +106,9 @@ class Products:
         self.y = self.out[:rows]
         self.args = (_addresses(weights), len(weights), self.x.data_ptr(), self.out.data_ptr(), rows, len(x), bits, threads)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor:
         self.library.int4_gemv(*self.args)
+        return self.y
 
 
 class Reads:

@@ -2,12 +2,12 @@
 import json
 import math
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import bench, check_file
 
 from bench import dequantize, layers, quality, rounding, runner
 from gptvq.config import PRESETS, VQConfig
@@ -17,29 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--samples", "4", "--sequence-length", "64", "--dtype", "float32", "--device", "cpu"]
 
 
-def bench(module, *args):
-    """Exit code of a bench in this process."""
-    return runner.run(module.main, [str(arg) for arg in args])
-
-
 def texts(model):
     return model.parent / "calibration.txt", model.parent / "test.txt"
-
-
-def check_file(path, name):
-    """What every result file must hold; returns its rows."""
-    values = json.loads(path.read_text())
-    assert list(values) == list(runner.FIELDS)
-    assert values["command"].startswith(f"python -m bench.{name} ")
-    assert str(path.parent) not in path.read_text(), "a path of this machine"
-    assert values["machine"]["cores"] >= 1 and values["machine"]["memory"] > 1e8 and set(values["machine"]) == {
-        "cpu", "architecture", "cores", "memory", "gpu"}
-    assert set(values["commit"]) == {"hash", "dirty"}
-    assert set(values["versions"]) == {"python", "torch", "transformers", "gptvq", "numpy"} and all(values["versions"].values())
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", values["date"])
-    for row in values["rows"]:
-        assert {"operation", "method", "preset", "format", "device", "threads"} <= set(row)
-    return values["rows"]
 
 
 def test_layers(my_model, tmp_path, capsys):
