@@ -19,12 +19,25 @@ from .layers import describe_format
 from .runner import log
 
 RING_BYTES = 192 << 20
+SETTLE = 0.01                   # seconds of rest before each sample: OpenMP threads spin for milliseconds after their work
 TORCH = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
 # format, and whether in the file's order: llama.cpp repacks Q2_K where it can, which is not always faster
 GGML = {"ggml Q4_0": ("Q4_0", False), "ggml Q4_K": ("Q4_K", False), "ggml Q2_K": ("Q2_K", False), "ggml Q2_K plain": ("Q2_K", True)}
 INT4 = {"int4 a8": 8, "int4 a16": 16}
 READ = "read"
+ACTIVATIONS = ("a16", "a8", "fp32")     # of VQLinear
 BASELINES = (*TORCH, *GGML, *INT4, READ)
+
+
+def with_ggml(baselines: list[str]) -> tuple[list[str], str | None]:
+    """(those of `baselines` that this machine has ggml for, what it has); the log says it once where ggml is missing."""
+    if GGML.keys().isdisjoint(baselines):
+        return baselines, None
+    try:
+        return baselines, ggml.libraries()
+    except BackendUnavailable as error:
+        log(f"no rows of ggml: {error}")
+        return [name for name in baselines if name not in GGML], None
 
 
 @dataclass
@@ -38,6 +51,10 @@ class Contender:
     run: Callable[[], object]
     read: str | None = None         # name of the read probe over as many bytes
     close: Callable[[], None] = field(default=lambda: None)
+
+
+def label(row: dict) -> str:
+    return " ".join(filter(None, (row["method"], row["preset"] or row["format"], row.get("activations"))))
 
 
 def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
@@ -151,7 +168,7 @@ class Shape:
             self.ggml[name] = ggml.Weights(kind, data, self.cols, self.copies(data.nbytes), plain)
         weights = self.ggml[name]
         products = ggml.Products(weights, x.numpy(), threads, 0 if cold else _again(weights.nbytes))
-        row = {"method": "ggml", "preset": None, "format": kind, "buffer": weights.buffer, "activations": "a8",
+        row = {"method": "ggml", "preset": None, "format": name.removeprefix("ggml "), "buffer": weights.buffer, "activations": "a8",
                "bits_per_value": 8 * weights.nbytes / (self.rows * self.cols)}
         return Contender(name, row, weights.nbytes, products.calls, products, close=products.close)
 

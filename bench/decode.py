@@ -23,10 +23,10 @@ from gptvq.linear import VQLinear
 from gptvq.model import dense_weight, find_blocks, linears
 from gptvq.weight import VQWeight
 
-from . import ggml, llamacpp, runner
-from .contenders import BASELINES, READ, Contender, Shape, random_weight, ring_bytes
+from . import llamacpp, runner
+from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Contender, Shape, label, random_weight, ring_bytes, with_ggml
 
-ACTIVATIONS = ("a16", "a8", "fp32")
+PARTS = ("tokens", "linears")
 PROMPT = "The tower stands on the hill above the river, and"
 EXAMPLE = """examples:
   python -m bench.decode --json bench/results/decode-cpu.json
@@ -52,7 +52,7 @@ def parser():
                    help="default 2d-2.25-s64,2d-3.125-s64; not used for the whole model with --packed")
     p.add_argument("--activations", type=runner.names, default=list(ACTIVATIONS[:2]), metavar="A,B",
                    help=f"of {','.join(ACTIVATIONS)}; default a16,a8")
-    p.add_argument("--parts", type=runner.names, default=["tokens", "linears"], metavar="A,B", help="of tokens,linears; default both")
+    p.add_argument("--parts", type=runner.names, default=list(PARTS), metavar="A,B", help="of tokens,linears; default both")
     p.add_argument("--tokens", type=runner.positive, default=64, metavar="N", help="new tokens, default %(default)s")
     p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M", help="default 1,2")
     p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="rounds, default %(default)s")
@@ -61,20 +61,15 @@ def parser():
 
 
 def measure(args, argv: list[str] | None) -> list[dict]:
-    for option, given, known in (("--presets", args.presets, PRESETS), ("--activations", args.activations, ACTIVATIONS),
-                                 ("--parts", args.parts, ("tokens", "linears"))):
-        if wrong := [name for name in given if name not in known]:
-            raise ConfigError(f"{option}: got {', '.join(wrong)}, need some of {', '.join(known)}")
+    runner.check_names("--presets", args.presets, PRESETS)
+    runner.check_names("--activations", args.activations, ACTIVATIONS)
+    runner.check_names("--parts", args.parts, PARTS)
     if args.tokens < 2:
         raise ConfigError("--tokens: got 1, need at least 2: the first one is the prompt's")
     if args.packed and not is_packed(Path(args.packed)):
         raise ConfigError(f"--packed {args.packed}: not a gptvq checkpoint; quantize the model into a folder first")
     source, before = args.model or bundled_model(), torch.get_num_threads()
-    try:
-        libraries = ggml.libraries()
-    except BackendUnavailable as error:
-        libraries = None
-        runner.log(f"no rows of ggml: {error}")
+    baselines, libraries = with_ggml(list(BASELINES))
     dense, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
     results = runner.Results("decode", argv, args.json, {"model": Path(source).name, "tokens": args.tokens, "repeats": args.repeats,
                                                          "ring_bytes": ring_bytes(), "ggml": libraries})
@@ -84,7 +79,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
         for threads in args.threads if "linears" in args.parts else []:
             torch.set_num_threads(threads)
             shapes = Counter(tuple(dense_weight(linear).shape) for linear in found.values())
-            results.add(compare_linears(shapes, args, threads))
+            results.add(compare_linears(shapes, args, baselines, threads))
             runner.log(f"linears, {threads} threads: {len(results.rows)} rows")
         if "tokens" in args.parts:
             with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +100,7 @@ def blocks_linears(model: nn.Module, prompt: Tensor) -> dict[str, nn.Module]:
 
 # ---- the linears alone
 @torch.inference_mode()
-def compare_linears(shapes: Counter, args, threads: int) -> list[dict]:
+def compare_linears(shapes: Counter, args, baselines: list[str], threads: int) -> list[dict]:
     """Rows for {(rows, cols): how many}; those that cannot do every shape are left out."""
     total = sum(rows * cols * count for (rows, cols), count in shapes.items())
     parts: dict[str, list[Contender]] = {}
@@ -115,10 +110,11 @@ def compare_linears(shapes: Counter, args, threads: int) -> list[dict]:
             return count * rounds(nbytes / weights * total)
 
         every.append(Shape(rows, cols, torch.device("cpu"), torch.bfloat16, copies))
-        for one in every[-1].contenders(args.presets, args.activations, list(BASELINES), 1, threads, cold=True):
+        for one in every[-1].contenders(args.presets, args.activations, baselines, 1, threads, cold=True):
             parts.setdefault(one.name, []).append(one)
     parts = {name: ones for name, ones in parts.items() if len(ones) == len(shapes)}
-    times = runner.paired({name: lambda ones=ones: [one.run() for one in ones] for name, ones in parts.items()}, args.repeats, settle=0.003)
+    passing = {name: lambda ones=ones: [one.run() for one in ones] for name, ones in parts.items()}
+    times = runner.paired(passing, args.repeats, settle=SETTLE)
     passes = {name: sum(one.calls for one in ones) / shapes.total() for name, ones in parts.items()}
     times = {name: [seconds / passes[name] for seconds in found] for name, found in times.items()}
     rows = []
@@ -225,15 +221,11 @@ def compare_models(models: dict, args, threads: int) -> list[dict]:
 
 
 def show(rows: list[dict]) -> str:
-    baselines = list(dict.fromkeys(name for row in rows for name in row["speedup"]))
     columns = {
-        "operation": lambda r: r["operation"],
-        "format": lambda r: " ".join(filter(None, (r["method"], r["preset"] or r["format"], r.get("activations")))),
-        "bits per weight": lambda r: f"{r['bits_per_value']:.3f}", "threads": lambda r: r["threads"],
-        "ms per token": lambda r: f"{r['median_seconds'] * 1e3:.2f}", "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}",
-        "GB/s": lambda r: f"{r['gb_per_second']:.1f}"}
-    for name in baselines:
-        columns[f"x {name}"] = lambda r, name=name: f"{r['speedup'][name]:.2f}"
+        "operation": lambda r: r["operation"], "format": label, "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
+        "threads": lambda r: r["threads"], "ms per token": lambda r: f"{r['median_seconds'] * 1e3:.2f}",
+        "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}", "GB/s": lambda r: f"{r['gb_per_second']:.1f}"}
+    columns.update(runner.speedups(rows))
     columns["of read"] = lambda r: f"{100 * r['of_read']:.0f} %"
     return runner.table(rows, columns)
 

@@ -10,15 +10,13 @@ import torch
 from gptvq.config import PRESETS
 from gptvq.errors import BackendUnavailable, ConfigError
 
-from . import ggml, runner
-from .contenders import BASELINES, READ, Shape, ring_bytes
+from . import runner
+from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Shape, label, ring_bytes, with_ggml
 
 SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
 WITH_SCALES = ["2d-2.25-s64", "2d-3.125-s64", "1d-4.125-s64"]
 WITHOUT = ["1d-2.125", "1d-3.125", "1d-4.125", "2d-2.25", "2d-3.125", "2d-4.125", "4d-2.25"]
-ACTIVATIONS = ("a16", "a8", "fp32")
 CACHES = ("cold", "hot")
-SETTLE = 0.003              # seconds; OpenMP's and ggml's threads spin that long after their work
 EXAMPLE = """examples:
   python -m bench.gemv --json bench/results/gemv-cpu.json
   python -m bench.gemv --shapes 4096x4096 --m 2,4,8,16,32,64,128 --cache cold --json bench/results/gemv-cpu-m.json
@@ -63,10 +61,10 @@ def parser():
 
 def check(args) -> None:
     """ConfigError on a name that is none, or a device that is not there."""
-    for option, given, known in (("--presets", args.presets, PRESETS), ("--activations", args.activations, ACTIVATIONS),
-                                 ("--baselines", args.baselines, BASELINES), ("--cache", args.cache, CACHES)):
-        if wrong := [name for name in given if name not in known]:
-            raise ConfigError(f"{option}: got {', '.join(wrong)}, need some of {', '.join(known)}")
+    runner.check_names("--presets", args.presets, PRESETS)
+    runner.check_names("--activations", args.activations, ACTIVATIONS)
+    runner.check_names("--baselines", args.baselines, BASELINES)
+    runner.check_names("--cache", args.cache, CACHES)
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise BackendUnavailable("--device cuda: there is no CUDA device here (torch.cuda.is_available() is False)")
@@ -76,8 +74,9 @@ def check(args) -> None:
 def measure(args, argv: list[str] | None) -> list[dict]:
     check(args)
     device, before = torch.device(args.device), torch.get_num_threads()
+    args.baselines, libraries = with_ggml(args.baselines)
     results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
-                                                       "ggml": described(args.baselines)})
+                                                       "ggml": libraries})
     least = ring_bytes() if "cold" in args.cache else 1
     try:
         for rows, cols in args.shapes:
@@ -90,14 +89,6 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     finally:
         torch.set_num_threads(before)
     return results.rows
-
-
-def described(baselines: list[str]) -> str | None:
-    try:
-        return ggml.libraries() if any(name.startswith("ggml") for name in baselines) else None
-    except BackendUnavailable as error:
-        runner.log(f"no rows of ggml: {error}")
-        return None
 
 
 @torch.inference_mode()
@@ -120,19 +111,13 @@ def compare(shape: Shape, args, m: int, threads: int, cache: str) -> list[dict]:
     return rows
 
 
-def label(row: dict) -> str:
-    return " ".join(filter(None, (row["method"], row["preset"] or row["format"], row.get("activations"))))
-
-
 def show(rows: list[dict]) -> str:
-    baselines = list(dict.fromkeys(name for row in rows for name in row["speedup"]))
     columns = {
         "operation": lambda r: r["operation"], "format": label, "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
         "shape": lambda r: f"{r['shape'][0]}x{r['shape'][1]}", "M": lambda r: r["m"], "threads": lambda r: r["threads"],
         "cache": lambda r: r["cache"], "median, us": lambda r: f"{r['median_seconds'] * 1e6:,.1f}",
         "GB/s": lambda r: f"{r['gb_per_second']:.1f}", "Gw/s": lambda r: f"{r['gw_per_second']:.1f}"}
-    for name in baselines:
-        columns[f"x {name}"] = lambda r, name=name: f"{r['speedup'][name]:.2f}"
+    columns.update(runner.speedups(rows))
     columns["of read"] = lambda r: f"{100 * r['of_read']:.0f} %"
     return runner.table(rows, columns)
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -78,6 +78,12 @@ def shapes(text: str) -> list[tuple[int, int]]:
     if any(len(shape) != 2 for shape in found):
         raise argparse.ArgumentTypeError(f"got {text!r}, need ROWSxCOLS with commas between them")
     return [(positive(rows), positive(cols)) for rows, cols in found]
+
+
+def check_names(option: str, given: list[str], known: Sequence[str]) -> None:
+    """ConfigError on a name that is none of `known`."""
+    if wrong := [name for name in given if name not in known]:
+        raise ConfigError(f"{option}: got {', '.join(wrong)}, need some of {', '.join(known)}")
 
 
 def log(text: str) -> None:
@@ -187,6 +193,12 @@ def table(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = [f"| {' | '.join(value.ljust(width) for value, width in zip(line, widths))} |" for line in lines]
     return "\n".join([text[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *text[1:]])
+
+
+def speedups(rows: list[dict]) -> dict[str, Callable[[dict], object]]:
+    """A column per baseline that some row is compared with."""
+    names = dict.fromkeys(name for row in rows for name in row["speedup"])
+    return {f"x {name}": lambda row, name=name: f"{row['speedup'][name]:.2f}" for name in names}
 
 
 # ---- timing

@@ -7,12 +7,13 @@ import torch
 from bench_runs import bench, check_file
 
 from bench import arm_mca, decode, gemv, ggml, int4, llamacpp
-from bench.contenders import BASELINES, Shape, inputs, random_weight
+from bench.contenders import BASELINES, Shape, inputs, label, random_weight
 from gptvq import evaluate
 from gptvq.config import VQConfig
 from gptvq.demo import bundled_model
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.hf import open_model
+from gptvq.quantize import quantize
 
 TINY = ["--shapes", "32x256", "--presets", "2d-2.25-s64", "--threads", "1", "--repeats", "3"]
 
@@ -42,7 +43,7 @@ def test_gemv(tmp_path, capsys):
     for reason in missing(ggml.load, int4.load):
         assert reason in printed.err
     for cache in ("cold", "hot"):
-        at = {gemv.label(row): row for row in rows if row["cache"] == cache}
+        at = {label(row): row for row in rows if row["cache"] == cache}
         assert {"gptvq 2d-2.25-s64 a16", "gptvq 2d-2.25-s64 a8", "gptvq 2d-2.25-s64 fp32", "torch fp32", "torch bf16"} <= set(at)
         ours, bf16 = at["gptvq 2d-2.25-s64 a8"], at["torch bf16"]
         assert ours["bits_per_value"] == spec.bits_per_value and bf16["bits_per_value"] == 16 and ours["operation"] == "gemv"
@@ -125,6 +126,18 @@ def test_decode(my_model, tmp_path, capsys):
                                                        / sum(a * b for a, b in shapes))
     printed = capsys.readouterr()
     assert "no rows of llama.cpp: it opens .gguf files alone" in printed.err and printed.out.count("\n") == 2 + len(rows)
+
+
+def test_decode_of_a_checkpoint(my_model, tmp_path, capsys):
+    options = ["--parts", "tokens", "--activations", "a16", "--tokens", "2", "--repeats", "1", "--threads", "1"]
+    report = quantize(my_model, tmp_path / "packed", "2d-2.25", calibration=my_model.parent / "calibration.txt", samples=2,
+                      sequence_length=32, device="cpu")
+    out = tmp_path / "decode.json"
+    assert bench(decode, "--model", my_model, "--packed", tmp_path / "packed", *options, "--json", out) == 0
+    ours = check_file(out, "decode")[0]
+    assert ours["bits_per_value"] == pytest.approx(report.bits_per_value) and ours["tokens_per_second"] > 0
+    assert bench(decode, "--model", my_model, "--packed", my_model, *options) == 1
+    assert "not a gptvq checkpoint" in capsys.readouterr().err
 
 
 def test_random_weights_are_as_large_as_those_they_replace(my_model):
