@@ -141,6 +141,7 @@ def plot(rows: list[dict], path: str) -> None:
             axes.barh(len(labels) - labels.index(label(row)), row["gw_per_second"], color=colours[row["method"]])
         axes.set_title(f"{shape[0]} x {shape[1]}")
         axes.set_xlabel("1e9 weights per second")
+        axes.margins(y=0.01)
         axes.set_yticks([len(labels) - i for i in range(len(labels))], labels)
     figure.suptitle(f"M {first['m']}, {first['cache']} caches, {threads} threads")
     try:
