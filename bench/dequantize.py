@@ -1,7 +1,6 @@
 """python -m bench.dequantize: packed weight to dense, the compiled kernel against the reference."""
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 
@@ -10,9 +9,10 @@ import torch
 from gptvq.backends import native, reference
 from gptvq.config import VQConfig
 from gptvq.errors import BackendUnavailable
-from gptvq.weight import DTYPES, VQWeight, decode_tables
+from gptvq.weight import decode_tables
 
 from . import runner
+from .contenders import random_weight
 from .layers import describe_format
 
 PRESETS = ["1d-2.25", "1d-3.125", "2d-2.25", "2d-2.25-s64", "2d-3.125", "2d-4.125", "4d-2.25"]
@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser():
     p = runner.parser("dequantize", "Speed of dequantization.", EXAMPLE)
-    p.add_argument("--shapes", type=_shapes, default=[(1536, 576), (2048, 2048)], metavar="RxC,RxC",
+    p.add_argument("--shapes", type=runner.shapes, default=[(1536, 576), (2048, 2048)], metavar="RxC,RxC",
                    help="default 1536x576,2048x2048")
     p.add_argument("--presets", type=runner.names, default=PRESETS, metavar="A,B", help=f"default {','.join(PRESETS)}")
-    p.add_argument("--threads", type=lambda text: [runner.positive(n) for n in runner.names(text)], default=[1, 2], metavar="N,M",
+    p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M",
                    help="default 1,2")
     p.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
                    help="of the dense weight, default %(default)s")
@@ -66,30 +66,12 @@ def parser():
     return p
 
 
-def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
-    """A packed weight with random codes and tables."""
-    spec, generator = config.spec(rows, cols), torch.Generator().manual_seed(0)
-    buffers = {}
-    for name, (shape, kind) in spec.buffer_shapes().items():
-        low, high = (-127, 128) if kind == "int8" else (0, 256)
-        buffers[name] = (torch.rand(shape, generator=generator).to(DTYPES[kind]) if DTYPES[kind].is_floating_point else
-                         torch.randint(low, high, shape, dtype=DTYPES[kind], generator=generator))
-    return VQWeight(spec, buffers)
-
-
 def show(rows: list[dict]) -> str:
     return runner.table(rows, {
         "format": lambda r: r["format"], "shape": lambda r: f"{r['shape'][0]}x{r['shape'][1]}", "method": lambda r: r["method"],
         "threads": lambda r: r["threads"], "cache": lambda r: r["cache"],
         "median, us": lambda r: f"{r['median_seconds'] * 1e6:,.0f}",
         "GB/s": lambda r: f"{r['gb_per_second']:.2f}", "x reference": lambda r: f"{r['speedup']['reference']:,.1f}"})
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    shapes = [part.split("x") for part in runner.names(text)]
-    if any(len(shape) != 2 for shape in shapes):
-        raise argparse.ArgumentTypeError(f"got {text!r}, need ROWSxCOLS with commas between them")
-    return [(runner.positive(rows), runner.positive(cols)) for rows, cols in shapes]
 
 
 if __name__ == "__main__":

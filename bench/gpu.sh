@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One call on a machine with a GPU: build, all tests, compute-sanitizer over the GPU tests, every bench; a summary at the end.
 # The results go to $OUT, by default bench/results.  PYTHON: the interpreter, with torch and the build tools installed.
-# MODEL, CALIBRATION and TEXT (a model and two texts) are needed for bench.quality, which is skipped without the texts.
+# MODEL, CALIBRATION and TEXT (a model and two texts) are for bench.quality, which is skipped without the texts; MODEL also for
+# bench.decode.  Both take the demo's model where it is not set.
 # It ends with 1 if something failed; what cannot run here, for want of a GPU or a file, is skipped and said so.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -42,11 +43,14 @@ else
         step "$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 "$python" -m pytest -q -m gpu
     done
 fi
+model=()
+[ -z "${MODEL:-}" ] || model=(--model "$MODEL")
 step dequantize "$python" -m bench.dequantize --json "$out/dequantize.json"
 step quantize "$python" -m bench.quantize --json "$out/quantize.json"
+step gemv "$python" -m bench.gemv --json "$out/gemv-cpu.json"
+step gemv-m "$python" -m bench.gemv --shapes 4096x4096,576x1536 --m 2,4,8,16,32,64,128 --cache cold --json "$out/gemv-cpu-m.json"
+step decode "$python" -m bench.decode "${model[@]}" --json "$out/decode-cpu.json"
 if [ -n "${CALIBRATION:-}" ] && [ -n "${TEXT:-}" ]; then
-    model=()
-    [ -z "${MODEL:-}" ] || model=(--model "$MODEL")
     step quality-layers "$python" -m bench.quality --layers "${model[@]}" --calibration "$CALIBRATION" --heldout "$TEXT" \
         --json "$out/quality-layers.json"
     step quality-perplexity "$python" -m bench.quality --perplexity "${model[@]}" --calibration "$CALIBRATION" --text "$TEXT" \

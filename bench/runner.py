@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +65,25 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
     return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """"1,2" -> [1, 2]; an argparse type."""
+    return [positive(part) for part in names(text)]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """"576x1536,576x576" -> [(576, 1536), (576, 576)]; an argparse type."""
+    found = [part.split("x") for part in names(text)]
+    if any(len(shape) != 2 for shape in found):
+        raise argparse.ArgumentTypeError(f"got {text!r}, need ROWSxCOLS with commas between them")
+    return [(positive(rows), positive(cols)) for rows, cols in found]
+
+
+def check_names(option: str, given: list[str], known: Sequence[str]) -> None:
+    """ConfigError on a name that is none of `known`."""
+    if wrong := [name for name in given if name not in known]:
+        raise ConfigError(f"{option}: got {', '.join(wrong)}, need some of {', '.join(known)}")
 
 
 def log(text: str) -> None:
@@ -175,13 +195,30 @@ def table(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str
     return "\n".join([text[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *text[1:]])
 
 
-# ---- timing
-def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least: float = 0.01,
-           synchronize: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
-    """Seconds per call of each function, `repeats` samples of about `least` seconds or one call.
+def speedups(rows: list[dict]) -> dict[str, Callable[[dict], object]]:
+    """A column per baseline that some row is compared with."""
+    names = dict.fromkeys(name for row in rows for name in row["speedup"])
+    return {f"x {name}": lambda row, name=name: f"{row['speedup'][name]:.2f}" for name in names}
 
-    The functions take turns, their order reversed every other round, so that a machine that slows down slows all.
+
+# ---- timing
+def turns(functions: dict[str, Callable[[], float]], repeats: int, settle: float = 0.0) -> dict[str, list[float]]:
+    """What each function returned in each of `repeats` rounds.
+
+    They take turns, their order reversed every other round, so that a machine that slows down slows all.  `settle`: seconds
+    of rest before each, for the threads of the one before to fall asleep.
     """
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats):
+        for name in reversed(functions) if i % 2 else functions:
+            time.sleep(settle)
+            found[name].append(functions[name]())
+    return found
+
+
+def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least: float = 0.01,
+           synchronize: Callable[[], None] = lambda: None, settle: float = 0.0) -> dict[str, list[float]]:
+    """Seconds per call of each function in turns, each sample of about `least` seconds or one call."""
     def sample(function: Callable[[], object], loops: int) -> float:
         synchronize()
         began = time.perf_counter()
@@ -194,11 +231,7 @@ def paired(functions: dict[str, Callable[[], object]], repeats: int = 11, least:
     for name, function in functions.items():
         function()                                      # the first call also allocates and loads
         loops[name] = max(1, math.ceil(least / sample(function, 1)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(repeats):
-        for name in reversed(functions) if i % 2 else functions:
-            times[name].append(sample(functions[name], loops[name]))
-    return times
+    return turns({name: functools.partial(sample, function, loops[name]) for name, function in functions.items()}, repeats, settle)
 
 
 def ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:

@@ -1,4 +1,4 @@
-"""Running a bench in this process and reading its result file."""
+"""A bench as a developer runs it, and what its result file must hold."""
 import json
 import re
 

@@ -1,0 +1,234 @@
+"""python -m bench.decode: a whole model token by token, packed against dense and llama.cpp; and its linears alone."""
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptvq.checkpoint import is_packed
+from gptvq.cli import encode
+from gptvq.config import PRESETS, VQConfig
+from gptvq.demo import bundled_model
+from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.evaluate import decode
+from gptvq.hf import open_model
+from gptvq.linear import VQLinear
+from gptvq.model import dense_weight, find_blocks, linears
+from gptvq.weight import VQWeight
+
+from . import llamacpp, runner
+from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Contender, Shape, label, random_weight, ring_bytes, with_ggml
+
+PARTS = ("tokens", "linears")
+PROMPT = "The tower stands on the hill above the river, and"
+EXAMPLE = """examples:
+  python -m bench.decode --json bench/results/decode-cpu.json
+  python -m bench.decode --packed my-model-2.25 --tokens 128
+  python -m bench.decode --table bench/results/decode-cpu.json
+
+tokens per second: greedy, batch 1, with a cache, the prompt not timed.  Without --packed the packed weights are random, with the
+standard deviation of those they replace: what such a model says is noise, but it says it as fast.  The dense weights of the head and
+the embedding are bfloat16 here and Q8_0 in llama.cpp.  linears: every linear of the decoder blocks once, in ms; weights are random,
+in as many copies as make at least 192 MB, so that no cache holds them."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    print(show([row for path in args.table for row in runner.load(path)["rows"]] if args.table else measure(args, argv)))
+
+
+def parser():
+    p = runner.parser("decode", "Decoding speed of a whole model.", EXAMPLE)
+    p.add_argument("--model", metavar="PATH", help="the dense model, a folder or a .gguf file; default the demo's SmolLM2-135M")
+    p.add_argument("--packed", metavar="FOLDER", help="a packed checkpoint of it, in the place of random packed weights")
+    p.add_argument("--presets", type=runner.names, default=["2d-2.25-s64", "2d-3.125-s64"], metavar="A,B",
+                   help="default 2d-2.25-s64,2d-3.125-s64; not used for the whole model with --packed")
+    p.add_argument("--activations", type=runner.names, default=list(ACTIVATIONS[:2]), metavar="A,B",
+                   help=f"of {','.join(ACTIVATIONS)}; default a16,a8")
+    p.add_argument("--parts", type=runner.names, default=list(PARTS), metavar="A,B", help="of tokens,linears; default both")
+    p.add_argument("--tokens", type=runner.positive, default=64, metavar="N", help="new tokens, default %(default)s")
+    p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M", help="default 1,2")
+    p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="rounds, default %(default)s")
+    p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing, print these result files")
+    return p
+
+
+def measure(args, argv: list[str] | None) -> list[dict]:
+    runner.check_names("--presets", args.presets, PRESETS)
+    runner.check_names("--activations", args.activations, ACTIVATIONS)
+    runner.check_names("--parts", args.parts, PARTS)
+    if args.tokens < 2:
+        raise ConfigError("--tokens: got 1, need at least 2: the first one is the prompt's")
+    if args.packed and not is_packed(Path(args.packed)):
+        raise ConfigError(f"--packed {args.packed}: not a gptvq checkpoint; quantize the model into a folder first")
+    source, before = args.model or bundled_model(), torch.get_num_threads()
+    baselines, libraries = with_ggml(list(BASELINES))
+    dense, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
+    results = runner.Results("decode", argv, args.json, {"model": Path(source).name, "tokens": args.tokens, "repeats": args.repeats,
+                                                         "ring_bytes": ring_bytes(), "ggml": libraries})
+    prompt = encode(tokenizer, PROMPT, chat=False)[0]
+    found = blocks_linears(dense, prompt)
+    try:
+        for threads in args.threads if "linears" in args.parts else []:
+            torch.set_num_threads(threads)
+            shapes = Counter(tuple(dense_weight(linear).shape) for linear in found.values())
+            results.add(compare_linears(shapes, args, baselines, threads))
+            runner.log(f"linears, {threads} threads: {len(results.rows)} rows")
+        if "tokens" in args.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                models = open_models(args, Path(source), dense, prompt, Path(folder))
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                results.add(compare_models(models, args, threads))
+                runner.log(f"tokens, {threads} threads: {len(results.rows)} rows")
+    finally:
+        torch.set_num_threads(before)
+    return results.rows
+
+
+def blocks_linears(model: nn.Module, prompt: Tensor) -> dict[str, nn.Module]:
+    """{name: linear} of the decoder blocks."""
+    return {name: linear for block in find_blocks(model, prompt[None]) for name, linear in linears(block.module, block.name).items()}
+
+
+# ---- the linears alone
+@torch.inference_mode()
+def compare_linears(shapes: Counter, args, baselines: list[str], threads: int) -> list[dict]:
+    """Rows for {(rows, cols): how many}; those that cannot do every shape are left out."""
+    total = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    parts: dict[str, list[Contender]] = {}
+    every = []
+    for (rows, cols), count in shapes.items():
+        def copies(nbytes: int, count: int = count, weights: int = rows * cols) -> int:
+            return count * rounds(nbytes / weights * total)
+
+        every.append(Shape(rows, cols, torch.device("cpu"), torch.bfloat16, copies))
+        for one in every[-1].contenders(args.presets, args.activations, baselines, 1, threads, cold=True):
+            parts.setdefault(one.name, []).append(one)
+    parts = {name: ones for name, ones in parts.items() if len(ones) == len(shapes)}
+    passing = {name: lambda ones=ones: [one.run() for one in ones] for name, ones in parts.items()}
+    times = runner.paired(passing, args.repeats, settle=SETTLE)
+    passes = {name: sum(one.calls for one in ones) / shapes.total() for name, ones in parts.items()}
+    times = {name: [seconds / passes[name] for seconds in found] for name, found in times.items()}
+    rows = []
+    for name, ones in parts.items():
+        nbytes = sum(one.nbytes * count for one, count in zip(ones, shapes.values()))
+        read = {"of_read": runner.ratio(times, name, ones[0].read)} if ones[0].read in times else {}
+        rows.append({"operation": "linears of one token", **ones[0].row, "format": plain(ones[0].row["format"]),
+                     "bits_per_value": 8 * nbytes / total, "linears": shapes.total(), "device": "cpu", "threads": threads,
+                     "cache": "cold", "median_seconds": statistics.median(times[name]),
+                     "gb_per_second": nbytes / statistics.median(times[name]) / 1e9,
+                     "speedup": ratios(times, name, [n for n in times if not n.startswith(("gptvq", READ))]), **read})
+    for one in (one for ones in parts.values() for one in ones):
+        one.close()
+    for shape in every:
+        shape.close()
+    return rows
+
+
+def rounds(nbytes: float) -> int:
+    """How many copies of a whole model's linears of `nbytes` bytes are cold in every pass."""
+    return max(1, round(ring_bytes() / nbytes))
+
+
+def plain(text: str) -> str:
+    """A format without its group shape, which differs from layer to layer."""
+    return " ".join(part for part in text.split() if "x" not in part)
+
+
+def ratios(times: dict[str, list[float]], name: str, baselines: list[str]) -> dict[str, float]:
+    return {baseline: runner.ratio(times, name, baseline) for baseline in baselines if baseline != name}
+
+
+# ---- the whole model
+def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Path) -> dict[str, tuple[dict, Callable[[int], float]]]:
+    """{name: (what a row says of it, threads -> tokens per second)}; llama.cpp's files are written into `folder`."""
+    def here(model: nn.Module) -> Callable[[int], float]:
+        return lambda threads: decode(model, prompt, args.tokens)[1]
+
+    found = {}
+    packed = [(None, open_model(args.packed, device="cpu", dtype="bfloat16")[0])] if args.packed else [
+        (preset, with_random_weights(dense, prompt, VQConfig.preset(preset))) for preset in args.presets]
+    for preset, model in packed:
+        for kind in args.activations:
+            model = copied(model, kind)
+            layers = [module for module in model.modules() if isinstance(module, VQLinear)]
+            row = {"method": "gptvq", "preset": preset, "format": f"{layers[0].spec.dim}D K{layers[0].spec.codewords}",
+                   "activations": kind, "bits_per_value": 8 * sum(layer.packed.nbytes for layer in layers) / sum(
+                       layer.in_features * layer.out_features for layer in layers)}
+            found[f"gptvq {preset or 'packed'} {kind}"] = row, here(model)
+    for name, dtype in (("torch bf16", torch.bfloat16), ("torch fp32", torch.float32)):
+        row = {"method": "torch", "preset": None, "format": name.split()[1], "bits_per_value": 8.0 * dtype.itemsize}
+        found[name] = row, here(dense if dtype == torch.bfloat16 else copy.deepcopy(dense).float())
+    if source.suffix == ".gguf":
+        try:
+            found.update(llama_models(source, prompt.tolist(), args.tokens, folder))
+        except BackendUnavailable as error:
+            runner.log(f"no rows of llama.cpp: {error}")
+    else:
+        runner.log("no rows of llama.cpp: it opens .gguf files alone")
+    return found
+
+
+def llama_models(source: Path, prompt: list[int], new_tokens: int, folder: Path) -> dict:
+    llamacpp.load()
+    requantized = folder / "q4_0.gguf"
+    llamacpp.requantize(source, requantized, "Q4_0")
+    opened = {"llama.cpp Q4_0": llamacpp.LlamaModel(requantized), "llama.cpp as it is": llamacpp.LlamaModel(source)}
+    return {name: ({"method": "llama.cpp", "preset": None, "format": name.removeprefix("llama.cpp ").replace("as it is", source.stem),
+                    "activations": "a8", "bits_per_value": None},
+                   lambda threads, model=model: model.decode(prompt, new_tokens, threads)[1]) for name, model in opened.items()}
+
+
+@torch.no_grad()
+def with_random_weights(dense: nn.Module, prompt: Tensor, config: VQConfig) -> nn.Module:
+    """A copy of `dense` with random packed weights, as large on the average as those they replace."""
+    model = copy.deepcopy(dense)
+    for name, linear in blocks_linears(model, prompt).items():
+        weight = dense_weight(linear)
+        vq = random_weight(config, *weight.shape)
+        gain = float(weight.float().std() / vq.dequantize().std())
+        vq = VQWeight(vq.spec, {**vq.buffers, "gs": vq.buffers["gs"] * gain})
+        model.set_submodule(name, VQLinear.from_weight(vq, linear.bias, name))
+    return model
+
+
+def copied(model: nn.Module, activations: str) -> nn.Module:
+    """The same model with shared tensors and its own VQLinears, for another kind of activations."""
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in twin.modules():
+        if isinstance(module, VQLinear):
+            module.activations = activations
+    return twin
+
+
+def compare_models(models: dict, args, threads: int) -> list[dict]:
+    for _, speed in models.values():
+        speed(threads)                                  # the first run also allocates
+    speeds = runner.turns({name: lambda speed=speed: speed(threads) for name, (_, speed) in models.items()}, args.repeats, 0.05)
+    seconds = {name: [1 / value for value in found] for name, found in speeds.items()}
+    baselines = [name for name in models if not name.startswith("gptvq")]
+    return [{"operation": "decode", **row, "device": "cpu", "threads": threads, "tokens": args.tokens,
+             "tokens_per_second": statistics.median(speeds[name]), "median_seconds": statistics.median(seconds[name]),
+             "speedup": ratios(seconds, name, baselines)} for name, (row, _) in models.items()]
+
+
+def show(rows: list[dict]) -> str:
+    columns = {
+        "operation": lambda r: r["operation"], "format": label, "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
+        "threads": lambda r: r["threads"], "ms per token": lambda r: f"{r['median_seconds'] * 1e3:.2f}",
+        "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}", "GB/s": lambda r: f"{r['gb_per_second']:.1f}"}
+    columns.update(runner.speedups(rows))
+    columns["of read"] = lambda r: f"{100 * r['of_read']:.0f} %"
+    return runner.table(rows, columns)
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run(main))

@@ -1,0 +1,154 @@
+"""python -m bench.gemv: products with a packed weight, VQLinear against torch, ggml, own INT4 and a plain read."""
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from gptvq.config import PRESETS
+from gptvq.errors import BackendUnavailable, ConfigError
+
+from . import runner
+from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Shape, label, ring_bytes, with_ggml
+
+SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
+WITH_SCALES = ["2d-2.25-s64", "2d-3.125-s64", "1d-4.125-s64"]
+WITHOUT = ["1d-2.125", "1d-3.125", "1d-4.125", "2d-2.25", "2d-3.125", "2d-4.125", "4d-2.25"]
+CACHES = ("cold", "hot")
+EXAMPLE = """examples:
+  python -m bench.gemv --json bench/results/gemv-cpu.json
+  python -m bench.gemv --shapes 4096x4096 --m 2,4,8,16,32,64,128 --cache cold --json bench/results/gemv-cpu-m.json
+  python -m bench.gemv --table bench/results/gemv-cpu.json --plot gemv.png
+
+Cold: passes over a ring of copies, at least 192 MB and four times the last cache.  Hot: one weight again and again.
+VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost.
+x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
+as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.table:
+        rows = [row for path in args.table for row in runner.load(path)["rows"]]
+    else:
+        rows = measure(args, argv)
+    if args.plot:
+        plot(rows, args.plot)
+    print(show(rows))
+
+
+def parser():
+    p = runner.parser("gemv", "Speed of one linear for 1 to 128 tokens.", EXAMPLE)
+    p.add_argument("--shapes", type=runner.shapes, default=SHAPES, metavar="RxC,RxC", help="default the SmolLM2 and Llama-7B shapes")
+    p.add_argument("--presets", type=runner.names, default=WITH_SCALES + WITHOUT, metavar="A,B",
+                   help=f"default {','.join(WITH_SCALES + WITHOUT)}")
+    p.add_argument("--activations", type=runner.names, default=list(ACTIVATIONS), metavar="A,B",
+                   help=f"of {','.join(ACTIVATIONS)}; default all")
+    p.add_argument("--baselines", type=runner.names, default=list(BASELINES), metavar="A,B",
+                   help=f"of {','.join(BASELINES)}; default all")
+    p.add_argument("--m", type=runner.numbers, default=[1], metavar="N,M", help="tokens at once, default 1; int4 and read have 1 only")
+    p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M", help="default 1,2")
+    p.add_argument("--cache", type=runner.names, default=list(CACHES), metavar="A,B", help="of cold,hot; default both")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of VQLinear's input, default %(default)s")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: against torch alone; default %(default)s")
+    p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="samples of each, in turns, default %(default)s")
+    p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing, print these result files")
+    p.add_argument("--plot", metavar="FILE.png", help="also draw a chart (needs matplotlib: the extra `bench`)")
+    return p
+
+
+def check(args) -> None:
+    """ConfigError on a name that is none, or a device that is not there."""
+    runner.check_names("--presets", args.presets, PRESETS)
+    runner.check_names("--activations", args.activations, ACTIVATIONS)
+    runner.check_names("--baselines", args.baselines, BASELINES)
+    runner.check_names("--cache", args.cache, CACHES)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendUnavailable("--device cuda: there is no CUDA device here (torch.cuda.is_available() is False)")
+        args.baselines = [name for name in args.baselines if name.startswith("torch")]
+
+
+def measure(args, argv: list[str] | None) -> list[dict]:
+    check(args)
+    device, before = torch.device(args.device), torch.get_num_threads()
+    args.baselines, libraries = with_ggml(args.baselines)
+    results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
+                                                       "ggml": libraries})
+    least = ring_bytes() if "cold" in args.cache else 1
+    try:
+        for rows, cols in args.shapes:
+            shape = Shape(rows, cols, device, getattr(torch, args.dtype), lambda nbytes: -(-least // nbytes))
+            for m, threads, cache in ((m, t, c) for m in args.m for t in args.threads for c in args.cache):
+                torch.set_num_threads(threads)
+                results.add(compare(shape, args, m, threads, cache))
+                runner.log(f"{rows}x{cols}, M {m}, {threads} threads, {cache}: {len(results.rows)} rows")
+            shape.close()
+    finally:
+        torch.set_num_threads(before)
+    return results.rows
+
+
+@torch.inference_mode()
+def compare(shape: Shape, args, m: int, threads: int, cache: str) -> list[dict]:
+    """The rows of all contenders under one condition, timed in turns."""
+    found = shape.contenders(args.presets, args.activations, args.baselines, m, threads, cache == "cold")
+    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    times = runner.paired({one.name: one.run for one in found}, args.repeats, synchronize=synchronize, settle=SETTLE)
+    times = {one.name: [seconds / one.calls for seconds in times[one.name]] for one in found}
+    baselines = [one.name for one in found if one.row["method"] not in ("gptvq", READ)]
+    rows = []
+    for one in found:
+        median = statistics.median(times[one.name])
+        of_read = {"of_read": runner.ratio(times, one.name, one.read)} if one.read in times else {}
+        rows.append({"operation": "gemv" if m == 1 else "gemm", **one.row, "shape": [shape.rows, shape.cols], "m": m,
+                     "device": args.device, "threads": threads, "cache": cache, "median_seconds": median,
+                     "gb_per_second": one.nbytes / median / 1e9, "gw_per_second": shape.rows * shape.cols * m / median / 1e9,
+                     "speedup": {name: runner.ratio(times, one.name, name) for name in baselines if name != one.name}, **of_read})
+        one.close()
+    return rows
+
+
+def show(rows: list[dict]) -> str:
+    columns = {
+        "operation": lambda r: r["operation"], "format": label, "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
+        "shape": lambda r: f"{r['shape'][0]}x{r['shape'][1]}", "M": lambda r: r["m"], "threads": lambda r: r["threads"],
+        "cache": lambda r: r["cache"], "median, us": lambda r: f"{r['median_seconds'] * 1e6:,.1f}",
+        "GB/s": lambda r: f"{r['gb_per_second']:.1f}", "Gw/s": lambda r: f"{r['gw_per_second']:.1f}"}
+    columns.update(runner.speedups(rows))
+    columns["of read"] = lambda r: f"{100 * r['of_read']:.0f} %"
+    return runner.table(rows, columns)
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """One panel per shape: weights per second of every contender, at the first M, the first cache state and the most threads."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib") from error
+    if not rows:
+        raise ConfigError("--plot: the result files hold no rows")
+    first, threads = rows[0], max(row["threads"] for row in rows)
+    rows = [r for r in rows if r["method"] != READ and (r["m"], r["cache"], r["threads"]) == (first["m"], first["cache"], threads)]
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    labels = list(dict.fromkeys(label(row) for row in rows))
+    figure = Figure(figsize=(4 + 3 * len(shapes), 1.5 + 0.25 * len(labels)), layout="constrained")
+    colours = {"gptvq": "tab:blue", "torch": "tab:gray", "ggml": "tab:orange", "int4": "tab:green"}
+    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0], shapes):
+        for row in (row for row in rows if tuple(row["shape"]) == shape):
+            axes.barh(len(labels) - labels.index(label(row)), row["gw_per_second"], color=colours[row["method"]])
+        axes.set_title(f"{shape[0]} x {shape[1]}")
+        axes.set_xlabel("1e9 weights per second")
+        axes.margins(y=0.01)
+        axes.set_yticks([len(labels) - i for i in range(len(labels))], labels)
+    figure.suptitle(f"M {first['m']}, {first['cache']} caches, {threads} threads")
+    try:
+        figure.savefig(Path(path), dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error})") from error
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run(main))
