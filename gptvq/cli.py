@@ -8,7 +8,7 @@ import sys
 import time
 
 from . import __version__
-from .config import METHODS, PRESETS, Recipe, VQConfig
+from .config import ACTIVATIONS, METHODS, PRESETS, Recipe, VQConfig
 from .errors import ConfigError, GptvqError
 
 MODEL_HELP = "model folder, hub id or .gguf file"
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--window", type=_positive, metavar="N", help="tokens per window, default 2048 or the model's maximum")
     p.add_argument("--max-windows", type=_positive, metavar="N", help="stop after N windows, default all")
     p.add_argument("--json", metavar="FILE", help="also write the result here; - for standard output")
-    _placement(p)
+    _placement(p, packed=True)
 
     p = _command(commands, generate, "continue a prompt, streaming the text",
                  """examples:
@@ -79,11 +79,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) always takes the likeliest token")
     p.add_argument("--seed", type=int, default=0, help="of the sampling, default %(default)s")
-    _placement(p)
+    _placement(p, packed=True)
 
     p = _command(commands, inspect, "what a packed checkpoint holds, layer by layer", "example:\n  gptvq inspect out")
     p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
     p.add_argument("--json", metavar="FILE", help="write the table here instead of printing it; - for standard output")
+
+    p = _command(commands, doctor, "what this machine offers and which kernels serve it", "example:\n  gptvq doctor --json -")
+    p.add_argument("--json", metavar="FILE", help="write the findings here instead of printing them; - for standard output")
 
     p = _command(commands, demo, "quantize a real small model at 3.1 and 2.25 bits and compare",
                  """examples:
@@ -127,7 +130,7 @@ def eval_(args):
     from .hf import open_model
     from .report import clock, environment
     text = named_text(args.text, "--text")
-    model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = open_model(args.model, args.device, args.dtype, args.activations)
     tokens = read_tokens(text, tokenizer, "--text")
     window = args.window or default_window(model)
     windows = min(len(tokens) // window, args.max_windows or len(tokens))
@@ -149,7 +152,7 @@ def generate(args):
     from transformers import TextStreamer
 
     from .hf import open_model
-    model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = open_model(args.model, args.device, args.dtype, args.activations)
     inputs = encode(tokenizer, args.prompt, args.chat).to(next(model.parameters()).device)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
@@ -174,6 +177,17 @@ def inspect(args):
           f"Mean error {100 * report.mean_error:.3f} %, quantized in {clock(report.seconds)}.")
     for warning in report.warnings:
         print(f"warning: {warning}")
+
+
+def doctor(args):
+    from .doctor import diagnose
+    findings = diagnose()
+    if args.json:
+        _write_json(args.json, findings)
+        return
+    width = max(map(len, findings))
+    for topic, text in findings.items():
+        print(f"{topic:<{width}}  {text}")
 
 
 def demo(args):
@@ -213,10 +227,13 @@ def _command(commands, run, text: str, examples: str, left: str = "nothing was w
     return p
 
 
-def _placement(p: argparse.ArgumentParser) -> None:
+def _placement(p: argparse.ArgumentParser, packed: bool = False) -> None:
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
                    help="of the tensors not quantized, default the model's own")
+    if packed:
+        p.add_argument("--activations", default="a16", choices=ACTIVATIONS,
+                       help="how inputs enter packed layers on the CPU: 16-bit integers (default), 8-bit (faster, less exact), float32")
 
 
 def _positive(text: str) -> int:

@@ -23,8 +23,9 @@ from . import checkpoint
 from .calibration import read_tokens
 from .errors import ConfigError, FormatError, GptvqError
 from .experts import is_fused, unfuse
-from .linear import VQLinear
+from .linear import VQLinear, set_activations
 from .model import is_conv1d
+from .ops import check_activations
 from .spec import LAYOUT_VERSION
 
 __all__ = ["GptvqConfig", "GptvqQuantizer", "attach", "load", "open_dense", "open_model", "read_tokens"]
@@ -119,10 +120,11 @@ def attach(model: nn.Module, settings: dict) -> None:
     model._weight_conversions = []
 
 
-def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dtype: str | torch.dtype = "auto") -> nn.Module:
+def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dtype: str | torch.dtype = "auto",
+         activations: str = "a16") -> nn.Module:
     """The packed model of a local folder, in eval mode; device "auto" is the GPU where there is one.
 
-    `dtype` is that of the tensors not quantized, "auto" as stored.  Raises FormatError for a damaged or incomplete checkpoint
+    `dtype` is that of the tensors not quantized, "auto" as stored; `activations`: see VQLinear.  Raises FormatError for a damaged or incomplete checkpoint
     and ConfigError for a folder that holds none.
     """
     folder = Path(path)
@@ -134,14 +136,16 @@ def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dt
         raise ConfigError(f"{folder}: not a gptvq checkpoint; quantize a model into it first")
     checkpoint.layer_specs(checkpoint.read_json(folder / checkpoint.CONFIG)["quantization_config"], str(folder / checkpoint.CONFIG))
     checkpoint.read_headers(checkpoint.tensor_files(folder))
+    check_activations(activations)
     model = _from_pretrained(folder, FormatError, dtype=_dtype(dtype), local_files_only=True)
+    set_activations(model, activations)
     return model.to(pick_device(device)).eval()
 
 
-def open_model(source: str | os.PathLike, device=None, dtype="auto") -> tuple[nn.Module, object]:
+def open_model(source: str | os.PathLike, device=None, dtype="auto", activations="a16") -> tuple[nn.Module, object]:
     """(model in eval mode, tokenizer or None) of a packed or dense folder, a .gguf file or a hub id."""
     if Path(source).is_dir() and checkpoint.is_packed(Path(source)):
-        return load(source, device, dtype), _tokenizer(Path(source))
+        return load(source, device, dtype, activations), _tokenizer(Path(source))
     model, tokenizer, _ = open_dense(source, dtype)
     return model.to(pick_device(device)), tokenizer
 

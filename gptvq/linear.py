@@ -1,6 +1,8 @@
 """VQLinear: nn.Linear over a packed weight."""
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,10 @@ from . import ops
 from .errors import ConfigError
 from .spec import QuantSpec
 from .weight import DTYPES, VQWeight, check_buffers, decode_tables
+
+
+_FEW = 8                            # tokens up to which a call's own cost counts
+_leader: tuple = (None, None)       # the last layer that ran on an input first, and a weak reference to that input
 
 
 class VQLinear(nn.Module):
@@ -23,6 +29,9 @@ class VQLinear(nn.Module):
     """
 
     activations = "a16"
+    # What is called on one input, like q, k and v, is computed in one go when the first of them is called; see _with_followers.
+    _followers: tuple[VQLinear, ...] = ()
+    _ready: tuple | None = None
 
     def __init__(self, spec: QuantSpec, bias: bool = False, device=None, dtype: torch.dtype | None = None, name: str = ""):
         super().__init__()
@@ -68,7 +77,42 @@ class VQLinear(nn.Module):
             return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations)
         if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad) or x.device != self._buffers["idx"].device:
             return F.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-        return self._prepared(bias)(x, self.activations)
+        ready = self._ready
+        if ready is not None:
+            self.__dict__["_ready"] = None              # nn.Module's own way to set an attribute takes a microsecond
+            if ready[0] is x and ready[1] == x._version:
+                return ready[2]
+        kernel = self._prepared(bias)
+        if hasattr(kernel, "together") and x.numel() <= _FEW * self.in_features and not x.is_inference():
+            return self._with_followers(kernel, x)
+        ops.check_activations(self.activations)
+        return kernel(x, self.activations)
+
+    def _with_followers(self, kernel, x: Tensor) -> Tensor:
+        """y of a few tokens.  Learns which layers are called next on the very same tensor, and computes theirs along with it.
+
+        A follower takes its result only for that tensor, unchanged since (inference tensors do not count changes and so are
+        left out); one that leaves a result lying is followed no more.
+        """
+        global _leader
+        ops.check_activations(self.activations)
+        leader, of = _leader
+        if of is not None and of() is x and leader is not self:
+            if self._learnable(leader):
+                leader._followers += (self,)
+        else:
+            _leader = self, weakref.ref(x)
+        if not self._followers:
+            return kernel(x, self.activations)
+        if any(f._ready is not None or f.activations != self.activations for f in self._followers):
+            self._followers = tuple(f for f in self._followers if f._ready is None and f.activations == self.activations)
+        mine, *theirs = kernel.together([f._prepared(f.bias) for f in self._followers], x, self.activations)
+        for follower, y in zip(self._followers, theirs):
+            follower.__dict__["_ready"] = x, x._version, y
+        return mine
+
+    def _learnable(self, leader: VQLinear) -> bool:
+        return self not in leader._followers and len(leader._followers) < 8 and self.in_features == leader.in_features
 
     def _prepared(self, bias: Tensor | None):
         idx, gs = self._buffers["idx"], self._buffers["gs"]
@@ -107,11 +151,11 @@ class VQLinear(nn.Module):
         return tables
 
     def _forget(self) -> None:
-        self._tables = self._kernel = None
+        self._tables = self._kernel = self._ready = None
         self._made_from = ()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": None, "_kernel": None, "_made_from": ()}
+        return {**self.__dict__, "_tables": None, "_kernel": None, "_made_from": (), "_followers": (), "_ready": None}
 
     def _apply(self, fn, recurse=True):
         before = {buffer: self._buffers[buffer] for buffer in self.spec.buffer_shapes()}
@@ -129,6 +173,14 @@ class VQLinear(nn.Module):
                 error_msgs.append(f"{prefix}{buffer}: got {got.dtype}, need {DTYPES[kind]}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """Sets how inputs enter the CPU kernels of all packed layers of `model`; see VQLinear."""
+    ops.check_activations(activations)
+    for module in model.modules():
+        if isinstance(module, VQLinear):
+            module.activations = activations
 
 
 def _version(tensor: Tensor | None) -> int:

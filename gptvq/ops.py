@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from .backends import native, reference
+from .config import ACTIVATIONS
 from .errors import BackendUnavailable, ConfigError
 from .spec import QuantSpec
 
 BACKENDS = ("native", "reference")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-#: How the inputs of a linear enter the CPU kernels: as 16-bit integers, 8-bit integers, or as they are in float32.
-ACTIVATIONS = ("a16", "a8", "fp32")
 
 
 def backend(device: torch.device):
@@ -56,6 +55,12 @@ def check_input(x: Tensor, cols: int, name: str = "linear") -> None:
     """Raises ConfigError unless x is a float tensor [.., cols]."""
     if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] != cols:
         raise ConfigError(f"{name}: got x {x.dtype} {tuple(x.shape)}, need torch.float32, float16 or bfloat16 with last dimension {cols}")
+
+
+def check_activations(activations: str) -> None:
+    """Raises ConfigError unless `activations` is one of config.ACTIVATIONS."""
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations: got {activations!r}, need one of {', '.join(ACTIVATIONS)}")
 
 
 def prepare_linear(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None, spec: QuantSpec):
@@ -125,13 +130,13 @@ _spec_of = functools.lru_cache(maxsize=None)(lambda fields: QuantSpec(*fields))
 def _linear(x, idx, cb, gs, sc, table, bias, spec, activations):
     spec = _spec_of(tuple(spec))
     check_input(x, spec.cols)
+    check_activations(activations)
     return backend(x.device).linear(x, idx, cb, gs, sc, table, bias, spec, activations)
 
 
 def _linear_fake(x, idx, cb, gs, sc, table, bias, spec, activations):
     check_input(x, spec[1])
-    if activations not in ACTIVATIONS:
-        raise ConfigError(f"activations: got {activations!r}, need one of {', '.join(ACTIVATIONS)}")
+    check_activations(activations)
     return x.new_empty((*x.shape[:-1], spec[0]))
 
 

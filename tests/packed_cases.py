@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from gptvq.spec import FORMATS, QuantSpec
+from gptvq.weight import VQWeight
 
 # rows, cols, group_rows, group_cols, scale_block: aligned; ragged everywhere; groups cut tiles and blocks; one group; tiny
 SHAPES = [
@@ -34,6 +35,24 @@ def random_tables(spec, seed=0):
         return cb, gs, None, None
     sc = torch.randint(0, 256, (spec.tiles, -(-spec.scale_blocks // 2), 16), dtype=torch.uint8, generator=g)
     return cb, gs, sc, torch.exp2(torch.randn(spec.scale_blocks, 16, generator=g))
+
+
+def random_weight(spec, seed=0):
+    """A VQWeight, with a product form of the codebooks where the spec asks for one."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, spec.codewords, (spec.rows, spec.vectors), generator=g, dtype=torch.uint8)
+    tables = {}
+    for name, (shape, dtype) in spec.buffer_shapes().items():
+        if name in ("cb", "cb_u"):
+            tables[name] = torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
+        elif name == "cb_v":
+            tables[name] = torch.randn(shape, generator=g).half()
+    scales = ()
+    if spec.scale_block:
+        scales = (torch.randint(0, 16, (spec.rows, spec.scale_blocks), generator=g, dtype=torch.uint8),
+                  torch.rand(spec.scale_blocks, 2, generator=g).half() * 0.2)
+    gs = torch.rand(spec.row_groups, spec.strips, generator=g) / 100 + 1e-3
+    return VQWeight.from_parts(spec, codes, tables, gs, *scales)
 
 
 def dequantized(spec, codes, cb, gs, sc=None, table=None):

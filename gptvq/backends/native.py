@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..config import ACTIVATIONS
 from ..errors import ConfigError
 from ..spec import QuantSpec
 from . import reference
@@ -70,7 +71,7 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
 
 # ---- y = W x
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MODES = {"a16": 0, "a8": 1, "fp32": 2}
+_MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 #: Tokens from which unpacking the weight once for a dense product is the faster way.
 DENSE_FROM = 256
 
@@ -78,6 +79,14 @@ DENSE_FROM = 256
 def instruction_sets() -> list[str]:
     """Those of this build that the processor has, best first; GPTVQ_CPU names the one to use."""
     return _C.instruction_sets()
+
+
+def cuda_text() -> str:
+    """One clause on what CUDA offers to this build here."""
+    if _C is None:
+        return "gptvq._C is missing"
+    info = _C.cuda_info()
+    return f"{info['device_count']} devices, runtime {info['runtime']}, driver {info['driver']}" if info["available"] else info["why"]
 
 
 class PreparedLinear:
@@ -97,14 +106,16 @@ class PreparedLinear:
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.rows))
-        self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _mode(activations), torch.get_num_threads())
+        self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _MODES[activations], torch.get_num_threads())
         return y
 
-
-def _mode(activations: str) -> int:
-    if activations not in _MODES:
-        raise ConfigError(f"activations: got {activations!r}, need one of {', '.join(_MODES)}")
-    return _MODES[activations]
+    def together(self, others: list[PreparedLinear], x: Tensor, activations: str) -> list[Tensor]:
+        """The outputs of this layer and of others with as many columns for a few tokens x, in one call that prepares x once."""
+        x, layers = x.contiguous(), [self, *others]
+        outputs = [x.new_empty((*x.shape[:-1], layer.rows)) for layer in layers]
+        _C.linear([layer.kernel for layer in layers], x.data_ptr(), _TYPES[x.dtype], x.numel() // self.spec.cols,
+                  [y.data_ptr() for y in outputs], _MODES[activations], torch.get_num_threads())
+        return outputs
 
 
 prepare_linear = PreparedLinear

@@ -4,10 +4,11 @@ import io
 
 import pytest
 import torch
+from packed_cases import random_weight
 from torch import nn
 
 import gptvq
-from gptvq import ConfigError, FormatError, QuantSpec, VQLinear, VQWeight
+from gptvq import ConfigError, FormatError, QuantSpec, VQLinear
 
 SPECS = {
     "2D K16": QuantSpec(20, 72, 2, 2, 8, 32),
@@ -16,23 +17,6 @@ SPECS = {
     "1D K16 svd": QuantSpec(24, 64, 1, 4, 8, 32, svd_rank=8),
     "4D K256": QuantSpec(40, 50, 4, 2, 40, 52),
 }
-
-
-def random_weight(spec, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, spec.codewords, (spec.rows, spec.vectors), generator=g, dtype=torch.uint8)
-    tables = {}
-    for name, (shape, dtype) in spec.buffer_shapes().items():
-        if name in ("cb", "cb_u"):
-            tables[name] = torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
-        elif name == "cb_v":
-            tables[name] = torch.randn(shape, generator=g).half()
-    scales = ()
-    if spec.scale_block:
-        scales = (torch.randint(0, 16, (spec.rows, spec.scale_blocks), generator=g, dtype=torch.uint8),
-                  torch.rand(spec.scale_blocks, 2, generator=g).half() * 0.2)
-    gs = torch.rand(spec.row_groups, spec.strips, generator=g) / 100 + 1e-3
-    return VQWeight.from_parts(spec, codes, tables, gs, *scales)
 
 
 def layer(name="2D K16", bias=True, seed=0):
