@@ -168,7 +168,7 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
                   const typename V::Four four = V::four(x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
                   GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
                     Ints& to = acc[s][t][p][(Q * C::dim + i) % Chains];
-                    to = V::dot(to, w[s], four);
+                    V::dot(to, w[s], four);
                   }
                 }
             }
@@ -193,6 +193,12 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
     GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) V::store(a, row + s * V::rows, token + t, sum[s][t]);
 }
 
+// One copy for all numbers of tokens.
+template <class V, class C, bool One, int Planes, bool Halves>
+__attribute__((noinline)) void one_slab(const LinearArgs& a, int64_t row, int64_t token) {
+  slabs<V, C, One, Planes, Halves, 1, 1, 2>(a, row, token);
+}
+
 template <class V, class C, bool One, int Planes, bool Halves, int Tokens>
 void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token) {
   constexpr int kSlabs = V::template slabs<C::k, C::dim>;
@@ -201,14 +207,15 @@ void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token
   int64_t row = first * 16;
   for (; row + kSlabs * V::rows <= last * 16; row += kSlabs * V::rows)
     slabs<V, C, One, Planes, Halves, kSlabs, Tokens, kChains>(a, row, token);
-  for (; row < last * 16; row += V::rows)                   // an odd tile at the end
-    for (int t = 0; t < Tokens; ++t) slabs<V, C, One, Planes, Halves, 1, 1, 2>(a, row, token + t);
+  if constexpr (16 % (kSlabs * V::rows) != 0)
+    for (; row < last * 16; row += V::rows)                 // an odd tile at the end
+      for (int t = 0; t < Tokens; ++t) one_slab<V, C, One, Planes, Halves>(a, row, token + t);
 }
 
 template <class V, class C, bool One, int Planes, bool Halves>
 void tiles(const LinearArgs& a, int64_t first, int64_t last, int64_t tokens) {
   int64_t token = 0;
-  if constexpr (!Halves) {
+  if constexpr (!Halves && V::tokens >= 4) {
     for (; token + 4 <= tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
     for (; token + 2 <= tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
   }
