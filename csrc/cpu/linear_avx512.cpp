@@ -16,6 +16,8 @@ struct Avx512 {
   static constexpr int slabs = K * Dim > 256 ? 1 : 2;       // the tables must stay in registers
   using Bytes = __m512i;
   using Index = __m512i;
+  using Weights = __m512i;
+  using Activation = int8_t;
   using Ints = __m512i;
   using Floats = __m512;
   using Four = __m512i;

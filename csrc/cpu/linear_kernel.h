@@ -10,7 +10,8 @@
 //   dot     row 0: += w . x    | row 1: += w . x    | ...        x: 4 bytes, stored in that order, the same for all rows
 //
 // Activations are integers: x = step * (254 hi + lo) with int8 hi and lo (a16), or step * hi (a8), one step per span of columns.
-// Sums over a span are exact in int32; spans are added up in float32.
+// Sets without a dot product of bytes have V::Activation = int16_t, and 254 hi + lo as one number.  Sums over a span are exact in
+// int32, as spans have at most 256 columns; spans are added up in float32.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -125,8 +126,9 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
     const int64_t r = row + s * V::rows;
     from[s] = a.idx + r / 16 * a.blocks * C::bytes + r % 16 * 4;
   }
-  const int8_t* x[2] = {a.hi + token * a.blocks * 32, a.lo + token * a.blocks * 32};
   const int64_t line = a.blocks * 32;
+  using Activation = typename V::Activation;
+  const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line, reinterpret_cast<const Activation*>(a.lo) + token * line};
 
   Books<V, C, One> books[Slabs];
   GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) books[s].start(a, row + s * V::rows);
@@ -161,7 +163,7 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
             GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
               index[s] = books[s].table[0].index(C::template quad<V, Q>(planes[s]));
             GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
-              Bytes w[Slabs];
+              typename V::Weights w[Slabs];
               GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) w[s] = books[s].table[i].find(index[s]);
               GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
                 GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) {
@@ -228,7 +230,9 @@ constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero,
 template <class V, int Dim, int Planes, bool Halves>
 void quantize(const LinearArgs& a, const float* x, int64_t token) {
   constexpr float kLimit = Planes == 2 ? 127.f * 254.f + 126.f : 127.f;
-  int8_t *hi = a.hi + token * a.blocks * 32, *lo = a.lo + token * a.blocks * 32;
+  using Activation = typename V::Activation;
+  Activation* hi = reinterpret_cast<Activation*>(a.hi) + token * a.blocks * 32;
+  Activation* lo = reinterpret_cast<Activation*>(a.lo) + token * a.blocks * 32;
   int64_t span = token * a.spans;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
@@ -255,13 +259,13 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
 
 template <class V, class C, int Planes>
 LinearKernel kernel_of(bool one_book, bool halves) {
-  constexpr int D = C::dim;
+  constexpr int D = C::dim, kStored = sizeof(typename V::Activation) == 1 ? Planes : 1;
   if (one_book || C::k > 16)
-    return halves ? LinearKernel{tiles<V, C, true, Planes, true>, quantize<V, D, Planes, true>}
-                  : LinearKernel{tiles<V, C, true, Planes, false>, quantize<V, D, Planes, false>};
+    return halves ? LinearKernel{tiles<V, C, true, kStored, true>, quantize<V, D, Planes, true>}
+                  : LinearKernel{tiles<V, C, true, kStored, false>, quantize<V, D, Planes, false>};
   if constexpr (C::k <= 16)
-    return halves ? LinearKernel{tiles<V, C, false, Planes, true>, quantize<V, D, Planes, true>}
-                  : LinearKernel{tiles<V, C, false, Planes, false>, quantize<V, D, Planes, false>};
+    return halves ? LinearKernel{tiles<V, C, false, kStored, true>, quantize<V, D, Planes, true>}
+                  : LinearKernel{tiles<V, C, false, kStored, false>, quantize<V, D, Planes, false>};
 }
 
 // The kernels on the instruction set V, or nulls for an unknown format.

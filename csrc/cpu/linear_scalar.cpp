@@ -14,8 +14,10 @@ struct Scalar {
   struct Bytes { uint8_t v[4 * rows]; };
   struct Ints { int32_t v[rows]; };
   struct Floats { float v[rows]; };
-  struct Four { int8_t v[4]; };
+  struct Four { int16_t v[4]; };
   using Index = Bytes;
+  using Weights = Bytes;
+  using Activation = int16_t;
 
   static GPTVQ_INLINE Bytes load(const uint8_t* p) {
     Bytes b;
@@ -69,9 +71,9 @@ struct Scalar {
     for (int r = 0; r < rows; ++r) a.v[r] += b.v[r];
     return a;
   }
-  static GPTVQ_INLINE Four four(const int8_t* x) {
+  static GPTVQ_INLINE Four four(const int16_t* x) {
     Four f;
-    memcpy(f.v, x, 4);
+    memcpy(f.v, x, sizeof f.v);
     return f;
   }
   static GPTVQ_CALL void dot(Ints& sum, const Bytes& weights, Four x) {
@@ -107,8 +109,8 @@ struct Scalar {
   static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) { portable_store(a, row, token, v.v, rows); }
   static GPTVQ_INLINE uint32_t peak(const float* x, int64_t count) { return portable_peak(x, count); }
   template <int Dim, int Planes>
-  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, int32_t* sums) {
-    portable_sixteen<Dim, Planes>(x, inverse, finite, hi, lo, sums);
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, int32_t*) {
+    portable_sixteen<Dim, Planes, int16_t>(x, inverse, finite, to, to);
   }
   static GPTVQ_INLINE Floats floats(const float* p) {
     Floats f;
