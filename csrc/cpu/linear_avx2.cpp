@@ -1,4 +1,4 @@
-// AVX2 and FMA, Haswell and later: a slab is half a tile, a lookup in 16 entries one vpshufb.  There is no dot product of bytes but
+// AVX2 and FMA, Haswell and later: a tile is two registers, a lookup in 16 entries one vpshufb.  There is no dot product of bytes but
 // for vpmaddubsw, which saturates; that of 16-bit numbers takes both planes of an activation at once.
 #include "cpu/linear_kernel.h"
 
@@ -8,31 +8,41 @@
 namespace {
 
 struct Avx2 {
-  static constexpr int rows = 8, tokens = 4, chains = 1;
+  static constexpr int rows = 16, tokens = 4, chains = 1;
   static constexpr bool offset = true;                      // unsigned bytes are cheaper to widen
   template <int K, int Dim>
-  static constexpr int slabs = 2;
-  using Bytes = __m256i;
-  using Index = __m256i;
-  struct Weights { __m256i even, odd; };                    // of each row's four, 16 bits each
-  using Activation = int16_t;
-  using Ints = __m256i;
-  using Floats = __m256;
+  static constexpr int slabs = 1;
+  struct Bytes { __m256i v[2]; };                           // rows 0..7, rows 8..15
+  struct Weights { __m256i even[2], odd[2]; };              // of each row's four, 16 bits each
+  struct Ints { __m256i v[2]; };
+  struct Floats { __m256 v[2]; };
   struct Four { __m256i even, odd; };
+  using Index = Bytes;
+  using Activation = int16_t;
 
   static GPTVQ_INLINE __m256i twice(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
-  static GPTVQ_INLINE Bytes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static GPTVQ_INLINE Bytes load(const uint8_t* p) {
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+  }
   template <int N>
-  static GPTVQ_INLINE Bytes down(Bytes v) { return N ? _mm256_srli_epi16(v, N) : v; }
+  static GPTVQ_INLINE Bytes down(Bytes b) {
+    return N ? Bytes{_mm256_srli_epi16(b.v[0], N), _mm256_srli_epi16(b.v[1], N)} : b;
+  }
   template <int Mask>
   static GPTVQ_INLINE Bytes pick(Bytes where_set, Bytes elsewhere) {
     const __m256i mask = _mm256_set1_epi8(Mask);
-    return _mm256_or_si256(_mm256_and_si256(mask, where_set), _mm256_andnot_si256(mask, elsewhere));
+    for (int h = 0; h < 2; ++h)
+      where_set.v[h] = _mm256_or_si256(_mm256_and_si256(mask, where_set.v[h]), _mm256_andnot_si256(mask, elsewhere.v[h]));
+    return where_set;
   }
-
+  static GPTVQ_INLINE Bytes masked(Bytes b, char mask) {
+    return {_mm256_and_si256(b.v[0], _mm256_set1_epi8(mask)), _mm256_and_si256(b.v[1], _mm256_set1_epi8(mask))};
+  }
   static GPTVQ_INLINE __m256i biased(__m256i table) { return _mm256_xor_si256(table, _mm256_set1_epi8(-128)); }
-  static GPTVQ_INLINE Weights widened(__m256i found) {
-    return {_mm256_and_si256(found, _mm256_set1_epi16(255)), _mm256_srli_epi16(found, 8)};
+  static GPTVQ_INLINE Weights widened(Bytes b) {
+    const __m256i low = _mm256_set1_epi16(255);
+    return {{_mm256_and_si256(b.v[0], low), _mm256_and_si256(b.v[1], low)}, {_mm256_srli_epi16(b.v[0], 8), _mm256_srli_epi16(b.v[1], 8)}};
   }
 
   // One codebook.  vpshufb gives 0 for an index with its top bit set, so with 16 entries a register, each the XOR of its own and
@@ -54,21 +64,23 @@ struct Avx2 {
           for (int i = 8; i < 16; ++i) entries[i] = _mm256_xor_si256(entries[i], entries[i - 8]);
       }
     }
-    GPTVQ_INLINE Index index(Bytes code) const { return K == 256 ? code : _mm256_and_si256(code, _mm256_set1_epi8(K > 16 ? K - 1 : 15)); }
+    GPTVQ_INLINE Index index(Bytes code) const { return K == 256 ? code : masked(code, K > 16 ? K - 1 : 15); }
     GPTVQ_INLINE Weights find(Index at) const {
       const __m256i sixteen = _mm256_set1_epi8(16);
-      __m256i low = K == 256 ? _mm256_and_si256(at, _mm256_set1_epi8(127)) : at;
-      __m256i found = _mm256_shuffle_epi8(entries[0], low);
-      GPTVQ_UNROLL for (int i = 1; i < kChain; ++i) {
-        low = _mm256_sub_epi8(low, sixteen);
-        found = _mm256_xor_si256(found, _mm256_shuffle_epi8(entries[i], low));
-      }
-      if constexpr (K == 256) {
-        __m256i high = _mm256_xor_si256(at, _mm256_set1_epi8(-128));
-        GPTVQ_UNROLL for (int i = 8; i < 16; ++i) {
-          found = _mm256_xor_si256(found, _mm256_shuffle_epi8(entries[i], high));
-          if (i < 15) high = _mm256_subs_epi8(high, sixteen);   // negative ones stay so
+      Bytes low = K == 256 ? masked(at, 127) : at, found;
+      for (int h = 0; h < 2; ++h) found.v[h] = _mm256_shuffle_epi8(entries[0], low.v[h]);
+      GPTVQ_UNROLL for (int i = 1; i < kChain; ++i)
+        for (int h = 0; h < 2; ++h) {
+          low.v[h] = _mm256_sub_epi8(low.v[h], sixteen);
+          found.v[h] = _mm256_xor_si256(found.v[h], _mm256_shuffle_epi8(entries[i], low.v[h]));
         }
+      if constexpr (K == 256) {
+        Bytes high = {biased(at.v[0]), biased(at.v[1])};
+        GPTVQ_UNROLL for (int i = 8; i < 16; ++i)
+          for (int h = 0; h < 2; ++h) {
+            found.v[h] = _mm256_xor_si256(found.v[h], _mm256_shuffle_epi8(entries[i], high.v[h]));
+            high.v[h] = _mm256_subs_epi8(high.v[h], sixteen);         // negative ones stay so
+          }
       }
       return widened(found);
     }
@@ -77,51 +89,66 @@ struct Avx2 {
   // 16 entries per four rows.
   template <int K>
   struct Table<K, false> {
-    __m256i entries, offsets;
+    Bytes entries;
+    __m256i offsets;
 
     GPTVQ_INLINE void load(const int8_t* all, const uint8_t* lane_offset) {
-      entries = biased(_mm256_load_si256(reinterpret_cast<const __m256i*>(all)));
+      for (int h = 0; h < 2; ++h) entries.v[h] = biased(_mm256_load_si256(reinterpret_cast<const __m256i*>(all) + h));
       offsets = twice(lane_offset);
     }
-    GPTVQ_INLINE Index index(Bytes code) const { return _mm256_or_si256(_mm256_and_si256(code, _mm256_set1_epi8(K - 1)), offsets); }
-    GPTVQ_INLINE Weights find(Index at) const { return widened(_mm256_shuffle_epi8(entries, at)); }
+    GPTVQ_INLINE Index index(Bytes code) const {
+      code = masked(code, K - 1);
+      return {_mm256_or_si256(code.v[0], offsets), _mm256_or_si256(code.v[1], offsets)};
+    }
+    GPTVQ_INLINE Weights find(Index at) const {
+      return widened({_mm256_shuffle_epi8(entries.v[0], at.v[0]), _mm256_shuffle_epi8(entries.v[1], at.v[1])});
+    }
   };
 
-  static GPTVQ_INLINE Ints whole(int32_t v) { return _mm256_set1_epi32(v); }
-  static GPTVQ_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+  static GPTVQ_INLINE Ints whole(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static GPTVQ_INLINE Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}; }
   static GPTVQ_INLINE Four four(const int16_t* x) {
     int32_t words[2];
     memcpy(words, x, sizeof words);
     return {_mm256_set1_epi32(words[0]), _mm256_set1_epi32(words[1])};
   }
-  static GPTVQ_INLINE void dot(Ints& sum, Weights w, Four x) {
-    sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(w.even, x.even), _mm256_madd_epi16(w.odd, x.odd)));
+  static GPTVQ_INLINE void dot(Ints& sum, const Weights& w, Four x) {
+    for (int h = 0; h < 2; ++h) {
+      const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(w.even[h], x.even), _mm256_madd_epi16(w.odd[h], x.odd));
+      sum.v[h] = _mm256_add_epi32(sum.v[h], products);
+    }
   }
-  static GPTVQ_INLINE Floats real(Ints v) { return _mm256_cvtepi32_ps(v); }
-  static GPTVQ_INLINE Floats full(float v) { return _mm256_set1_ps(v); }
-  static GPTVQ_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-  static GPTVQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-  static GPTVQ_INLINE Floats floats(const float* p) { return _mm256_loadu_ps(p); }
+  static GPTVQ_INLINE Floats real(Ints a) { return {_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}; }
+  static GPTVQ_INLINE Floats full(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static GPTVQ_INLINE Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}; }
+  static GPTVQ_INLINE Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])};
+  }
+  static GPTVQ_INLINE Floats floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 
   template <bool One>
   static GPTVQ_INLINE Floats group_scale(const LinearArgs& a, int64_t row, int64_t strip) {
+    if constexpr (One) return full(from_bits(static_cast<uint32_t>(a.gs[row / 16 * a.strips + strip]) << 16));
     return portable_group_scale<Avx2>(a, row, strip);
   }
 
   static GPTVQ_INLINE Floats block_scale(const LinearArgs& a, int64_t row, int64_t block) {
-    const int64_t pairs = (a.scale_blocks + 1) / 2;
-    const void* pair = a.sc + (row / 16 * pairs + block / 2) * 16 + row % 16;
-    const __m256i code = _mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(pair))),
-                                          _mm_cvtsi32_si128(static_cast<int>(block % 2 * 4)));
+    const uint8_t* pair = a.sc + (row / 16 * ((a.scale_blocks + 1) / 2) + block / 2) * 16;
     const float* table = a.scale_table + block * 16;        // vpermps reads the low 3 bits alone, the blend the top one
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    Floats scale;
+    for (int h = 0; h < 2; ++h) {
+      const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pair + 8 * h)));
+      const __m256i code = _mm256_srl_epi32(both, _mm_cvtsi32_si128(static_cast<int>(block % 2 * 4)));
+      scale.v[h] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code),
+                                    _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    }
+    return scale;
   }
 
   static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) {
     float values[rows];
-    _mm256_storeu_ps(values, v);
+    memcpy(values, &v, sizeof values);
     portable_store(a, row, token, values, rows);
   }
 
