@@ -176,10 +176,11 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
             }
           });
         }
+        int64_t block = a.sc ? (32 * first + 16 * decltype(part)::value) / a.scale_block : 0;
+        if (Halves && block == a.scale_blocks) --block;           // past the columns, where activations are 0
         GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
           Floats scale = group_scale[s];
-          if (a.sc)
-            scale = V::mul(scale, V::block_scale(a, row + s * V::rows, (32 * first + 16 * decltype(part)::value) / a.scale_block));
+          if (a.sc) scale = V::mul(scale, V::block_scale(a, row + s * V::rows, block));
           GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
             Floats found = total<V, Chains>(acc[s][t][0]);
             if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[s][t][1]));
@@ -217,10 +218,10 @@ void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token
 template <class V, class C, bool One, int Planes, bool Halves>
 void tiles(const LinearArgs& a, int64_t first, int64_t last, int64_t tokens) {
   int64_t token = 0;
-  if constexpr (!Halves && V::tokens >= 4) {
+  if constexpr (!Halves && V::tokens >= 4)
     for (; token + 4 <= tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
+  if constexpr (!Halves && V::tokens >= 2)
     for (; token + 2 <= tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
-  }
   for (; token < tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
 }
 
