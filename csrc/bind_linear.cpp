@@ -47,8 +47,9 @@ void run(const std::vector<const Linear*>& layers, std::uintptr_t x, int type, s
   if (tokens > 0 && !x) throw std::invalid_argument("x: got a tensor without storage, need one with data");
   if (tokens > 0 && std::find(y.begin(), y.end(), 0) != y.end())
     throw std::invalid_argument("y: got a tensor without storage, need one with data");
-  py::gil_scoped_release nogil;
-  linear(layers, reinterpret_cast<const void*>(x), out_type, tokens, outputs, static_cast<Activations>(activations), threads);
+  without_gil([&] {
+    linear(layers, reinterpret_cast<const void*>(x), out_type, tokens, outputs, static_cast<Activations>(activations), threads);
+  });
 }
 
 }  // namespace

@@ -19,16 +19,14 @@ void pack(const Arg& codes_arg, const Arg& idx_arg, const SpecArg& fields) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   require_codes(codes, idx, s);
-  py::gil_scoped_release nogil;
-  pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s);
+  without_gil([&] { pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s); });
 }
 
 void unpack(const Arg& idx_arg, const Arg& codes_arg, const SpecArg& fields) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   require_codes(codes, idx, s);
-  py::gil_scoped_release nogil;
-  unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s);
+  without_gil([&] { unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s); });
 }
 
 void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, const std::optional<Arg>& sc_arg,
@@ -38,8 +36,7 @@ void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, con
   const OutType type = float_type("out", out.dtype);
   const Packed weight = checked_weight(idx_arg, cb_arg, gs_arg, sc_arg, table_arg, s);
   out.require("out", out.dtype.c_str(), {s.rows, s.cols});
-  py::gil_scoped_release nogil;
-  dequantize(weight, out.data<void>(), type, s, threads);
+  without_gil([&] { dequantize(weight, out.data<void>(), type, s, threads); });
 }
 
 void require_index(const TensorArg& index, const Columns& c) {
@@ -85,9 +82,10 @@ void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, cons
   U.require("U", "float32", {c.n * c.d, c.n * c.d});
   roots.require("roots", "float32", {c.n, c.d, c.d});
   E.require("E", "float32", {c.rows, c.n * c.d});
-  py::gil_scoped_release nogil;
-  column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<std::int64_t>(),
-               E.data<float>(), threads);
+  without_gil([&] {
+    column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<std::int64_t>(),
+                 E.data<float>(), threads);
+  });
 }
 
 void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_arg, const Arg& strip_arg,
@@ -98,8 +96,9 @@ void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_ar
   H.require("H", "float32", {c.n * c.d, c.n * c.d});
   change.require("change", "float32", {c.rows, c.n * c.d});
   require_index(index, c);
-  py::gil_scoped_release nogil;
-  descent_block(c, R.data<const float>(), H.data<const float>(), index.data<std::int64_t>(), change.data<float>(), threads);
+  without_gil([&] {
+    descent_block(c, R.data<const float>(), H.data<const float>(), index.data<std::int64_t>(), change.data<float>(), threads);
+  });
 }
 
 void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& strip_arg, const std::optional<Arg>& scale_arg,
@@ -108,8 +107,7 @@ void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& s
   const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
   Q.require("Q", "float32", {c.rows, c.n * c.d});
   require_index(index, c);
-  py::gil_scoped_release nogil;
-  decode(c, index.data<const std::int64_t>(), Q.data<float>(), threads);
+  without_gil([&] { decode(c, index.data<const std::int64_t>(), Q.data<float>(), threads); });
 }
 
 void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& strip_arg, std::int64_t group_rows, const Arg& sums_arg,
@@ -123,8 +121,7 @@ void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& str
   values.require("values", "float32", {c.rows, c.n, s[3]});
   require_strips(strip, c);
   require_index(index, c);
-  py::gil_scoped_release nogil;
-  collect(c, index.data<const std::int64_t>(), values.data<const float>(), s[3], sums.data<double>(), threads);
+  without_gil([&] { collect(c, index.data<const std::int64_t>(), values.data<const float>(), s[3], sums.data<double>(), threads); });
 }
 
 void fit(const Arg& x_arg, const Arg& metric_arg, const Arg& centroids_arg, const std::optional<Arg>& loss_arg,
@@ -142,8 +139,9 @@ void fit(const Arg& x_arg, const Arg& metric_arg, const Arg& centroids_arg, cons
     out.require("loss", "float64", {groups});
     loss = out.data<double>();
   }
-  py::gil_scoped_release nogil;
-  em(x.data<const float>(), metric.data<const float>(), centroids.data<float>(), loss, groups, points, k, d, iterations, threads);
+  without_gil([&] {
+    em(x.data<const float>(), metric.data<const float>(), centroids.data<float>(), loss, groups, points, k, d, iterations, threads);
+  });
 }
 
 py::dict cuda() {

@@ -40,7 +40,7 @@ def driver(tmp_path_factory):
         for done in workers.map(compiled, sources, objects):
             assert done.returncode == 0, done.stderr[-3000:]
     binary = folder / "linear_driver"
-    subprocess.run([COMPILER, "-static", "-pthread", *objects, "-o", binary], check=True)
+    subprocess.run([COMPILER, *(() if NATIVE else ("-static",)), "-pthread", *objects, "-o", binary], check=True)
 
     def run(*arguments, cpu="max"):
         emulator = [] if NATIVE else ["qemu-aarch64", "-cpu", cpu]
