@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -57,6 +58,21 @@ inline Packed checked_weight(const Arg& idx_arg, const Arg& cb_arg, const Arg& g
     throw std::invalid_argument("sc, scale table: got tensors, need None because the spec has no block scales");
   }
   return weight;
+}
+
+// Calls f while other Python threads run.  pybind11::gil_scoped_release takes the interpreter back in its destructor, which may not
+// be left the way Python leaves it where the interpreter has meanwhile ended: by ending the (daemon) thread.
+template <class F>
+void without_gil(F&& f) {
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    f();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) std::rethrow_exception(error);
 }
 
 void bind_linear(pybind11::module_& m);

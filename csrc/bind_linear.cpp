@@ -1,4 +1,6 @@
 // gptvq._C.Linear: a packed weight prepared once, so that a call passes little more than addresses.
+#include <algorithm>
+
 #include "bind.h"
 #include "cpu/linear.h"
 
@@ -27,18 +29,27 @@ OutType type_of(int code) {
 // Addresses of contiguous x [tokens, cols] and y [tokens, rows], which the caller has checked: one call per layer and token.
 void run(const std::vector<const Linear*>& layers, std::uintptr_t x, int type, std::int64_t tokens, const std::vector<std::uintptr_t>& y,
          int activations, int threads) {
-  if (layers.size() != y.size()) throw std::invalid_argument("linear: need one output per layer");
+  if (layers.size() != y.size())
+    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) + ", one per layer");
   if (tokens < 0) throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need 0 or more");
-  if (activations < 0 || activations > 2) throw std::invalid_argument("activations: need 0, 1 or 2");
+  if (activations < 0 || activations > 2)
+    throw std::invalid_argument("activations: got " + std::to_string(activations) + ", need 0, 1 or 2");
   std::vector<void*> outputs;
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    if (layers[i]->spec().cols != layers[0]->spec().cols) throw std::invalid_argument("linear: the layers have different numbers of columns");
+    if (!layers[i]) throw std::invalid_argument("layer " + std::to_string(i) + ": got None, need a Linear");
+    const std::int64_t cols = layers[i]->spec().cols, need = layers[0]->spec().cols;
+    if (cols != need)
+      throw std::invalid_argument("layer " + std::to_string(i) + " has " + std::to_string(cols) + " columns, need " + std::to_string(need) +
+                                  " as in layer 0");
     outputs.push_back(reinterpret_cast<void*>(y[i]));
   }
-  if (tokens > 0 && (!x || std::find(y.begin(), y.end(), 0) != y.end()))
-    throw std::invalid_argument("x, y: got a tensor without storage, need one with data");
-  py::gil_scoped_release nogil;
-  linear(layers, reinterpret_cast<const void*>(x), type_of(type), tokens, outputs, static_cast<Activations>(activations), threads);
+  const OutType out_type = type_of(type);
+  if (tokens > 0 && !x) throw std::invalid_argument("x: got a tensor without storage, need one with data");
+  if (tokens > 0 && std::find(y.begin(), y.end(), 0) != y.end())
+    throw std::invalid_argument("y: got a tensor without storage, need one with data");
+  without_gil([&] {
+    linear(layers, reinterpret_cast<const void*>(x), out_type, tokens, outputs, static_cast<Activations>(activations), threads);
+  });
 }
 
 }  // namespace

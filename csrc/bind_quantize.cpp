@@ -55,9 +55,10 @@ void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, cons
   U.require("U", "float32", {c.n * c.d, c.n * c.d});
   roots.require("roots", "float32", {c.n, c.d, c.d});
   E.require("E", "float32", {c.rows, c.n * c.d});
-  py::gil_scoped_release nogil;
-  column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<std::uint8_t>(),
-               E.data<float>(), threads);
+  without_gil([&] {
+    column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<std::uint8_t>(),
+                 E.data<float>(), threads);
+  });
 }
 
 void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_arg, const Arg& strip_arg,
@@ -69,8 +70,9 @@ void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_ar
   H.require("H", "float32", {c.n * c.d, c.n * c.d});
   change.require("change", "float32", {c.rows, c.n * c.d});
   require_index(index, c);
-  py::gil_scoped_release nogil;
-  descent_block(c, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(), change.data<float>(), threads);
+  without_gil([&] {
+    descent_block(c, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(), change.data<float>(), threads);
+  });
 }
 
 void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& strip_arg, const std::optional<Arg>& scale_arg,
@@ -79,8 +81,7 @@ void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& s
   const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
   Q.require("Q", "float32", {c.rows, c.n * c.d});
   require_index(index, c);
-  py::gil_scoped_release nogil;
-  decode(c, index.data<const std::uint8_t>(), Q.data<float>(), threads);
+  without_gil([&] { decode(c, index.data<const std::uint8_t>(), Q.data<float>(), threads); });
 }
 
 void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& strip_arg, std::int64_t group_rows, const Arg& sums_arg,
@@ -94,8 +95,9 @@ void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& str
   values.require("values", "float32", {c.rows, c.n, s[3]});
   require_strips(strip, c);
   require_index(index, c);
-  py::gil_scoped_release nogil;
-  collect(c, index.data<const std::uint8_t>(), values.data<const float>(), s[3], sums.data<double>(), threads);
+  without_gil([&] {
+    collect(c, index.data<const std::uint8_t>(), values.data<const float>(), s[3], sums.data<double>(), threads);
+  });
 }
 
 // rounds: (iterations, how many starts stay), the last of which keeps one.
@@ -120,8 +122,7 @@ void fit_codebooks(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_ar
     if (iterations < 1 || keep < 1) throw std::invalid_argument("rounds: got 0, need an iteration and a start that stays");
     rounds.push_back({iterations, keep});
   }
-  py::gil_scoped_release nogil;
-  fit(p, seeds.data<const float>(), rounds, centroids.data<float>(), threads);
+  without_gil([&] { fit(p, seeds.data<const float>(), rounds, centroids.data<float>(), threads); });
 }
 
 // float32 or bfloat16, two dimensions, any strides.
@@ -140,8 +141,7 @@ void product(const Arg& A_arg, const Arg& B_arg, const Arg& C_arg, float sign, b
   const Matrix out = matrix("C", C, p.m, p.n);
   if (out.bfloat16 || (out.col != 1 && p.n > 1) || (out.row < p.n && p.m > 1))
     throw std::invalid_argument("C: need float32 with contiguous rows");
-  py::gil_scoped_release nogil;
-  matmul(p, left, right, C.data<float>(), out.row, threads);
+  without_gil([&] { matmul(p, left, right, C.data<float>(), out.row, threads); });
 }
 
 }  // namespace

@@ -17,16 +17,14 @@ void pack(const Arg& codes_arg, const Arg& idx_arg, const SpecArg& fields) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   require_codes(codes, idx, s);
-  py::gil_scoped_release nogil;
-  pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s);
+  without_gil([&] { pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s); });
 }
 
 void unpack(const Arg& idx_arg, const Arg& codes_arg, const SpecArg& fields) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   require_codes(codes, idx, s);
-  py::gil_scoped_release nogil;
-  unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s);
+  without_gil([&] { unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s); });
 }
 
 void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, const std::optional<Arg>& sc_arg,
@@ -36,8 +34,7 @@ void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, con
   const OutType type = float_type("out", out.dtype);
   const Packed weight = checked_weight(idx_arg, cb_arg, gs_arg, sc_arg, table_arg, s);
   out.require("out", out.dtype.c_str(), {s.rows, s.cols});
-  py::gil_scoped_release nogil;
-  dequantize(weight, out.data<void>(), type, s, threads);
+  without_gil([&] { dequantize(weight, out.data<void>(), type, s, threads); });
 }
 
 py::dict cuda() {

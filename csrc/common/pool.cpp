@@ -4,8 +4,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -17,6 +17,7 @@ namespace {
 
 // A worker keeps looking this long before it sleeps: the next layer of a model is usually not far, and waking takes longer.
 constexpr std::chrono::microseconds kPatience{30};
+constexpr std::int64_t kMostThreads = 256;      // they stay: a slip of the caller's may not fill the process with them
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -42,7 +43,7 @@ class Pool {
  public:
   void run(std::int64_t threads, void (*work)(void*), void* context) {
     if (threads < 2 || busy_.test_and_set(std::memory_order_acquire)) return work(context);
-    grow(threads - 1);
+    grow(std::min(threads, kMostThreads) - 1);
     const std::int64_t helpers = std::min(threads - 1, workers_);
     work_ = work;
     context_ = context;
@@ -64,8 +65,8 @@ class Pool {
   void grow(std::int64_t count) {
     try {
       for (; workers_ < count; ++workers_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {
-      // no more threads to be had: those there are do it
+    } catch (const std::exception&) {
+      // no more threads or memory to be had: those there are do it
     }
   }
 
@@ -94,19 +95,17 @@ class Pool {
   void* context_ = nullptr;
 };
 
-// Never destroyed: its threads may still run while the process ends.  A forked child has none of them and starts anew.
-Pool*& pool() {
-  static Pool* instance = [] {
+// Never destroyed: its threads may still run while the process ends.  A forked child has none of them and starts anew.  Made when
+// the module is loaded, so that no fork can fall into its making.
+Pool* pool = [] {
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
+  pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 #endif
-    return new Pool;
-  }();
-  return instance;
-}
+  return new Pool;
+}();
 
 }  // namespace
 
-void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) { pool()->run(threads, work, context); }
+void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) { pool->run(threads, work, context); }
 
 }  // namespace gptvq

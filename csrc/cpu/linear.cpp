@@ -146,6 +146,7 @@ struct LinearRun {
   OutType type;
   std::int64_t tokens;
   const std::vector<void*>& y;
+  Activations activations;
   int planes, threads;
 
   static bool same_activations(const LinearArgs& a, const LinearArgs& b, const Spec& s, const Spec& t) {
@@ -161,12 +162,19 @@ struct LinearRun {
   void operator()() {
     for (std::size_t first = 0; first < layers.size();) {
       std::size_t last = first + 1;
-      while (last < layers.size() && same_activations(layers[first]->args_, layers[last]->args_, layers[first]->spec_, layers[last]->spec_))
-        ++last;
-      some(first, last);
+      if (!integers(*layers[first])) {
+        exact(first);
+      } else {
+        while (last < layers.size() && integers(*layers[last]) &&
+               same_activations(layers[first]->args_, layers[last]->args_, layers[first]->spec_, layers[last]->spec_))
+          ++last;
+        some(first, last);
+      }
       first = last;
     }
   }
+
+  bool integers(const Linear& layer) const { return activations != Activations::fp32 && layer.fast(); }
 
   void some(std::size_t first, std::size_t last) {
     const Spec& spec = layers[first]->spec_;
@@ -211,22 +219,18 @@ struct LinearRun {
     });
   }
 
-  void exact() {
-    const std::int64_t cols = layers.front()->spec_.cols;
+  void exact(std::size_t l) {
+    const std::int64_t cols = layers[l]->spec_.cols;
     float* rows = at_least(scratch().floats, tokens * cols);
     to_floats(x, type, tokens * cols, rows);
-    for (std::size_t l = 0; l < layers.size(); ++l)
-      linear_exact(layers[l]->weight_, layers[l]->spec_, layers[l]->bias_, rows, tokens, y[l], type, threads);
+    linear_exact(layers[l]->weight_, layers[l]->spec_, layers[l]->bias_, rows, tokens, y[l], type, threads);
   }
 };
 
 void linear(const std::vector<const Linear*>& layers, const void* x, OutType type, std::int64_t tokens, const std::vector<void*>& y,
             Activations activations, int threads) {
-  if (tokens == 0 || layers.empty()) return;
-  LinearRun run{layers, x, type, tokens, y, activations == Activations::a8 ? 1 : 2, std::max(1, threads)};
-  const bool fast = std::all_of(layers.begin(), layers.end(), [](const Linear* l) { return l->fast(); });
-  if (activations == Activations::fp32 || !fast) run.exact();
-  else run();
+  if (tokens == 0) return;
+  LinearRun{layers, x, type, tokens, y, activations, activations == Activations::a8 ? 1 : 2, std::max(1, threads)}();
 }
 
 }  // namespace gptvq

@@ -20,7 +20,7 @@ struct LinearArgs {
   uint8_t slot_group[16];       // with 16 table entries per 4 rows: 16 / K codebooks each -> their groups
 
   // Activations, [tokens, blocks * 32] in the kernels' order, and per span of columns [tokens, spans].
-  int8_t *hi, *lo;
+  int8_t *hi, *lo;              // one after the other: kernels of 16-bit activations take them as one array
   float* step;
   int32_t *hi_sum, *lo_sum;     // -128 * sum: what weights stored with an offset of 128 add too much
   int64_t spans, span_blocks;

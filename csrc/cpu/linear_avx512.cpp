@@ -10,12 +10,14 @@
 namespace {
 
 struct Avx512 {
-  static constexpr int rows = 16, chains = 8;
+  static constexpr int rows = 16, tokens = 4, chains = 8;
   static constexpr bool offset = true;                      // vpdpbusd wants unsigned weights: stored + 128
   template <int K, int Dim>
   static constexpr int slabs = K * Dim > 256 ? 1 : 2;       // the tables must stay in registers
   using Bytes = __m512i;
   using Index = __m512i;
+  using Weights = __m512i;
+  using Activation = int8_t;
   using Ints = __m512i;
   using Floats = __m512;
   using Four = __m512i;
@@ -84,7 +86,7 @@ struct Avx512 {
     memcpy(&word, x, 4);
     return _mm512_set1_epi32(word);
   }
-  static GPTVQ_INLINE Ints dot(Ints sum, Bytes weights, Four x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+  static GPTVQ_INLINE void dot(Ints& sum, Bytes weights, Four x) { sum = _mm512_dpbusd_epi32(sum, weights, x); }
   static GPTVQ_INLINE Floats real(Ints v) { return _mm512_cvtepi32_ps(v); }
   static GPTVQ_INLINE Floats full(float v) { return _mm512_set1_ps(v); }
   static GPTVQ_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

@@ -10,7 +10,8 @@
 //   dot     row 0: += w . x    | row 1: += w . x    | ...        x: 4 bytes, stored in that order, the same for all rows
 //
 // Activations are integers: x = step * (254 hi + lo) with int8 hi and lo (a16), or step * hi (a8), one step per span of columns.
-// Sums over a span are exact in int32; spans are added up in float32.
+// Sets without a dot product of bytes have V::Activation = int16_t, and 254 hi + lo as one number.  Sums over a span are exact in
+// int32, as spans have at most 256 columns; spans are added up in float32.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -125,8 +126,9 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
     const int64_t r = row + s * V::rows;
     from[s] = a.idx + r / 16 * a.blocks * C::bytes + r % 16 * 4;
   }
-  const int8_t* x[2] = {a.hi + token * a.blocks * 32, a.lo + token * a.blocks * 32};
   const int64_t line = a.blocks * 32;
+  using Activation = typename V::Activation;
+  const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line, reinterpret_cast<const Activation*>(a.lo) + token * line};
 
   Books<V, C, One> books[Slabs];
   GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) books[s].start(a, row + s * V::rows);
@@ -161,23 +163,24 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
             GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
               index[s] = books[s].table[0].index(C::template quad<V, Q>(planes[s]));
             GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
-              Bytes w[Slabs];
+              typename V::Weights w[Slabs];
               GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) w[s] = books[s].table[i].find(index[s]);
               GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
                 GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) {
                   const typename V::Four four = V::four(x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
                   GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
                     Ints& to = acc[s][t][p][(Q * C::dim + i) % Chains];
-                    to = V::dot(to, w[s], four);
+                    V::dot(to, w[s], four);
                   }
                 }
             }
           });
         }
+        int64_t block = a.sc ? (32 * first + 16 * decltype(part)::value) / a.scale_block : 0;
+        if (Halves && block == a.scale_blocks) --block;           // past the columns, where activations are 0
         GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
           Floats scale = group_scale[s];
-          if (a.sc)
-            scale = V::mul(scale, V::block_scale(a, row + s * V::rows, (32 * first + 16 * decltype(part)::value) / a.scale_block));
+          if (a.sc) scale = V::mul(scale, V::block_scale(a, row + s * V::rows, block));
           GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
             Floats found = total<V, Chains>(acc[s][t][0]);
             if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[s][t][1]));
@@ -193,6 +196,12 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
     GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) V::store(a, row + s * V::rows, token + t, sum[s][t]);
 }
 
+// One copy for all numbers of tokens.
+template <class V, class C, bool One, int Planes, bool Halves>
+__attribute__((noinline)) void one_slab(const LinearArgs& a, int64_t row, int64_t token) {
+  slabs<V, C, One, Planes, Halves, 1, 1, 2>(a, row, token);
+}
+
 template <class V, class C, bool One, int Planes, bool Halves, int Tokens>
 void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token) {
   constexpr int kSlabs = V::template slabs<C::k, C::dim>;
@@ -201,17 +210,18 @@ void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token
   int64_t row = first * 16;
   for (; row + kSlabs * V::rows <= last * 16; row += kSlabs * V::rows)
     slabs<V, C, One, Planes, Halves, kSlabs, Tokens, kChains>(a, row, token);
-  for (; row < last * 16; row += V::rows)                   // an odd tile at the end
-    for (int t = 0; t < Tokens; ++t) slabs<V, C, One, Planes, Halves, 1, 1, 2>(a, row, token + t);
+  if constexpr (16 % (kSlabs * V::rows) != 0)
+    for (; row < last * 16; row += V::rows)                 // an odd tile at the end
+      for (int t = 0; t < Tokens; ++t) one_slab<V, C, One, Planes, Halves>(a, row, token + t);
 }
 
 template <class V, class C, bool One, int Planes, bool Halves>
 void tiles(const LinearArgs& a, int64_t first, int64_t last, int64_t tokens) {
   int64_t token = 0;
-  if constexpr (!Halves) {
+  if constexpr (!Halves && V::tokens >= 4)
     for (; token + 4 <= tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
+  if constexpr (!Halves && V::tokens >= 2)
     for (; token + 2 <= tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
-  }
   for (; token < tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
 }
 
@@ -221,7 +231,9 @@ constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero,
 template <class V, int Dim, int Planes, bool Halves>
 void quantize(const LinearArgs& a, const float* x, int64_t token) {
   constexpr float kLimit = Planes == 2 ? 127.f * 254.f + 126.f : 127.f;
-  int8_t *hi = a.hi + token * a.blocks * 32, *lo = a.lo + token * a.blocks * 32;
+  using Activation = typename V::Activation;
+  Activation* hi = reinterpret_cast<Activation*>(a.hi) + token * a.blocks * 32;
+  Activation* lo = reinterpret_cast<Activation*>(a.lo) + token * a.blocks * 32;
   int64_t span = token * a.spans;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
@@ -248,13 +260,13 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
 
 template <class V, class C, int Planes>
 LinearKernel kernel_of(bool one_book, bool halves) {
-  constexpr int D = C::dim;
+  constexpr int D = C::dim, kStored = sizeof(typename V::Activation) == 1 ? Planes : 1;
   if (one_book || C::k > 16)
-    return halves ? LinearKernel{tiles<V, C, true, Planes, true>, quantize<V, D, Planes, true>}
-                  : LinearKernel{tiles<V, C, true, Planes, false>, quantize<V, D, Planes, false>};
+    return halves ? LinearKernel{tiles<V, C, true, kStored, true>, quantize<V, D, Planes, true>}
+                  : LinearKernel{tiles<V, C, true, kStored, false>, quantize<V, D, Planes, false>};
   if constexpr (C::k <= 16)
-    return halves ? LinearKernel{tiles<V, C, false, Planes, true>, quantize<V, D, Planes, true>}
-                  : LinearKernel{tiles<V, C, false, Planes, false>, quantize<V, D, Planes, false>};
+    return halves ? LinearKernel{tiles<V, C, false, kStored, true>, quantize<V, D, Planes, true>}
+                  : LinearKernel{tiles<V, C, false, kStored, false>, quantize<V, D, Planes, false>};
 }
 
 // The kernels on the instruction set V, or nulls for an unknown format.

@@ -65,19 +65,15 @@ GPTVQ_INLINE uint32_t portable_peak(const float* x, int64_t count) {
   return most;
 }
 
-template <int Dim, int Planes>
-GPTVQ_INLINE void portable_sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, int32_t* sums) {
+template <int Dim, int Planes, class Activation>
+GPTVQ_INLINE void portable_sixteen(const float* x, float inverse, bool finite, Activation* hi, Activation* lo) {
   for (int i = 0; i < 16; ++i) {
     const int quad = i / (4 * Dim), inside = i % (4 * Dim);
     const int at = quad * 4 * Dim + inside % Dim * 4 + inside / Dim;
     const float whole = rintf(finite ? x[i] * inverse : 0.f);
-    const float high = Planes == 2 ? rintf(whole * (1.f / 254.f)) : whole;
-    hi[at] = static_cast<int8_t>(high);
-    sums[0] += hi[at];
-    if (Planes == 2) {
-      lo[at] = static_cast<int8_t>(whole - 254.f * high);
-      sums[1] += lo[at];
-    }
+    const float high = Planes == 2 && sizeof(Activation) == 1 ? rintf(whole * (1.f / 254.f)) : whole;
+    hi[at] = static_cast<Activation>(high);
+    if (Planes == 2 && sizeof(Activation) == 1) lo[at] = static_cast<Activation>(whole - 254.f * high);
   }
 }
 

@@ -1,18 +1,23 @@
 // Plain C++, for processors without any of the other sets, and as the plainest form of the kernels.
 #include "cpu/linear_kernel.h"
 
+// Loops over 64 bytes: inlined in every quad of every kernel they would make megabytes of code, and no less work.
+#define GPTVQ_CALL __attribute__((noinline))
+
 namespace {
 
 struct Scalar {
-  static constexpr int rows = 16, chains = 1;
+  static constexpr int rows = 16, tokens = 1, chains = 1;
   static constexpr bool offset = false;
   template <int K, int Dim>
   static constexpr int slabs = 1;
   struct Bytes { uint8_t v[4 * rows]; };
   struct Ints { int32_t v[rows]; };
   struct Floats { float v[rows]; };
-  struct Four { int8_t v[4]; };
+  struct Four { int16_t v[4]; };
   using Index = Bytes;
+  using Weights = Bytes;
+  using Activation = int16_t;
 
   static GPTVQ_INLINE Bytes load(const uint8_t* p) {
     Bytes b;
@@ -20,14 +25,16 @@ struct Scalar {
     return b;
   }
   template <int N>
-  static GPTVQ_INLINE Bytes down(Bytes b) {
-    for (uint8_t& v : b.v) v = static_cast<uint8_t>(v >> N);
-    return b;
+  static GPTVQ_CALL Bytes down(const Bytes& from) {
+    Bytes to;
+    for (int i = 0; i < 4 * rows; ++i) to.v[i] = static_cast<uint8_t>(from.v[i] >> N);
+    return to;
   }
   template <int Mask>
-  static GPTVQ_INLINE Bytes pick(Bytes where_set, Bytes elsewhere) {
-    for (int i = 0; i < 4 * rows; ++i) elsewhere.v[i] = static_cast<uint8_t>((where_set.v[i] & Mask) | (elsewhere.v[i] & ~Mask));
-    return elsewhere;
+  static GPTVQ_CALL Bytes pick(const Bytes& where_set, const Bytes& elsewhere) {
+    Bytes to;
+    for (int i = 0; i < 4 * rows; ++i) to.v[i] = static_cast<uint8_t>((where_set.v[i] & Mask) | (elsewhere.v[i] & ~Mask));
+    return to;
   }
 
   template <int K, bool One>
@@ -43,13 +50,15 @@ struct Scalar {
       memcpy(entries, all, sizeof entries);
       memcpy(offsets, lane_offset, sizeof offsets);
     }
-    GPTVQ_INLINE Index index(Bytes code) const {
-      for (int i = 0; i < 4 * rows; ++i) code.v[i] = static_cast<uint8_t>((code.v[i] & (K - 1)) | offsets[i % 16]);
-      return code;
-    }
-    GPTVQ_INLINE Bytes find(Index at) const {
-      for (int i = 0; i < 4 * rows; ++i) at.v[i] = static_cast<uint8_t>(entries[(One ? 0 : i / 16 * 16) + at.v[i]]);
+    GPTVQ_CALL Index index(const Bytes& code) const {
+      Index at;
+      for (int i = 0; i < 4 * rows; ++i) at.v[i] = static_cast<uint8_t>((code.v[i] & (K - 1)) | offsets[i % 16]);
       return at;
+    }
+    GPTVQ_CALL Bytes find(const Index& at) const {
+      Bytes w;
+      for (int i = 0; i < 4 * rows; ++i) w.v[i] = static_cast<uint8_t>(entries[(One ? 0 : i / 16 * 16) + at.v[i]]);
+      return w;
     }
   };
 
@@ -62,15 +71,14 @@ struct Scalar {
     for (int r = 0; r < rows; ++r) a.v[r] += b.v[r];
     return a;
   }
-  static GPTVQ_INLINE Four four(const int8_t* x) {
+  static GPTVQ_INLINE Four four(const int16_t* x) {
     Four f;
-    memcpy(f.v, x, 4);
+    memcpy(f.v, x, sizeof f.v);
     return f;
   }
-  static GPTVQ_INLINE Ints dot(Ints sum, const Bytes& weights, Four x) {
+  static GPTVQ_CALL void dot(Ints& sum, const Bytes& weights, Four x) {
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < 4; ++j) sum.v[r] += static_cast<int8_t>(weights.v[4 * r + j]) * x.v[j];
-    return sum;
   }
   static GPTVQ_INLINE Floats real(Ints a) {
     Floats f;
@@ -101,8 +109,8 @@ struct Scalar {
   static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) { portable_store(a, row, token, v.v, rows); }
   static GPTVQ_INLINE uint32_t peak(const float* x, int64_t count) { return portable_peak(x, count); }
   template <int Dim, int Planes>
-  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, int32_t* sums) {
-    portable_sixteen<Dim, Planes>(x, inverse, finite, hi, lo, sums);
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, int32_t*) {
+    portable_sixteen<Dim, Planes, int16_t>(x, inverse, finite, to, to);
   }
   static GPTVQ_INLINE Floats floats(const float* p) {
     Floats f;

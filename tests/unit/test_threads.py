@@ -1,0 +1,156 @@
+"""The pool of threads behind the kernels: calls at the same time, forks, the end of the process, many threads."""
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from linear_cases import Layer
+
+from gptvq.spec import QuantSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = QuantSpec(403, 520, 2, 2, 16, 520, 0)
+PREPARE = """
+import os, sys, threading, time
+import torch
+from linear_cases import Layer
+from gptvq.spec import QuantSpec
+layer, x = Layer(QuantSpec(403, 520, 2, 2, 16, 520, 0)), torch.randn(9, 520)
+want = layer.run(x)
+
+def right(threads=4, calls=20):
+    return all(torch.equal(layer.run(x, threads=threads), want) for _ in range(calls))
+"""
+
+
+def python(code):
+    """Output of a program that starts with PREPARE; fails where it does not end by itself."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", PREPARE + textwrap.dedent(code)], capture_output=True, text=True, timeout=60,
+                          env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+def test_calls_from_many_threads_at_once():
+    """One of them gets the pool, the others compute alone; every one of them is right."""
+    layers = [Layer(SPEC, seed=i) for i in range(8)]
+    inputs = [torch.randn(1 + i % 5, SPEC.cols) for i in range(8)]
+    want = [layer.run(x) for layer, x in zip(layers, inputs)]
+    wrong, start = [], threading.Barrier(8)
+
+    def call(i):
+        start.wait()
+        for n in range(50):
+            if not torch.equal(layers[i].run(inputs[i], threads=1 + (i + n) % 6), want[i]):
+                wrong.append((i, n))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_one_layer_from_many_threads():
+    layer, x = Layer(SPEC), torch.randn(3, SPEC.cols)
+    want, wrong = layer.run(x), []
+
+    def call():
+        wrong.extend(n for n in range(50) if not torch.equal(layer.run(x, threads=3), want))
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_sleeping_threads_wake_up():
+    """Pauses longer and shorter than the threads' patience, and numbers of threads that grow and shrink."""
+    layer, x = Layer(SPEC), torch.randn(9, SPEC.cols)
+    want, pause = layer.run(x), threading.Event()
+    for n in range(200):
+        pause.wait((0, 20e-6, 30e-6, 40e-6, 1e-3)[n % 5])
+        assert torch.equal(layer.run(x, threads=1 + n % 7), want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_after_a_fork():
+    """Before and after the parent's threads exist, from several threads of the child, and in a grandchild."""
+    assert python("""
+        def child(*, deeper):
+            caller = threading.Thread(target=lambda: results.append(right()))
+            results = []
+            caller.start()
+            results.append(right())
+            caller.join()
+            if deeper:
+                results.append(wait(os.fork() or os._exit(not child(deeper=False))) == 0)
+            return all(results)
+
+        def wait(pid):
+            return os.waitpid(pid, 0)[1]
+
+        for started in range(2):
+            print(wait(os.fork() or os._exit(not child(deeper=True))))
+            assert right()
+    """) == ["0", "0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_fork_in_the_middle_of_calls():
+    """The pool is busy for good in the child's copy of the memory, which the child must not look at."""
+    assert python("""
+        stop = threading.Event()
+
+        def work():
+            while not stop.is_set():
+                layer.run(x, threads=4)
+
+        busy = [threading.Thread(target=work) for _ in range(2)]
+        [t.start() for t in busy]
+        for _ in range(20):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0 if right(calls=3) else 1)
+            print(os.waitpid(pid, 0)[1])
+        stop.set()
+        [t.join() for t in busy]
+    """) == ["0"] * 20
+
+
+def test_process_ends_while_threads_work():
+    """The threads meet a dead interpreter when they come back (and must not call torch, which does not survive that)."""
+    assert python("""
+        y = torch.empty(9, 403)
+
+        def work(call=layer.handle.run, arguments=(x.data_ptr(), 0, 9, y.data_ptr(), 0, 4)):
+            while True:
+                call(*arguments)
+
+        [threading.Thread(target=work, daemon=True).start() for _ in range(3)]
+        time.sleep(0.2)
+        print("end")
+    """) == ["end"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+def test_many_threads():
+    """64 are given where there is work for them; the number is bounded, and they are the same ones in later calls."""
+    counts = [int(n) for n in python("""
+        layer, x = Layer(QuantSpec(20000, 64, 2, 2, 16, 64, 0)), torch.randn(9, 64)
+        want = layer.run(x)
+
+        def count():
+            return len(os.listdir("/proc/self/task"))
+
+        before = count()
+        for threads in (64, 64, 64, 10**6, 10**6):
+            assert torch.equal(layer.run(x, threads=threads), want)
+            print(count() - before)
+    """)]
+    assert 0 < counts[0] < 64 and counts[:3] == counts[:1] * 3
+    assert counts[3] <= 255 and counts[3] == counts[4]
