@@ -181,6 +181,7 @@ struct LinearRun {
     LinearArgs shared = layers[first]->args_;
     const std::int64_t width = shared.blocks * kBlock;
     Scratch& memory = scratch();
+    shared.tokens = tokens;
     shared.hi = at_least(memory.bytes, 2 * tokens * width);
     shared.lo = shared.hi + tokens * width;
     shared.step = at_least(memory.floats, tokens * (shared.spans + width));
@@ -211,11 +212,14 @@ struct LinearRun {
       const Part& part = parts[static_cast<std::size_t>(p)];
       const Linear& layer = *layers[part.layer];
       LinearArgs a = layer.args_;
-      a.hi = shared.hi, a.lo = shared.lo, a.step = shared.step, a.hi_sum = shared.hi_sum, a.lo_sum = shared.lo_sum;
+      a.tokens = tokens, a.hi = shared.hi, a.lo = shared.lo, a.step = shared.step, a.hi_sum = shared.hi_sum, a.lo_sum = shared.lo_sum;
       a.y = y[part.layer];
       a.y_stride = a.rows;
       a.type = static_cast<int>(type);
-      kernel_of(layer, planes).tiles(a, part.first, part.last, tokens);
+      static thread_local std::vector<float> sums;
+      float* start = at_least(sums, linear_scratch(tokens) + 16);
+      start += (64 - reinterpret_cast<std::uintptr_t>(start) % 64) % 64 / sizeof(float);
+      kernel_of(layer, planes).tiles(a, part.first, part.last, start);
     });
   }
 

@@ -19,7 +19,8 @@ struct LinearArgs {
   uint8_t row_group[16];        // row of a tile -> its group, below groups_per_tile
   uint8_t slot_group[16];       // with 16 table entries per 4 rows: 16 / K codebooks each -> their groups
 
-  // Activations, [tokens, blocks * 32] in the kernels' order, and per span of columns [tokens, spans].
+  // Activations, [tokens, blocks * 32] in the kernels' order or in teams (linear_wide.h), and per span of columns [tokens, spans].
+  int64_t tokens;
   int8_t *hi, *lo;              // one after the other: kernels of 16-bit activations take them as one array
   float* step;
   int32_t *hi_sum, *lo_sum;     // -128 * sum: what weights stored with an offset of 128 add too much
@@ -34,11 +35,13 @@ struct LinearArgs {
 
 // The kernels of one format on one instruction set.
 struct LinearKernel {
-  // y of the tiles [first, last), tokens [0, tokens).
-  void (*tiles)(const LinearArgs&, int64_t first, int64_t last, int64_t tokens);
+  // y of the tiles [first, last); scratch of linear_scratch(tokens) floats, aligned to 64 bytes.
+  void (*tiles)(const LinearArgs&, int64_t first, int64_t last, float* scratch);
   // Activations of one token, x float32 [blocks * 32] with zeros past the layer's columns, into hi, lo, step and the sums.
   void (*quantize)(const LinearArgs&, const float* x, int64_t token);
 };
+
+inline int64_t linear_scratch(int64_t tokens) { return 32 * tokens; }     // 32 rows at a time
 
 // planes: 1 for a8, 2 for a16; one_book: see groups_per_tile; halves: scale_block is 16
 using LinearKernels = LinearKernel (*)(int code_bits, int dim, int planes, bool one_book, bool halves);

@@ -8,7 +8,7 @@
 namespace {
 
 struct Avx2 {
-  static constexpr int rows = 16, tokens = 4, chains = 1;
+  static constexpr int rows = 16, tokens = 4, wide_tokens = 0, chains = 1;
   static constexpr bool offset = true;                      // unsigned bytes are cheaper to widen
   template <int K, int Dim>
   static constexpr int slabs = 1;

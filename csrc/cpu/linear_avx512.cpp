@@ -2,15 +2,13 @@
 #include "cpu/linear_kernel.h"
 
 #if defined(__x86_64__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"     // false ones in GCC 12's own header
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 namespace {
 
 struct Avx512 {
-  static constexpr int rows = 16, tokens = 4, chains = 8;
+  static constexpr int rows = 16, tokens = 2, chains = 8;
+  static constexpr int wide_slabs = 2, wide_tokens = 6;     // 24 sums, 2 weights, 1 activation
   static constexpr bool offset = true;                      // vpdpbusd wants unsigned weights: stored + 128
   template <int K, int Dim>
   static constexpr int slabs = K * Dim > 256 ? 1 : 2;       // the tables must stay in registers
@@ -86,9 +84,14 @@ struct Avx512 {
     memcpy(&word, x, 4);
     return _mm512_set1_epi32(word);
   }
-  static GPTVQ_INLINE void dot(Ints& sum, Bytes weights, Four x) { sum = _mm512_dpbusd_epi32(sum, weights, x); }
+  static GPTVQ_INLINE void dot(Ints& sum, Bytes weights, Four x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));      // GCC 12 copies the sums around the intrinsic
+  }
   static GPTVQ_INLINE Floats real(Ints v) { return _mm512_cvtepi32_ps(v); }
   static GPTVQ_INLINE Floats full(float v) { return _mm512_set1_ps(v); }
+  static GPTVQ_INLINE Floats floats(const float* p) { return _mm512_load_ps(p); }
+  static GPTVQ_INLINE void put(float* p, Floats v) { _mm512_store_ps(p, v); }
+  static GPTVQ_INLINE void put(uint8_t* p, Bytes v) { _mm512_store_si512(p, v); }
   static GPTVQ_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static GPTVQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 

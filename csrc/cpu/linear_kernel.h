@@ -109,6 +109,15 @@ GPTVQ_INLINE typename V::Floats total(const typename V::Ints* chain) {
   return V::real(sum);
 }
 
+// The scale of a slab's weights in the span from column `col` on.
+template <class V, bool Halves>
+GPTVQ_INLINE typename V::Floats weight_scale(const LinearArgs& a, typename V::Floats group_scale, int64_t row, int64_t col) {
+  if (!a.sc) return group_scale;
+  int64_t block = col / a.scale_block;
+  if (Halves && block == a.scale_blocks) --block;           // past the columns, where activations are 0
+  return V::mul(group_scale, V::block_scale(a, row, block));
+}
+
 // y of Slabs slabs from `row` on and Tokens tokens from `token` on.  Chains: independent sums per slab, token and plane.
 // Halves: block scales change in the middle of a block of 32 columns, which is then two spans.
 template <class V, class C, bool One, int Planes, bool Halves, int Slabs, int Tokens, int Chains>
@@ -176,11 +185,8 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
             }
           });
         }
-        int64_t block = a.sc ? (32 * first + 16 * decltype(part)::value) / a.scale_block : 0;
-        if (Halves && block == a.scale_blocks) --block;           // past the columns, where activations are 0
         GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
-          Floats scale = group_scale[s];
-          if (a.sc) scale = V::mul(scale, V::block_scale(a, row + s * V::rows, block));
+          const Floats scale = weight_scale<V, Halves>(a, group_scale[s], row + s * V::rows, 32 * first + 16 * decltype(part)::value);
           GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
             Floats found = total<V, Chains>(acc[s][t][0]);
             if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[s][t][1]));
@@ -215,14 +221,26 @@ void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token
       for (int t = 0; t < Tokens; ++t) one_slab<V, C, One, Planes, Halves>(a, row, token + t);
 }
 
+}  // namespace
+
+#include "cpu/linear_wide.h"
+
+namespace {
+
 template <class V, class C, bool One, int Planes, bool Halves>
-void tiles(const LinearArgs& a, int64_t first, int64_t last, int64_t tokens) {
+void tiles(const LinearArgs& a, int64_t first, int64_t last, float* sums) {
+  if constexpr (V::wide_tokens > 0)
+    if (a.tokens > V::tokens) {
+      for (int64_t row = 16 * first; row < 16 * last; row += V::wide_slabs * V::rows)
+        many_tokens<V, C, One, Planes, Halves>(a, row, 16 * last, sums);
+      return;
+    }
   int64_t token = 0;
   if constexpr (!Halves && V::tokens >= 4)
-    for (; token + 4 <= tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
+    for (; token + 4 <= a.tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
   if constexpr (!Halves && V::tokens >= 2)
-    for (; token + 2 <= tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
-  for (; token < tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
+    for (; token + 2 <= a.tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
+  for (; token < a.tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
 }
 
 constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero, lest 1 / step overflow
@@ -248,7 +266,16 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
         const bool finite = peak_bits < 0x7f800000u, zero = peak < kTiny;
         const float inverse = finite && !zero ? kLimit / peak : 0.f;
         int32_t sums[2] = {0, 0};
-        for (int64_t c = from; c < to; c += 16) V::template sixteen<Dim, Planes>(x + c, inverse, finite, hi + c, lo + c, sums);
+        for (int64_t c = from; c < to; c += 16) {
+          if constexpr (V::wide_tokens > 0)
+            if (a.tokens > V::tokens) {
+              alignas(16) int8_t planes[2][16];
+              V::template sixteen<Dim, Planes>(x + c, inverse, finite, planes[0], planes[1], sums);
+              to_team<V, Planes>(a, planes, c, token);
+              continue;
+            }
+          V::template sixteen<Dim, Planes>(x + c, inverse, finite, hi + c, lo + c, sums);
+        }
         a.step[span] = !finite ? NAN : zero ? 0.f : peak / kLimit;
         a.hi_sum[span] = -128 * sums[0];
         if (Planes == 2) a.lo_sum[span] = -128 * sums[1];

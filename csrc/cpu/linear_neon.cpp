@@ -10,7 +10,7 @@
 namespace {
 
 struct Neon {
-  static constexpr int rows = 16, tokens = 2, chains = 2;
+  static constexpr int rows = 16, tokens = 2, wide_tokens = 0, chains = 2;
   static constexpr bool offset = false;
   template <int K, int Dim>
   static constexpr int slabs = 1;

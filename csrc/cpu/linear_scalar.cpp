@@ -7,7 +7,7 @@
 namespace {
 
 struct Scalar {
-  static constexpr int rows = 16, tokens = 1, chains = 1;
+  static constexpr int rows = 16, tokens = 1, wide_tokens = 0, chains = 1;
   static constexpr bool offset = false;
   template <int K, int Dim>
   static constexpr int slabs = 1;
