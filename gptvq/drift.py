@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import ops
 from .config import Recipe
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian
@@ -137,15 +138,15 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: l
         have = _seen(leader, run.sums) if stage.summed else x
         before = hessian.tokens
         hessian.add(x)
-        change = _rows(want.to(device) - have).T @ _rows(x)
-        if hessian.tokens > before and math.isfinite(float(change.sum())):
-            drift += change
+        change = _rows(want.to(device) - have)
+        if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
+            ops.cross(drift, change, _rows(x))
     return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """float32 [tokens, width]."""
-    return x.reshape(-1, x.shape[-1]).float()
+    """[tokens, width]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _seen(name: str, found: dict[str, Tensor]) -> Tensor:

@@ -92,6 +92,11 @@ def gram(total: Tensor, x: Tensor) -> None:
     backend(total.device).gram(total, x)
 
 
+def cross(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [p, q] += a^T b, a [n, p], b [n, q]; see backends.reference.cross."""
+    backend(total.device).cross(total, a, b)
+
+
 def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
     """Weighted k-means of many groups from several starts; see backends.reference.fit."""
     return backend(x.device).fit(x, metric, weight, seeds, rounds)

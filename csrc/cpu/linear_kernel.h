@@ -118,6 +118,8 @@ GPTVQ_INLINE typename V::Floats weight_scale(const LinearArgs& a, typename V::Fl
   return V::mul(group_scale, V::block_scale(a, row, block));
 }
 
+constexpr int64_t kAhead = 2048;    // bytes between what is read and what is asked for: the processor's own guesses end with a page
+
 // y of Slabs slabs from `row` on and Tokens tokens from `token` on.  Chains: independent sums per slab, token and plane.
 // Halves: block scales change in the middle of a block of 32 columns, which is then two spans.
 template <class V, class C, bool One, int Planes, bool Halves, int Slabs, int Tokens, int Chains>
@@ -165,7 +167,10 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
         for (int64_t at = first; at < span_end; ++at) {
           Bytes planes[Slabs][C::planes];
           GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
-            GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) planes[s][p] = V::load(from[s] + at * C::bytes + 64 * p);
+            GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
+              planes[s][p] = V::load(from[s] + at * C::bytes + 64 * p);
+              __builtin_prefetch(from[s] + at * C::bytes + 64 * p + kAhead);
+            }
           for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
             constexpr int Q = decltype(number)::value + kQuads * decltype(part)::value;
             typename V::Index index[Slabs];

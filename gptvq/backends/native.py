@@ -167,6 +167,11 @@ def gram(total: Tensor, x: Tensor) -> None:
     _call(_C.matmul, x.T, x, total, 1.0, True, True, torch.get_num_threads())
 
 
+def cross(total: Tensor, a: Tensor, b: Tensor) -> None:
+    both = torch.bfloat16 if a.dtype == b.dtype == torch.bfloat16 else torch.float32
+    _call(_C.matmul, a.to(both).T, b.to(both), total, 1.0, True, False, torch.get_num_threads())
+
+
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
                  group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):

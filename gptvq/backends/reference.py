@@ -21,6 +21,11 @@ def gram(total: Tensor, x: Tensor) -> None:
     total.addmm_(x.to(total.dtype).T, x.to(total.dtype))
 
 
+def cross(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [p, q] += a^T b for a [n, p], b [n, q] of any float dtype."""
+    total.addmm_(a.to(total.dtype).T, b.to(total.dtype))
+
+
 def quadratic_features(x: Tensor, metric: Tensor) -> Tensor:
     """x [.., d], metric [.., d, d] -> [.., d + d(d+1)/2] with (x-c)^T M (x-c) = x^T M x + features . centroid_features(c)."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)

@@ -99,13 +99,19 @@ def test_products(m, k, n):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens, cols", [(1, 1), (5, 47), (300, 100), (2500, 130)])
-def test_gram(tokens, cols, dtype):
+def test_gram_and_cross(tokens, cols, dtype):
     x = torch.randn(tokens, 2 * cols, generator=torch.Generator().manual_seed(cols)).to(dtype)[:, ::2]
     total, want = (torch.full((cols, cols), 0.5, dtype=t) for t in (torch.float32, torch.float64))
     for _ in range(2):
         native.gram(total, x)
         reference.gram(want, x)
     torch.testing.assert_close(total.double().triu(), want.triu(), rtol=0, atol=3e-6 * tokens)
+    y = torch.randn(tokens, 33, generator=torch.Generator().manual_seed(tokens))
+    for other in (y, y.to(dtype)):
+        total, want = (torch.full((33, cols), 0.5, dtype=t) for t in (torch.float32, torch.float64))
+        native.cross(total, other, x)
+        reference.cross(want, other, x)
+        torch.testing.assert_close(total.double(), want, rtol=0, atol=3e-6 * tokens)
 
 
 def test_products_have_the_same_bits_with_any_number_of_threads():
