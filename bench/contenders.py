@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptvq.config import VQConfig
+from gptvq.config import ACTIVATIONS, VQConfig
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.linear import VQLinear
 from gptvq.weight import DTYPES, VQWeight
@@ -25,7 +25,6 @@ TORCH = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
 GGML = {"ggml Q4_0": ("Q4_0", False), "ggml Q4_K": ("Q4_K", False), "ggml Q2_K": ("Q2_K", False), "ggml Q2_K plain": ("Q2_K", True)}
 INT4 = {"int4 a8": 8, "int4 a16": 16}
 READ = "read"
-ACTIVATIONS = ("a16", "a8", "fp32")     # of VQLinear
 BASELINES = (*TORCH, *GGML, *INT4, READ)
 
 

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = measure(args, argv)
     if args.plot:
         plot(rows, args.plot)
-    print(show(rows))
+    print((brief if args.brief else show)(rows))
 
 
 def parser():
@@ -55,6 +55,7 @@ def parser():
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: against torch alone; default %(default)s")
     p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="samples of each, in turns, default %(default)s")
     p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing, print these result files")
+    p.add_argument("--brief", action="store_true", help="print a row per format and shape: one token, cold")
     p.add_argument("--plot", metavar="FILE.png", help="also draw a chart (needs matplotlib: the extra `bench`)")
     return p
 
@@ -120,6 +121,22 @@ def show(rows: list[dict]) -> str:
     columns.update(runner.speedups(rows))
     columns["of read"] = lambda r: f"{100 * r['of_read']:.0f} %"
     return runner.table(rows, columns)
+
+
+def brief(rows: list[dict]) -> str:
+    """One token, cold: a row per contender and shape, its columns the numbers of threads."""
+    found: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        if (row["m"], row["cache"]) == (1, "cold"):
+            found.setdefault((label(row), *row["shape"]), {})[row["threads"]] = row
+    threads = sorted({n for row in found.values() for n in row})
+    columns = {"format": lambda r: label(next(iter(r.values()))), "bits per weight": lambda r: f"{next(iter(r.values()))['bits_per_value']:.2f}",
+               "shape": lambda r: "x".join(map(str, next(iter(r.values()))["shape"]))}
+    columns |= {f"us, {n} thr.": lambda r, n=n: f"{r[n]['median_seconds'] * 1e6:,.0f}" for n in threads}
+    for name in ("ggml Q4_0", "int4 a8", "torch bf16"):
+        columns[f"x {name}"] = lambda r, name=name: " / ".join(f"{r[n]['speedup'][name]:.2f}" for n in threads)
+    columns["of read"] = lambda r: " / ".join(f"{100 * r[n]['of_read']:.0f} %" for n in threads)
+    return runner.table(list(found.values()), columns)
 
 
 def plot(rows: list[dict], path: str) -> None:

@@ -1,4 +1,5 @@
 """README.md is true: its Python runs, its commands parse, its targets exist, its table is what the code computes."""
+import importlib
 import re
 import shlex
 import shutil
@@ -80,15 +81,14 @@ def squeezed(table):
 @pytest.mark.parametrize("mark", re.findall(r"^<!-- (python -m bench.*) -->$", README, flags=re.M))
 def test_measured_tables_are_those_of_the_result_files(mark, monkeypatch, capsys):
     """The table behind each `<!-- command -->` is exactly what the command prints."""
-    from bench import quality
-
     monkeypatch.chdir(ROOT)
     module, *arguments = shlex.split(mark)[2:]
-    assert module == "bench.quality" and quality.main(arguments) in (0, None)
+    assert module.startswith("bench.") and "--table" in arguments
+    importlib.import_module(module).main(arguments)
     printed = capsys.readouterr().out.strip()
     table = README[README.index(mark) + len(mark):].split("-->", 1)[1].split("\n\n")[0]
     assert squeezed(table.strip()) == squeezed(printed) and printed.startswith("| ")
 
 
 def test_there_are_measured_tables():
-    assert len(re.findall(r"^<!-- python -m bench.*-->$", README, flags=re.M)) == 2
+    assert len(re.findall(r"^<!-- python -m bench.*-->$", README, flags=re.M)) >= 2
