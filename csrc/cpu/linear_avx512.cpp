@@ -11,7 +11,7 @@ struct Avx512 {
   static constexpr int wide_slabs = 2, wide_tokens = 6;     // 24 sums, 2 weights, 1 activation
   static constexpr bool offset = true;                      // vpdpbusd wants unsigned weights: stored + 128
   template <int K, int Dim>
-  static constexpr int slabs = K * Dim > 256 ? 1 : 2;       // the tables must stay in registers
+  static constexpr int slabs = 1;                           // one stream of indices: two keep the memory busy less well
   using Bytes = __m512i;
   using Index = __m512i;
   using Weights = __m512i;
