@@ -48,7 +48,8 @@ def test_against_float64_anywhere(spec, seed, tokens, activations, isa, bias):
 
 @each_set
 @pytest.mark.parametrize("form", sorted(FORMATS), ids=form_id)
-@pytest.mark.parametrize("shape", [(256, 256, 16, 256, 64), (272, 1024, 32, 512, 0), (300, 700, 4, 128, 32), (300, 700, 1, 700, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256, 16, 256, 64), (272, 1024, 32, 512, 0), (300, 700, 4, 128, 32), (300, 700, 1, 700, 16)],
+                         ids=str)
 def test_error_of_the_activations(form, shape, isa):
     """Against x itself: what rounding activations to integers costs."""
     rows, cols, group_rows, group_cols, scale = shape
