@@ -30,7 +30,8 @@ OutType type_of(int code) {
 void run(const std::vector<const Linear*>& layers, std::uintptr_t x, int type, std::int64_t tokens, const std::vector<std::uintptr_t>& y,
          int activations, int threads) {
   if (layers.size() != y.size())
-    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) + ", one per layer");
+    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) +
+                                ", one per layer");
   if (tokens < 0) throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need 0 or more");
   if (activations < 0 || activations > 2)
     throw std::invalid_argument("activations: got " + std::to_string(activations) + ", need 0, 1 or 2");

@@ -139,7 +139,8 @@ GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
   }
   const int64_t line = a.blocks * 32;
   using Activation = typename V::Activation;
-  const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line, reinterpret_cast<const Activation*>(a.lo) + token * line};
+  const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line,
+                            reinterpret_cast<const Activation*>(a.lo) + token * line};
 
   Books<V, C, One> books[Slabs];
   GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) books[s].start(a, row + s * V::rows);

@@ -155,7 +155,8 @@ struct Neon {
   }
 
   static GPTVQ_INLINE int8x16_t narrow(const int32x4_t* v) {
-    return vcombine_s8(vmovn_s16(vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1]))), vmovn_s16(vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]))));
+    const auto eight = [&](int i) { return vmovn_s16(vcombine_s16(vmovn_s32(v[i]), vmovn_s32(v[i + 1]))); };
+    return vcombine_s8(eight(0), eight(2));
   }
 
   template <int Dim, int Planes>

@@ -36,7 +36,9 @@ class Guarded {
     if (base_ == MAP_FAILED || mprotect(base_ + used, page, PROT_NONE) != 0) fail("no memory");
     data_ = base_ + used - size;
   }
-  Guarded(Guarded&& other) noexcept : base_(other.base_), data_(other.data_), size_(other.size_), total_(other.total_) { other.base_ = nullptr; }
+  Guarded(Guarded&& other) noexcept : base_(other.base_), data_(other.data_), size_(other.size_), total_(other.total_) {
+    other.base_ = nullptr;
+  }
   ~Guarded() {
     if (base_) munmap(base_, total_);
   }
@@ -62,6 +64,11 @@ Guarded read(const File& file, std::int64_t size) {
   return buffer;
 }
 
+template <class T>
+T* at(const Guarded& buffer) {
+  return buffer.size() ? reinterpret_cast<T*>(buffer.data()) : nullptr;
+}
+
 void run(const char* instruction_set, const File& cases, const File& outputs) {
   std::int64_t head[12];
   while (std::fread(head, sizeof head, 1, cases.handle) == 1) {
@@ -76,10 +83,8 @@ void run(const char* instruction_set, const File& cases, const File& outputs) {
     const Guarded bias = read(cases, head[7] * s.rows * 4);
     const Guarded x = read(cases, tokens * s.cols * item), y(static_cast<std::size_t>(tokens * s.rows * item));
     std::memset(y.data(), 0xff, y.size());                   // NaN in all types
-    const gptvq::Packed weight{reinterpret_cast<std::uint8_t*>(idx.data()), reinterpret_cast<std::int8_t*>(cb.data()),
-                               reinterpret_cast<std::uint16_t*>(gs.data()), s.scale_block ? reinterpret_cast<std::uint8_t*>(sc.data()) : nullptr,
-                               s.scale_block ? reinterpret_cast<float*>(table.data()) : nullptr};
-    const gptvq::Linear layer(weight, s, head[7] ? reinterpret_cast<float*>(bias.data()) : nullptr, instruction_set);
+    const gptvq::Packed weight{at<std::uint8_t>(idx), at<std::int8_t>(cb), at<std::uint16_t>(gs), at<std::uint8_t>(sc), at<float>(table)};
+    const gptvq::Linear layer(weight, s, at<float>(bias), instruction_set);
     gptvq::linear({&layer}, x.data(), static_cast<gptvq::OutType>(head[9]), tokens, {y.data()}, static_cast<gptvq::Activations>(head[8]),
                   static_cast<int>(head[11]));
     if (std::fwrite(y.data(), 1, y.size(), outputs.handle) != y.size()) fail("cannot write the outputs");

@@ -48,7 +48,8 @@ def test_against_float64_anywhere(spec, seed, tokens, activations, isa, bias):
 
 @each_set
 @pytest.mark.parametrize("form", sorted(FORMATS), ids=form_id)
-@pytest.mark.parametrize("shape", [(256, 256, 16, 256, 64), (272, 1024, 32, 512, 0), (300, 700, 4, 128, 32), (300, 700, 1, 700, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256, 16, 256, 64), (272, 1024, 32, 512, 0), (300, 700, 4, 128, 32), (300, 700, 1, 700, 16)],
+                         ids=str)
 def test_error_of_the_activations(form, shape, isa):
     """Against x itself: what rounding activations to integers costs."""
     rows, cols, group_rows, group_cols, scale = shape
@@ -157,18 +158,17 @@ def test_corrupt_buffers(form, isa):
 
 @each_set
 def test_rounding_to_half_and_bfloat(isa):
-    """One column with weight 1: y is x + bias, over all exponents and the ties of both types, infinity and NaN."""
-    spec = QuantSpec(16, 4, 1, 2, 16, 4)
-    weight = {"cb": torch.ones(1, 1, 1, 4, dtype=torch.int8), "gs": torch.ones(1, 1).bfloat16()}
-    bits = torch.randint(-2**31, 2**31 - 1, (2000, 16)).to(torch.int32)
-    bits[:500] &= ~0xFFF
-    bits[500:1000] &= ~0x7FFF
-    bits[1000:1500] = (bits[1000:1500] & ~0x7F800000) | torch.randint(96, 115, (500, 16)).to(torch.int32) << 23
-    for values in bits.view(torch.float32):
-        layer = Layer(spec, isa, bias=values, **weight)
-        for dtype in TYPES:
-            y, want = layer.run(torch.zeros(1, 4, dtype=dtype))[0], values.to(dtype)
-            assert torch.equal(y.nan_to_num(7), want.nan_to_num(7)) and torch.equal(y.isnan(), want.isnan())
+    """x is 0, so that y is the bias, rounded: all exponents, the ties of both types, infinity and NaN."""
+    spec = QuantSpec(32001, 4, 1, 2, 16, 4)
+    bits = torch.randint(-2**31, 2**31 - 1, (spec.rows,)).to(torch.int32)
+    bits[:8000] &= ~0xFFF
+    bits[8000:16000] &= ~0x7FFF
+    bits[16000:24000] = (bits[16000:24000] & ~0x7F800000) | torch.randint(96, 115, (8000,)).to(torch.int32) << 23
+    values = bits.view(torch.float32)
+    layer = Layer(spec, isa, bias=values)
+    for dtype in TYPES:
+        y, want = layer.run(torch.zeros(2, 4, dtype=dtype)), values.to(dtype).expand(2, -1)
+        assert torch.equal(y.nan_to_num(7), want.nan_to_num(7)) and torch.equal(y.isnan(), want.isnan())
 
 
 def test_several_layers_in_one_call():
