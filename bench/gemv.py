@@ -31,7 +31,8 @@ as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.table:
-        rows = [row for path in args.table for row in runner.load(path)["rows"]]
+        rows = [row for path in args.table for row in runner.load(path)["rows"]
+                if tuple(row["shape"]) in (args.shapes or [tuple(row["shape"])]) and row["preset"] in (args.presets or [row["preset"]]) + [None]]
     else:
         rows = measure(args, argv)
     if args.plot:
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser():
     p = runner.parser("gemv", "Speed of one linear for 1 to 128 tokens.", EXAMPLE)
-    p.add_argument("--shapes", type=runner.shapes, default=SHAPES, metavar="RxC,RxC", help="default the SmolLM2 and Llama-7B shapes")
-    p.add_argument("--presets", type=runner.names, default=WITH_SCALES + WITHOUT, metavar="A,B",
+    p.add_argument("--shapes", type=runner.shapes, metavar="RxC,RxC", help="default the SmolLM2 and Llama-7B shapes; of a --table, all")
+    p.add_argument("--presets", type=runner.names, metavar="A,B",
                    help=f"default {','.join(WITH_SCALES + WITHOUT)}")
     p.add_argument("--activations", type=runner.names, default=list(ACTIVATIONS), metavar="A,B",
                    help=f"of {','.join(ACTIVATIONS)}; default all")
@@ -61,7 +62,8 @@ def parser():
 
 
 def check(args) -> None:
-    """ConfigError on a name that is none, or a device that is not there."""
+    """ConfigError on a name that is none, or a device that is not there; fills in the defaults."""
+    args.shapes, args.presets = args.shapes or SHAPES, args.presets or WITH_SCALES + WITHOUT
     runner.check_names("--presets", args.presets, PRESETS)
     runner.check_names("--activations", args.activations, ACTIVATIONS)
     runner.check_names("--baselines", args.baselines, BASELINES)
