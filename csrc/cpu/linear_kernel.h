@@ -1,8 +1,8 @@
 // y = W x on packed weights: the control flow that all instruction sets share.  Included once by each linear_<isa>.cpp, in an
 // unnamed namespace and with C headers only, so that no function compiled for one set can be linked into another's code.
 //
-// A lane of 32 bits is one output row.  A slab is V::rows rows of a tile (16 on AVX-512, 8, 4): 4 bytes of a plane per row are
-// four consecutive codes, a quad.  Looking a quad up in the table of dimension i gives the int8 weights of 4 columns per row,
+// A lane of 32 bits is one output row.  A slab is V::rows rows of a tile: 4 bytes of a plane per row are four
+// consecutive codes, a quad.  Looking a quad up in the table of dimension i gives the int8 weights of 4 columns per row,
 // which one dot instruction multiplies with 4 activation bytes:
 //
 //   plane   row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ...        codes of quad q
