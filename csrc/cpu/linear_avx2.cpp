@@ -3,15 +3,13 @@
 #include "cpu/linear_kernel.h"
 
 #if defined(__x86_64__) && defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
+#include "cpu/linear_x86.h"
 
 namespace {
 
 struct Avx2 {
   static constexpr int rows = 16, tokens = 4, wide_tokens = 0, chains = 1;
   static constexpr bool offset = true;                      // unsigned bytes are cheaper to widen
-  template <int K, int Dim>
-  static constexpr int slabs = 1;
   struct Bytes { __m256i v[2]; };                           // rows 0..7, rows 8..15
   struct Weights { __m256i even[2], odd[2]; };              // of each row's four, 16 bits each
   struct Ints { __m256i v[2]; };
@@ -92,8 +90,10 @@ struct Avx2 {
     Bytes entries;
     __m256i offsets;
 
-    GPTVQ_INLINE void load(const int8_t* all, const uint8_t* lane_offset) {
-      for (int h = 0; h < 2; ++h) entries.v[h] = biased(_mm256_load_si256(reinterpret_cast<const __m256i*>(all) + h));
+    GPTVQ_INLINE void load(const int8_t* const* book, int64_t at, const uint8_t* lane_offset) {
+      constexpr int kSlots = 16 / K;
+      for (int h = 0; h < 2; ++h)
+        entries.v[h] = biased(_mm256_set_m128i(four_rows<K>(book + (2 * h + 1) * kSlots, at), four_rows<K>(book + 2 * h * kSlots, at)));
       offsets = twice(lane_offset);
     }
     GPTVQ_INLINE Index index(Bytes code) const {
@@ -112,7 +112,8 @@ struct Avx2 {
     memcpy(words, x, sizeof words);
     return {_mm256_set1_epi32(words[0]), _mm256_set1_epi32(words[1])};
   }
-  static GPTVQ_INLINE void dot(Ints& sum, const Weights& w, Four x) {
+  static GPTVQ_INLINE void dot(Ints& sum, const Weights& w, const Activation* columns) {
+    const Four x = four(columns);
     for (int h = 0; h < 2; ++h) {
       const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(w.even[h], x.even), _mm256_madd_epi16(w.odd[h], x.odd));
       sum.v[h] = _mm256_add_epi32(sum.v[h], products);

@@ -2,7 +2,7 @@
 #include "cpu/linear_kernel.h"
 
 #if defined(__x86_64__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
+#include "cpu/linear_x86.h"
 
 namespace {
 
@@ -10,8 +10,6 @@ struct Avx512 {
   static constexpr int rows = 16, tokens = 2, chains = 8;
   static constexpr int wide_slabs = 2, wide_tokens = 6;     // 24 sums, 2 weights, 1 activation
   static constexpr bool offset = true;                      // vpdpbusd wants unsigned weights: stored + 128
-  template <int K, int Dim>
-  static constexpr int slabs = 1;                           // one stream of indices: two keep the memory busy less well
   using Bytes = __m512i;
   using Index = __m512i;
   using Weights = __m512i;
@@ -69,8 +67,12 @@ struct Avx512 {
   struct Table<K, false> {
     __m512i entries, offsets;
 
-    GPTVQ_INLINE void load(const int8_t* all, const uint8_t* lane_offset) {
-      entries = biased(_mm512_load_si512(all));
+    // In registers all the way: what was just stored in pieces cannot be loaded as one without waiting for the stores.
+    GPTVQ_INLINE void load(const int8_t* const* book, int64_t at, const uint8_t* lane_offset) {
+      __m512i all = _mm512_castsi128_si512(four_rows<K>(book, at));
+      all = _mm512_inserti32x4(all, four_rows<K>(book + 16 / K, at), 1);
+      all = _mm512_inserti32x4(all, four_rows<K>(book + 2 * (16 / K), at), 2);
+      entries = biased(_mm512_inserti32x4(all, four_rows<K>(book + 3 * (16 / K), at), 3));
       offsets = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lane_offset)));
     }
     GPTVQ_INLINE Index index(Bytes code) const { return _mm512_ternarylogic_epi32(code, _mm512_set1_epi8(K - 1), offsets, 0xea); }
@@ -86,6 +88,10 @@ struct Avx512 {
   }
   static GPTVQ_INLINE void dot(Ints& sum, Bytes weights, Four x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));      // GCC 12 copies the sums around the intrinsic
+  }
+  static GPTVQ_INLINE void dot(Ints& sum, Bytes weights, const int8_t* x) {
+    using Word __attribute__((may_alias, aligned(1))) = int32_t;
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const Word*>(x)));
   }
   static GPTVQ_INLINE Floats real(Ints v) { return _mm512_cvtepi32_ps(v); }
   static GPTVQ_INLINE Floats full(float v) { return _mm512_set1_ps(v); }

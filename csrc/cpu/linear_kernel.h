@@ -91,13 +91,8 @@ struct Books {
   GPTVQ_INLINE void load(const LinearArgs& a, int64_t strip) {
     GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
       const int64_t at = (strip * C::dim + i) * C::k;
-      if constexpr (One) {
-        table[i].load(book[0] + at);
-      } else {
-        alignas(64) int8_t entries[4 * V::rows];
-        GPTVQ_UNROLL for (int s = 0; s < kSlots; ++s) memcpy(entries + s * C::k, book[s] + at, C::k);
-        table[i].load(entries, a.lane_offset);
-      }
+      if constexpr (One) table[i].load(book[0] + at);
+      else table[i].load(book, at, a.lane_offset);
     }
   }
 };
@@ -109,122 +104,117 @@ GPTVQ_INLINE typename V::Floats total(const typename V::Ints* chain) {
   return V::real(sum);
 }
 
-// The scale of a slab's weights in the span from column `col` on.
-template <class V, bool Halves>
-GPTVQ_INLINE typename V::Floats weight_scale(const LinearArgs& a, typename V::Floats group_scale, int64_t row, int64_t col) {
-  if (!a.sc) return group_scale;
-  int64_t block = col / a.scale_block;
-  if (Halves && block == a.scale_blocks) --block;           // past the columns, where activations are 0
-  return V::mul(group_scale, V::block_scale(a, row, block));
+// The block of columns with one scale in which a span lies.
+template <bool Halves>
+struct ScaleBlock {
+  int64_t block = 0, end;
+
+  GPTVQ_INLINE explicit ScaleBlock(const LinearArgs& a) : end(a.scale_block) {}
+
+  // Moves to the span from column `col` on, the next one or the one after: no division in the kernel.
+  GPTVQ_INLINE void reach(const LinearArgs& a, int64_t col) {
+    if (col < end || (Halves && block + 1 == a.scale_blocks)) return;       // past the columns activations are 0
+    ++block;
+    end += a.scale_block;
+  }
+
+  template <class V>
+  GPTVQ_INLINE typename V::Floats times(const LinearArgs& a, typename V::Floats group_scale, int64_t row) const {
+    if (!a.sc) return group_scale;
+    __builtin_prefetch(a.sc + ((row / 16 + 1) * ((a.scale_blocks + 1) / 2) + block / 2) * 16);       // of the next tile
+    return V::mul(group_scale, V::block_scale(a, row, block));
+  }
+};
+
+// Bytes between what is read and what is asked for.  The processor's own guesses end with a page, and memory answers after
+// thousands of cycles' worth of bytes; a third of the first cache is room enough for what waits.
+constexpr int64_t kAhead = 12288;
+
+// Asks for the tables of the tile after `row`'s: these arrays are read a few bytes at a time, which the processor does not foresee.
+template <class C>
+GPTVQ_INLINE void ask_for_next_tile(const LinearArgs& a, const int8_t* next_books, int64_t row, int64_t strip) {
+  constexpr int kBytes = C::dim * C::k;
+  for (int64_t g = 0; g < a.groups_per_tile; ++g)
+    GPTVQ_UNROLL for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(next_books + (g * a.strips + strip) * kBytes + at);
+  __builtin_prefetch(a.gs + ((row / 16 + 1) * a.strips + strip) * a.groups_per_tile);
 }
 
-constexpr int64_t kAhead = 2048;    // bytes between what is read and what is asked for: the processor's own guesses end with a page
-
-// y of Slabs slabs from `row` on and Tokens tokens from `token` on.  Chains: independent sums per slab, token and plane.
-// Halves: block scales change in the middle of a block of 32 columns, which is then two spans.
-template <class V, class C, bool One, int Planes, bool Halves, int Slabs, int Tokens, int Chains>
-GPTVQ_INLINE void slabs(const LinearArgs& a, int64_t row, int64_t token) {
-  using Bytes = typename V::Bytes;
+// y of a slab's rows from `row` on and Tokens tokens from `token` on.  One stream of indices at a time keeps the memory busiest.
+// Chains: independent sums per token and plane.  Halves: block scales change in the middle of a block of 32 columns, which is then
+// two spans.
+template <class V, class C, bool One, int Planes, bool Halves, int Tokens, int Chains>
+GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
   using Ints = typename V::Ints;
   using Floats = typename V::Floats;
-  constexpr int kParts = Halves ? 2 : 1, kQuads = C::quads / kParts;
-  Floats sum[Slabs][Tokens];
-  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
-    GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) sum[s][t] = V::full(0.f);
-
-  const uint8_t* from[Slabs];
-  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
-    const int64_t r = row + s * V::rows;
-    from[s] = a.idx + r / 16 * a.blocks * C::bytes + r % 16 * 4;
-  }
-  const int64_t line = a.blocks * 32;
   using Activation = typename V::Activation;
+  constexpr int kParts = Halves ? 2 : 1, kQuads = C::quads / kParts;
+  Floats sum[Tokens];
+  GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) sum[t] = V::full(0.f);
+
+  const uint8_t* from = a.idx + row / 16 * a.blocks * C::bytes + row % 16 * 4;
+  const int64_t line = a.blocks * 32;
   const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line,
                             reinterpret_cast<const Activation*>(a.lo) + token * line};
 
-  Books<V, C, One> books[Slabs];
-  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) books[s].start(a, row + s * V::rows);
+  Books<V, C, One> books;
+  books.start(a, row);
+  const int8_t* next_books = a.cb + (row / 16 + 1) * 16 / a.group_rows * a.strips * C::dim * C::k;
+  ScaleBlock<Halves> scale_block(a);
   int64_t span = token * a.spans;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
-    Floats group_scale[Slabs];
-    GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
-      books[s].load(a, strip);
-      group_scale[s] = V::template group_scale<One>(a, row + s * V::rows, strip);
-    }
+    ask_for_next_tile<C>(a, next_books, row, strip);
+    books.load(a, strip);
+    const Floats group_scale = V::template group_scale<One>(a, row, strip);
     while (b < strip_end) {
       const int64_t first = b, span_end = b + a.span_blocks < strip_end ? b + a.span_blocks : strip_end;
       for_each<0, kParts>([&](auto part) __attribute__((always_inline)) {
-        Ints acc[Slabs][Tokens][Planes][Chains];
-        GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
-          GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
-            GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
-              GPTVQ_UNROLL for (int c = 0; c < Chains; ++c) acc[s][t][p][c] = V::whole(0);
-            if constexpr (V::offset) {
-              acc[s][t][0][0] = V::whole(a.hi_sum[span + t * a.spans]);
-              if constexpr (Planes == 2) acc[s][t][1][0] = V::whole(a.lo_sum[span + t * a.spans]);
-            }
+        Ints acc[Tokens][Planes][Chains];
+        GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
+          GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
+            GPTVQ_UNROLL for (int c = 0; c < Chains; ++c) acc[t][p][c] = V::whole(0);
+          if constexpr (V::offset) {
+            acc[t][0][0] = V::whole(a.hi_sum[span + t * a.spans]);
+            if constexpr (Planes == 2) acc[t][1][0] = V::whole(a.lo_sum[span + t * a.spans]);
           }
+        }
         for (int64_t at = first; at < span_end; ++at) {
-          Bytes planes[Slabs][C::planes];
-          GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
-            GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
-              planes[s][p] = V::load(from[s] + at * C::bytes + 64 * p);
-              __builtin_prefetch(from[s] + at * C::bytes + 64 * p + kAhead);
-            }
+          typename V::Bytes planes[C::planes];
+          GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
+            planes[p] = V::load(from + at * C::bytes + 64 * p);
+            __builtin_prefetch(from + at * C::bytes + 64 * p + kAhead);
+          }
           for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
             constexpr int Q = decltype(number)::value + kQuads * decltype(part)::value;
-            typename V::Index index[Slabs];
-            GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
-              index[s] = books[s].table[0].index(C::template quad<V, Q>(planes[s]));
+            const typename V::Index index = books.table[0].index(C::template quad<V, Q>(planes));
             GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
-              typename V::Weights w[Slabs];
-              GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) w[s] = books[s].table[i].find(index[s]);
+              const typename V::Weights w = books.table[i].find(index);
               GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
-                GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) {
-                  const typename V::Four four = V::four(x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
-                  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
-                    Ints& to = acc[s][t][p][(Q * C::dim + i) % Chains];
-                    V::dot(to, w[s], four);
-                  }
-                }
+                GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
+                  V::dot(acc[t][p][(Q * C::dim + i) % Chains], w, x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
             }
           });
         }
-        GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s) {
-          const Floats scale = weight_scale<V, Halves>(a, group_scale[s], row + s * V::rows, 32 * first + 16 * decltype(part)::value);
-          GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
-            Floats found = total<V, Chains>(acc[s][t][0]);
-            if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[s][t][1]));
-            sum[s][t] = V::fma(V::mul(found, V::full(a.step[span + t * a.spans])), scale, sum[s][t]);
-          }
+        scale_block.reach(a, 32 * first + 16 * decltype(part)::value);
+        const Floats scale = scale_block.template times<V>(a, group_scale, row);
+        GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
+          Floats found = total<V, Chains>(acc[t][0]);
+          if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[t][1]));
+          sum[t] = V::fma(V::mul(found, V::full(a.step[span + t * a.spans])), scale, sum[t]);
         }
         ++span;
       });
       b = span_end;
     }
   }
-  GPTVQ_UNROLL for (int s = 0; s < Slabs; ++s)
-    GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) V::store(a, row + s * V::rows, token + t, sum[s][t]);
-}
-
-// One copy for all numbers of tokens.
-template <class V, class C, bool One, int Planes, bool Halves>
-__attribute__((noinline)) void one_slab(const LinearArgs& a, int64_t row, int64_t token) {
-  slabs<V, C, One, Planes, Halves, 1, 1, 2>(a, row, token);
+  GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) V::store(a, row, token + t, sum[t]);
 }
 
 template <class V, class C, bool One, int Planes, bool Halves, int Tokens>
 void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token) {
-  constexpr int kSlabs = V::template slabs<C::k, C::dim>;
-  constexpr int kBusy = kSlabs * Tokens * Planes;           // enough sums under way to hide the latency of the dot
+  constexpr int kBusy = Tokens * Planes;                    // enough sums under way to hide the latency of the dot
   constexpr int kChains = kBusy >= V::chains ? 1 : kBusy * 2 >= V::chains ? 2 : 4;
-  int64_t row = first * 16;
-  for (; row + kSlabs * V::rows <= last * 16; row += kSlabs * V::rows)
-    slabs<V, C, One, Planes, Halves, kSlabs, Tokens, kChains>(a, row, token);
-  if constexpr (16 % (kSlabs * V::rows) != 0)
-    for (; row < last * 16; row += V::rows)                 // an odd tile at the end
-      for (int t = 0; t < Tokens; ++t) one_slab<V, C, One, Planes, Halves>(a, row, token + t);
+  for (int64_t row = first * 16; row < last * 16; row += V::rows) slab<V, C, One, Planes, Halves, Tokens, kChains>(a, row, token);
 }
 
 }  // namespace

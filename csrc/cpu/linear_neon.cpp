@@ -12,8 +12,6 @@ namespace {
 struct Neon {
   static constexpr int rows = 16, tokens = 2, wide_tokens = 0, chains = 2;
   static constexpr bool offset = false;
-  template <int K, int Dim>
-  static constexpr int slabs = 1;
   struct Bytes { uint8x16_t v[4]; };                        // rows 0..3, 4..7, 8..11, 12..15
   struct Weights { int8x16_t v[4]; };
   struct Ints { int32x4_t v[4]; };
@@ -80,7 +78,9 @@ struct Neon {
     Weights entries;
     uint8x16_t offsets;
 
-    GPTVQ_INLINE void load(const int8_t* all, const uint8_t* lane_offset) {
+    GPTVQ_INLINE void load(const int8_t* const* book, int64_t at, const uint8_t* lane_offset) {
+      int8_t all[64];
+      for (int s = 0; s < 64 / K; ++s) memcpy(all + s * K, book[s] + at, K);
       entries = each<Weights>([&](int h) __attribute__((always_inline)) { return vld1q_s8(all + 16 * h); });
       offsets = vld1q_u8(lane_offset);
     }
@@ -103,7 +103,8 @@ struct Neon {
     memcpy(&word, x, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(word));
   }
-  static GPTVQ_INLINE void dot(Ints& sum, const Weights& w, Four x) {
+  static GPTVQ_INLINE void dot(Ints& sum, const Weights& w, const Activation* columns) {
+    const Four x = four(columns);
     for (int h = 0; h < 4; ++h) sum.v[h] = vdotq_s32(sum.v[h], w.v[h], x);
   }
   static GPTVQ_INLINE Floats real(Ints a) {

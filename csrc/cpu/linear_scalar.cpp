@@ -9,8 +9,6 @@ namespace {
 struct Scalar {
   static constexpr int rows = 16, tokens = 1, wide_tokens = 0, chains = 1;
   static constexpr bool offset = false;
-  template <int K, int Dim>
-  static constexpr int slabs = 1;
   struct Bytes { uint8_t v[4 * rows]; };
   struct Ints { int32_t v[rows]; };
   struct Floats { float v[rows]; };
@@ -46,8 +44,8 @@ struct Scalar {
       memcpy(entries, p, K);
       memset(offsets, 0, sizeof offsets);
     }
-    GPTVQ_INLINE void load(const int8_t* all, const uint8_t* lane_offset) {
-      memcpy(entries, all, sizeof entries);
+    GPTVQ_INLINE void load(const int8_t* const* book, int64_t at, const uint8_t* lane_offset) {
+      for (int s = 0; s < 4 * rows / K; ++s) memcpy(entries + s * K, book[s] + at, K);
       memcpy(offsets, lane_offset, sizeof offsets);
     }
     GPTVQ_CALL Index index(const Bytes& code) const {
@@ -76,7 +74,8 @@ struct Scalar {
     memcpy(f.v, x, sizeof f.v);
     return f;
   }
-  static GPTVQ_CALL void dot(Ints& sum, const Bytes& weights, Four x) {
+  static GPTVQ_CALL void dot(Ints& sum, const Bytes& weights, const Activation* columns) {
+    const Four x = four(columns);
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < 4; ++j) sum.v[r] += static_cast<int8_t>(weights.v[4 * r + j]) * x.v[j];
   }

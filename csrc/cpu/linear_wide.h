@@ -30,7 +30,10 @@ void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int
   const uint8_t* from = a.idx + (row / 16 * a.blocks + first) * C::bytes + row % 16 * 4;
   for (int64_t b = first; b < last; ++b, from += C::bytes, out += 32 * V::rows) {
     typename V::Bytes planes[C::planes];
-    GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) planes[p] = V::load(from + 64 * p);
+    GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
+      planes[p] = V::load(from + 64 * p);
+      __builtin_prefetch(from + 64 * p + kAhead / 4);       // there is more time between two chunks
+    }
     for_each<0, C::quads>([&](auto number) __attribute__((always_inline)) {
       constexpr int Q = decltype(number)::value;
       const typename V::Index index = books.table[0].index(C::template quad<V, Q>(planes));
@@ -92,6 +95,7 @@ void many_tokens(const LinearArgs& a, int64_t row, int64_t rows_end, float* sums
   int64_t rows[kSlabs];
   for (int s = 0; s < kSlabs; ++s) rows[s] = row + s * V::rows < rows_end ? row + s * V::rows : row;
   memset(sums, 0, static_cast<size_t>(a.tokens * kSlabs * V::rows) * sizeof(float));
+  ScaleBlock<Halves> scale_block(a);
   int64_t span = 0;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
@@ -106,7 +110,8 @@ void many_tokens(const LinearArgs& a, int64_t row, int64_t rows_end, float* sums
         const int64_t span_end = b + a.span_blocks < chunk_end ? b + a.span_blocks : chunk_end;
         for (int part = 0; part < (Halves ? 2 : 1); ++part, ++span) {
           const int64_t col = 32 * b + 16 * part, dots = Halves ? 4 : 8 * (span_end - b);
-          for (int s = 0; s < kSlabs; ++s) V::put(scales + s * V::rows, weight_scale<V, Halves>(a, group_scale[s], rows[s], col));
+          scale_block.reach(a, col);
+          for (int s = 0; s < kSlabs; ++s) V::put(scales + s * V::rows, scale_block.template times<V>(a, group_scale[s], rows[s]));
           add_span_to_all<V, Planes, team_size<V, Planes>>(a, weights + (col - 32 * chunk) * V::rows, kApart, dots, col, span, 0, scales,
                                                            sums);
         }

@@ -73,7 +73,7 @@ def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Te
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 #: Tokens from which unpacking the weight once for a dense product is the faster way.
-DENSE_FROM = 256
+DENSE_FROM = 512
 
 
 def instruction_sets() -> list[str]:
