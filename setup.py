@@ -68,9 +68,10 @@ setup(
     install_requires=["torch>=2.11,<2.14", "transformers>=5.17,<6", "numpy>=1.26", "safetensors>=0.4", "accelerate>=1.0",
                       "gguf>=0.10", "rich>=13"],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "setuptools>=70", "wheel", "cmake>=3.24", "ninja",
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "peft>=0.21", "setuptools>=70", "wheel", "cmake>=3.24", "ninja",
                  "pybind11>=2.13"],
         "datasets": ["datasets>=2.19"],
+        "peft": ["peft>=0.21"],
         # llama-cpp-python compiles for the processor at hand (10 minutes): the baselines of bench.gemv and bench.decode.
         "bench": ["matplotlib>=3.8", "llama-cpp-python>=0.3.36"],
     },

@@ -1,7 +1,7 @@
 """gptvq: GPTVQ vector quantization of language models, stored packed at 2 to 4 bits per weight.
 
 The names below are the public interface; each is imported on first use.  Importing the package registers the checkpoint
-format with transformers without importing it.
+format with transformers, and the packed linear with peft, without importing either.
 """
 import importlib
 import importlib.abc
@@ -42,10 +42,11 @@ def __dir__():
     return sorted(__all__)
 
 
-class _WhenTransformersLoads(importlib.abc.MetaPathFinder):
-    """Imports gptvq.hf, which registers the format, right after transformers' quantizers: importing those here costs seconds."""
+class _WhenLoaded(importlib.abc.MetaPathFinder):
+    """Imports a module of ours right after `target` of another package, which it extends: importing that here costs seconds."""
 
-    target = "transformers.quantizers.auto"
+    def __init__(self, target: str, ours: str):
+        self.target, self.ours = target, f"{__name__}.{ours}"
 
     def find_spec(self, name, path=None, target=None):
         if name != self.target:
@@ -56,13 +57,14 @@ class _WhenTransformersLoads(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            importlib.import_module(f"{__name__}.hf")
+            importlib.import_module(self.ours)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-if _WhenTransformersLoads.target in sys.modules:
-    importlib.import_module(f"{__name__}.hf")
-else:
-    sys.meta_path.insert(0, _WhenTransformersLoads())
+for _target, _ours in (("transformers.quantizers.auto", "hf"), ("peft.tuners.lora.model", "peft")):
+    if _target in sys.modules:
+        importlib.import_module(f"{__name__}.{_ours}")
+    else:
+        sys.meta_path.insert(0, _WhenLoaded(_target, _ours))

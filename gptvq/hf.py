@@ -108,7 +108,7 @@ class GptvqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self):
-        return False
+        return True                         # of adapters beside the packed weights: gptvq.peft
 
 
 def attach(model: nn.Module, settings: dict) -> None:

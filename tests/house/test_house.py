@@ -26,7 +26,7 @@ LAYERS = [
     {"refine"},
     {"solver"},
     {"linear"},
-    {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "plan", "report", "evaluate", "hf", "vllm", "export", "doctor"},
+    {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "plan", "report", "evaluate", "hf", "peft", "vllm", "export", "doctor"},
     {"quantize"},
     {"cli", "demo", "__main__"},
     {"__init__"},

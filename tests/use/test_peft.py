@@ -1,0 +1,118 @@
+"""LoRA on packed linears: what peft's users do, on tiny models."""
+import pytest
+import torch
+
+import gptvq
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+from job.tiny_models import build, logits, preset  # noqa: E402
+
+IDS = torch.arange(48).view(2, 24) * 5 % 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "model"
+    gptvq.quantize(build("llama"), out, preset("2d-2.25"), calibration=IDS)
+    return out
+
+
+def with_adapter(folder, **settings):
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], **settings))
+
+
+def test_a_new_adapter_changes_nothing_and_training_it_helps(folder):
+    plain = logits(gptvq.load(folder), IDS)
+    model = with_adapter(folder)
+    assert torch.equal(logits(model, IDS), plain)
+    packed = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith((".idx", ".cb", ".gs"))}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3 * 2 and packed
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(12):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(buffer, packed[name]) for name, buffer in model.named_buffers() if name in packed)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, IDS), plain)
+
+
+def test_gradients_are_those_of_the_dense_weights(folder):
+    model = with_adapter(folder, init_lora_weights=False)
+    twin = with_adapter(folder, init_lora_weights=False)
+    twin.load_state_dict(model.state_dict())
+    for module in twin.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, gptvq.VQLinear):
+                setattr(module, name, child.to_dense())
+    for each in (model, twin):
+        each(IDS, labels=IDS).loss.backward()
+    grads = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad and "lora" in name}
+    mine = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(mine) == 12 and mine.keys() == grads.keys()
+    for name, grad in mine.items():
+        assert (grad - grads[name]).norm() <= 1e-3 * grads[name].norm(), name
+
+
+def test_saved_beside_the_base_and_loaded_onto_it(folder, tmp_path):
+    import transformers
+
+    model = with_adapter(folder, init_lora_weights=False)
+    model.save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path), IDS), logits(model, IDS))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 200_000
+
+
+def test_adapters_are_joined_beside_the_base(folder):
+    model = with_adapter(folder, init_lora_weights=False)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    each = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        each.append(model.base_model.model.model.layers[0].self_attn.q_proj(torch.ones(1, 64)))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="cat")
+    model.set_adapter("both")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(layer(torch.ones(1, 64)), sum(each) - layer.base_layer(torch.ones(1, 64)))
+
+
+def test_what_packed_weights_cannot_do_is_said(folder, tmp_path):
+    with pytest.raises(gptvq.ConfigError, match="export --dense"):
+        with_adapter(folder).merge_and_unload()
+    with pytest.raises(gptvq.ConfigError, match="use_dora"):
+        with_adapter(folder, use_dora=True)
+    with pytest.raises(gptvq.ConfigError, match="init_lora_weights"):
+        with_adapter(folder, init_lora_weights="olora")
+    with_adapter(folder).save_pretrained(tmp_path)
+    import transformers
+
+    other = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=256))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_the_bench_trains_and_stores_its_rows(folder, tmp_path):
+    from bench_runs import bench, check_file
+
+    from bench import lora
+    from gptvq import hf
+
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 400)
+    letters = lambda text, **_: {"input_ids": [ord(c) for c in text]}  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "open_model", lambda source: (hf.load(source), letters))
+        assert bench(lora, "--packed", folder, "--train", text, "--text", text, "--steps", 4, "--batch", 2, "--sequence-length", 16,
+                     "--window", 32, "--max-windows", 2, "--rank", 2, "--rate", 0.01, "--json", tmp_path / "lora.json") == 0
+    before, after = check_file(tmp_path / "lora.json", "lora")
+    assert after["perplexity"] < before["perplexity"] and len(after["losses"]) == 4 and before["steps"] == 0
