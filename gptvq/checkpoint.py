@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict:
 
 def is_packed(folder: Path) -> bool:
     """Whether this is a finished checkpoint of ours (of any version)."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         return False
     settings = read_json(folder / CONFIG).get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD

@@ -27,7 +27,7 @@ from .linear import VQLinear, set_activations
 from .model import is_conv1d
 from .ops import check_activations
 from .spec import LAYOUT_VERSION
-from .verify import read_structure
+from .verify import verify
 
 __all__ = ["GptvqConfig", "GptvqQuantizer", "attach", "load", "open_dense", "open_model", "read_tokens"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -139,7 +139,7 @@ def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dt
         raise FormatError(f"{folder}: no config.json, so this checkpoint was never finished; quantize or copy it again")
     if not checkpoint.is_packed(folder):
         raise ConfigError(f"{folder}: not a gptvq checkpoint; quantize a model into it first")
-    read_structure(folder)
+    verify(folder, hashes=False)
     check_activations(activations)
     model = _from_pretrained(folder, FormatError, dtype=_dtype(dtype), local_files_only=True, use_safetensors=True)
     set_activations(model, activations)

@@ -33,7 +33,7 @@ class QuantSpec:
     svd_rank: int = 0
 
     def __post_init__(self):
-        for name, value in self.to_dict().items():
+        for name, value in vars(self).items():
             least = 0 if name in ("scale_block", "svd_rank") else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
                 raise ConfigError(f"{name} must be an integer from {least} to 2147483647, got {value!r}")

@@ -32,19 +32,23 @@ class Verified:
 def verify(path: str | os.PathLike, hashes: bool = True) -> Verified:
     """Checks the structure, the ranges of all values that decoding uses and, unless told not to, the hashes of a checkpoint folder.
 
-    Reads every tensor of the packed layers, one layer at a time, and loads no model.  Raises FormatError naming file and tensor
-    for whatever is wrong, and ConfigError where there is no such folder.
+    Loads no model; without the hashes it reads little more than the files' headers.  Raises FormatError naming file and
+    tensor for whatever is wrong, and ConfigError where there is no such folder.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; need one written by gptvq.quantize")
     found = read_structure(folder)
-    stated = _layer_hashes(folder, found) if hashes and (folder / REPORT).exists() else {}
     for layer, spec in found.specs.items():
-        digest = _check_layer(layer, spec, found.entries)
-        if stated and digest != stated[layer]:
-            raise FormatError(f"{found.entries[f'{layer}.idx'].file}: layer {layer!r}: the sha256 of its tensors is {digest}, {REPORT} says "
-                              f"{shorten(stated[layer], 70)}; copy the files again")
+        _check_scales(layer, spec, found.entries)
+    stated = _layer_hashes(folder, found) if hashes and (folder / REPORT).exists() else {}
+    for layer, want in stated.items():
+        digest = hashlib.sha256()
+        for buffer in found.specs[layer].buffer_shapes():
+            digest.update(found.entries[f"{layer}.{buffer}"].read())
+        if digest.hexdigest() != want:
+            raise FormatError(f"{found.entries[f'{layer}.idx'].file}: layer {layer!r}: the sha256 of its tensors is {digest.hexdigest()}, "
+                              f"{REPORT} says {shorten(want, 70)}; copy the files again")
     for file in found.files if hashes and found.sha256 else ():
         digest = tensorfile.sha256(file)
         if digest != found.sha256[file.name]:
@@ -53,20 +57,14 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> Verified:
                     ("files",) * bool(hashes and found.sha256) + ("layers",) * bool(stated))
 
 
-def _check_layer(layer: str, spec: QuantSpec, entries: dict[str, Entry]) -> str:
-    """The sha256 of a layer's buffers, whose values are checked."""
+def _check_scales(layer: str, spec: QuantSpec, entries: dict[str, Entry]) -> None:
     import torch
 
     from .weight import DTYPES, SCALES, check_values
 
-    digest, buffers = hashlib.sha256(), {}
-    for name, (shape, dtype) in spec.buffer_shapes().items():
-        data = entries[f"{layer}.{name}"].read()
-        digest.update(data)
-        if name in SCALES:
-            buffers[name] = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(shape)
-    check_values(buffers, f"{entries[f'{layer}.gs'].file}: {layer}")
-    return digest.hexdigest()
+    shapes = {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in spec.buffer_shapes().items() if name in SCALES}
+    check_values({name: torch.frombuffer(bytearray(entries[f"{layer}.{name}"].read()), dtype=dtype).view(shape)
+                  for name, (shape, dtype) in shapes.items()}, f"{entries[f'{layer}.gs'].file}: {layer}")
 
 
 def _layer_hashes(folder: Path, found: Structure) -> dict[str, str]:
