@@ -12,18 +12,18 @@ import types
 from .checkpoint import VERSION as __version__
 
 _HOME = {"VQConfig": "config", "QuantSpec": "spec", "Recipe": "config", "quantize": "quantize", "quantize_weight": "solver",
-         "load": "hf", "VQLinear": "linear", "VQWeight": "weight", "Report": "report", "GptvqError": "errors",
+         "load": "hf", "verify": "verify", "VQLinear": "linear", "VQWeight": "weight", "Report": "report", "GptvqError": "errors",
          "ConfigError": "errors", "FormatError": "errors", "NumericalError": "errors", "ResumeMismatch": "errors",
          "BackendUnavailable": "errors"}
 __all__ = ["__version__", *_HOME]
 
 
 class _Package(types.ModuleType):
-    """`gptvq.quantize` is the function: importing the submodule of that name must not put itself in its place."""
+    """`gptvq.quantize` and `gptvq.verify` are the functions: importing the submodules of those names must not put them in their place."""
 
     def __setattr__(self, name, value):
-        if name == "quantize" and isinstance(value, types.ModuleType):
-            value = value.quantize
+        if name in ("quantize", "verify") and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
         super().__setattr__(name, value)
 
 

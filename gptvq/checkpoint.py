@@ -4,13 +4,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import tensorfile
 from .errors import ConfigError, FormatError, GptvqError
 from .spec import LAYOUT_VERSION, QuantSpec
+from .tensorfile import Entry, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,16 +21,11 @@ VERSION = "0.1.0"           # of the package, noted in every checkpoint
 METHOD = "gptvq"
 CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "report.json"
 SHARD_BYTES = 5 * 10**9
-_DTYPES = {"U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor is stored, and as what."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+ANY_FLOAT = "a float"
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+#: What a quantization_config holds beside quant_method, layout_version and layers.
+SETTINGS = {"version": (str,), "config": (dict, type(None)), "bits_per_value": (int, float), "calibration": (dict, type(None)),
+             "experts": (list, type(None))}
 
 
 # ---- writing
@@ -122,7 +119,8 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, written: list[Path])
         with open(folder / file, "rb+") as handle:
             os.fsync(handle.fileno())
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+    hashes = {file: tensorfile.sha256(folder / file) for file in names}
+    index = {"metadata": {"total_size": total, "sha256": hashes}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
     _write(folder / INDEX, json.dumps(index, indent=1) + "\n", written)
 
 
@@ -148,21 +146,14 @@ def _sync_folder(folder: Path) -> None:
 
 # ---- reading
 def read_json(path: Path) -> dict:
-    """A JSON object; raises FormatError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error}); the checkpoint is incomplete, quantize or copy it again") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON ({error}); the file is damaged, copy it again") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: got a JSON {type(values).__name__}, need an object; the file is damaged, copy it again")
-    return values
+    """A JSON object of no more bytes than files beside it can account for; raises FormatError naming the file."""
+    tensors = sum(file.stat().st_size for file in path.parent.glob("*.safetensors") if file.is_file())
+    return tensorfile.read_json(path, max(tensorfile.LEAST_JSON, tensors // tensorfile.JSON_SHARE))
 
 
 def is_packed(folder: Path) -> bool:
     """Whether this is a finished checkpoint of ours (of any version)."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         return False
     settings = read_json(folder / CONFIG).get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
@@ -171,20 +162,24 @@ def is_packed(folder: Path) -> bool:
 def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
     """{layer: spec} of a quantization_config; raises FormatError for a newer layout or damaged settings."""
     version = settings.get("layout_version")
-    if not isinstance(version, int) or version < 1:
-        raise FormatError(f"{where}: layout_version: got {version!r}, need a positive integer; the file is damaged")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{where}: layout_version: got {shorten(version)}, need a positive integer; the file is damaged")
     if version > LAYOUT_VERSION:
-        raise FormatError(f"{where}: written in layout version {version} by gptvq {settings.get('version')}, this gptvq reads up to version "
-                          f"{LAYOUT_VERSION}; upgrade gptvq")
+        raise FormatError(f"{where}: written in layout version {version} by gptvq {shorten(settings.get('version'))}, this gptvq reads up to "
+                          f"version {LAYOUT_VERSION}; upgrade gptvq")
     layers = settings.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise FormatError(f"{where}: layers: got {type(layers).__name__}, need an object with one entry per quantized layer")
+    for name, kinds in SETTINGS.items():
+        if not isinstance(settings.get(name), kinds):
+            raise FormatError(f"{where}: {name}: got {shorten(settings.get(name))}, need {' or '.join(k.__name__ for k in kinds)}; the file is "
+                              "damaged")
     specs = {}
     for name, values in layers.items():
         try:
             specs[name] = QuantSpec.from_dict(values)
-        except (GptvqError, TypeError, AttributeError) as error:
-            raise FormatError(f"{where}: layers[{name!r}]: {error}") from error
+        except (GptvqError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(f"{where}: layers[{shorten(name, 200)}]: {shorten(error, 300)}") from error
     return specs
 
 
@@ -193,47 +188,45 @@ def tensor_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / "model.safetensors"]
     names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise FormatError(f"{folder / INDEX}: weight_map: need an object of file names; the file is damaged, copy it again")
     files = sorted(set(names.values()))
     for name in files:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise FormatError(f"{folder / INDEX}: weight_map names {name!r}, need the plain name of a .safetensors file beside it")
+        if not _SHARD.fullmatch(name):
+            raise FormatError(f"{folder / INDEX}: weight_map names {shorten(name, 200)}, need the plain name of a .safetensors file beside it")
     return [folder / name for name in files]
 
 
 def read_headers(files: list[Path]) -> dict[str, Entry]:
     """{tensor: entry} of all shards; raises FormatError for missing or damaged files and for tensors stored twice."""
-    from safetensors import SafetensorError, safe_open
-
     entries: dict[str, Entry] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():
-                    if name in entries:
-                        raise FormatError(f"{file}: tensor {name!r} is also in {entries[name].file.name}; quantize again")
-                    part = stored.get_slice(name)
-                    entries[name] = Entry(Path(file), tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
-        except (OSError, SafetensorError) as error:
-            raise FormatError(f"{file}: not a readable safetensors file ({error}); copy it again, or quantize again") from error
+        for name, entry in tensorfile.read_header(file).items():
+            if name in entries:
+                raise FormatError(f"{file}: tensor {shorten(name, 200)} is also in {entries[name].file.name}; quantize again")
+            entries[name] = entry
     return entries
 
 
-def check_tensors(entries: dict[str, Entry], expected: dict[str, tuple[tuple[int, ...], str | None]], optional: set[str], where: str) -> None:
-    """Raises FormatError unless the files hold exactly the expected {tensor: (shape, dtype or None for any)}.
+def check_tensors(entries: dict[str, Entry], expected: dict[str, tuple[tuple[int, ...], str]], optional: set[str], where: str) -> None:
+    """Raises FormatError unless the files hold exactly the expected {tensor: (shape, dtype or ANY_FLOAT)}.
 
     `optional` tensors (tied ones) may be absent.
     """
     for name, (shape, dtype) in expected.items():
-        entry = entries.get(name)
-        if entry is None:
-            if name in optional:
-                continue
-            raise FormatError(f"{where}: tensor {name!r} is missing, need {dtype or 'a float'} {shape}; copy the files again, or quantize again")
-        if entry.shape != shape or (dtype is not None and entry.dtype != dtype):
-            raise FormatError(f"{entry.file}: tensor {name!r}: got {entry.dtype} {entry.shape}, need {dtype or 'a float'} {shape}; "
-                              "copy the file again, or quantize again")
+        if name in entries or name not in optional:
+            check_tensor(entries, name, shape, dtype, where)
     for name, entry in entries.items():
         if name not in expected:
-            raise FormatError(f"{entry.file}: tensor {name!r} belongs to no layer of the model; the file and config.json do not fit together")
+            raise FormatError(f"{entry.file}: tensor {shorten(name, 200)} belongs to no layer of the model; the file and config.json do not fit "
+                              "together")
+
+
+def check_tensor(entries: dict[str, Entry], name: str, shape: tuple[int, ...], dtype: str, where: str) -> None:
+    """Raises FormatError unless the tensor is there in this shape and dtype (or ANY_FLOAT)."""
+    entry = entries.get(name)
+    if entry is None:
+        raise FormatError(f"{where}: tensor {shorten(name, 200)} is missing, need {dtype} {shape}; copy the files again, or quantize again")
+    if entry.shape != shape or entry.dtype != dtype and not (dtype == ANY_FLOAT and entry.dtype in tensorfile.FLOATS):
+        raise FormatError(f"{entry.file}: tensor {shorten(name, 200)}: got {entry.dtype} {entry.shape}, need {dtype} {shape}; "
+                          "copy the file again, or quantize again")

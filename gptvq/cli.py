@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
-from . import __version__
+from . import __version__, cli_plan
 from .config import ACTIVATIONS, METHODS, PRESETS, Recipe, VQConfig
 from .errors import ConfigError, GptvqError
 
@@ -85,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
     p.add_argument("--json", metavar="FILE", help="write the table here instead of printing it; - for standard output")
 
+    cli_plan.add(commands, _command)
+
     p = _command(commands, doctor, "what this machine offers and which kernels serve it", "example:\n  gptvq doctor --json -")
     p.add_argument("--json", metavar="FILE", help="write the findings here instead of printing them; - for standard output")
 
@@ -141,7 +144,7 @@ def eval_(args):
            "dtype": str(model.dtype)[6:], "seconds": seconds, "environment": environment()}
     if args.json != "-":
         print(f"perplexity {value:.3f}  ({windows} windows of {window} tokens, {row['dtype']}, {clock(seconds)})")
-    _write_json(args.json, row)
+    write_json(args.json, row)
 
 
 def generate(args):
@@ -162,14 +165,16 @@ def generate(args):
 
 def inspect(args):
     from .report import Report, clock, layer_table, size
+    from .verify import read_structure
     report = Report.load(args.folder)
     if not os.path.exists(os.path.join(args.folder, "config.json")):
         raise ConfigError(f"{args.folder}: no config.json, so this checkpoint was never finished; quantize again with --overwrite")
+    read_structure(Path(args.folder))
     if args.json:
-        _write_json(args.json, report.to_dict())
+        write_json(args.json, report.to_dict())
         return
     from rich.console import Console
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 140)             # long lines are better than half of a name
     console.print(layer_table(report))
     print(f"{len(report.layers)} linears, {report.weights:,} weights, {report.bits_per_value:.4f} bits per value: "
@@ -183,7 +188,7 @@ def doctor(args):
     from .doctor import diagnose
     findings = diagnose()
     if args.json:
-        _write_json(args.json, findings)
+        write_json(args.json, findings)
         return
     width = max(map(len, findings))
     for topic, text in findings.items():
@@ -255,7 +260,7 @@ def _show_window(done: int, windows: int, so_far: float) -> None:
     print(f"\r{line:<50}\r", end="", file=sys.stderr, flush=True)
 
 
-def _write_json(path: str | None, values: dict) -> None:
+def write_json(path: str | None, values: dict) -> None:
     if not path:
         return
     from .report import finite

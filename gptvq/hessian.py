@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from . import ops
 from .errors import NumericalError
 
 DAMP_STEPS = (1, 2, 5, 10, 100)     # repair ladder: multiples of the asked damping
+DIAGONAL = "diagonal only"
+_ENOUGH = 4                         # tokens per column that determine a Hessian well enough
 _LEAF = 96                          # rows that are factorized at once
 
 
@@ -18,12 +21,15 @@ class Hessian:
     """H = (2 / n) sum_t x_t x_t^T over n tokens x_t of a layer's [.., cols] inputs; layers with one input share one.
 
     `sum` is float32 on `device`; only its upper triangle counts.  Batches with non-finite values are left out and counted;
-    `matrix` raises NumericalError when they make up more than 1 % of the tokens.
+    `matrix` raises NumericalError when they make up more than 1 % of the tokens.  `borrowed` of the tokens that `sum` counts are
+    other layers' (see `borrow`).
     """
 
     def __init__(self, cols: int, device: torch.device | str | None = None):
         self.sum = torch.zeros(cols, cols, dtype=torch.float32, device=device)
         self.tokens = self.dropped = 0
+        self.borrowed = 0
+        self._given = False             # a matrix, not a sum over tokens
         self._matrix: Tensor | None = None
         self._factors: dict[tuple, HessianFactor] = {}
 
@@ -31,8 +37,7 @@ class Hessian:
     def from_matrix(cls, matrix: Tensor, tokens: int = 0) -> Hessian:
         """Wraps a given H [cols, cols]."""
         self = cls(0)
-        self.sum, self.tokens = matrix, tokens
-        self.matrix = lambda: checked(matrix)
+        self.sum, self.tokens, self._given = matrix, tokens, True
         return self
 
     def add(self, x: Tensor) -> None:
@@ -51,10 +56,27 @@ class Hessian:
         if self.dropped > 0.01 * (self.tokens + self.dropped):
             raise NumericalError(f"{self.dropped} of {self.tokens + self.dropped} calibration tokens gave non-finite activations; "
                                  "at most 1 % may be dropped. Check the model's dtype (try dtype=float32) and the text")
+        if self._given:
+            return checked(self.sum)
         if self._matrix is None:
-            upper = self.sum.triu() * (2 / max(self.tokens, 1))
+            upper = self.sum.triu() * (2 / max(self.tokens + self.borrowed, 1))
             self._matrix = checked(upper + upper.triu(1).T)
         return self._matrix
+
+    def repairs(self) -> list[str]:
+        """What was done about the data, for the record of a layer; [] where nothing had to be."""
+        found = []
+        if self.dropped:
+            found.append(f"{self.dropped} of {self.tokens + self.dropped} tokens dropped: not finite")
+        if self.borrowed:
+            found.append(f"{self.tokens} tokens: {self.borrowed / (self.tokens + self.borrowed):.0%} from other experts")
+        if self._given and float((self.sum - self.sum.T).abs().max()) > 1e-5 * float(self.sum.abs().max()):
+            found.append("symmetrized")
+        return found
+
+    def dead(self) -> int:
+        """Inputs that were always zero; the damping alone decides about their weights."""
+        return int((self.matrix().diagonal() == 0).sum())
 
     def factor(self, key: tuple, columns: Tensor, damp: float, dtype: torch.dtype) -> HessianFactor:
         """The factor for the padded column order `columns`, cached under `key` for the layers that share this Hessian."""
@@ -71,6 +93,34 @@ class HessianFactor:
     U: Tensor
     damp: float
     repair: str
+    unweighted: bool = False            # H was zero: U is the identity's
+
+    def weighting(self, H: Tensor) -> Tensor:
+        """H [cols, cols] as far as the factor could use it: positive semidefinite, or a descent along it would never end."""
+        diagonal = H.diagonal().clamp_min(0)
+        if self.unweighted:
+            return torch.eye(len(H), dtype=H.dtype, device=H.device)
+        if self.repair == DIAGONAL:
+            return torch.diag(diagonal)
+        return H + self.damp * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device) if self.repair.startswith("damping") else H
+
+
+def borrow(hessians: Sequence[Hessian]) -> None:
+    """Fills up the Hessians of alike layers (one matrix of every expert) that saw fewer than 4 tokens per column, in place.
+
+    So few tokens do not determine H.  What is missing comes as an average token of all these layers together, which is better than
+    nothing by far: experts differ in their inputs, but outliers and correlations are much the same.
+    """
+    tokens = sum(hessian.tokens for hessian in hessians)
+    poor = [hessian for hessian in hessians if hessian.tokens < _ENOUGH * len(hessian.sum) and not hessian.borrowed]
+    if not poor or not tokens:
+        return
+    mean = sum(hessian.sum for hessian in hessians) / tokens
+    for hessian in poor:
+        hessian.borrowed = _ENOUGH * len(hessian.sum) - hessian.tokens
+        hessian.sum += mean * hessian.borrowed
+        hessian._matrix = None
+        hessian._factors.clear()
 
 
 def checked(matrix: Tensor) -> Tensor:
@@ -97,7 +147,7 @@ def factorize(matrix: Tensor, damp: float, dtype: torch.dtype = torch.float32) -
     diag = matrix.diagonal().double()
     mean = diag.clamp_min(0).mean()
     if not mean > 0:
-        return HessianFactor(torch.eye(len(matrix), dtype=dtype, device=matrix.device), damp, "no calibration data: unweighted")
+        return HessianFactor(torch.eye(len(matrix), dtype=dtype, device=matrix.device), damp, "no calibration data: unweighted", True)
     attempts = [(1, dtype), (1, torch.float64)] if dtype != torch.float64 else [(1, torch.float64)]
     attempts += [(step, torch.float64) for step in DAMP_STEPS[1:]]
     for step, precision in attempts:
@@ -108,7 +158,7 @@ def factorize(matrix: Tensor, damp: float, dtype: torch.dtype = torch.float32) -
             repair = "" if (step, precision) == attempts[0] else "float64" if step == 1 else f"damping x {step}"
             return HessianFactor((U / mean.sqrt()).to(dtype), damp * step, repair)
     diagonal = torch.diag(((diag.clamp_min(0) / mean) + damp).rsqrt() / mean.sqrt())
-    return HessianFactor(diagonal.to(dtype), damp, "diagonal only")
+    return HessianFactor(diagonal.to(dtype), damp, DIAGONAL)
 
 
 def _inverse_upper(A: Tensor) -> Tensor | None:

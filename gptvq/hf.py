@@ -27,6 +27,7 @@ from .linear import VQLinear, set_activations
 from .model import is_conv1d
 from .ops import check_activations
 from .spec import LAYOUT_VERSION
+from .verify import verify
 
 __all__ = ["GptvqConfig", "GptvqQuantizer", "attach", "load", "open_dense", "open_model", "read_tokens"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -63,6 +64,10 @@ class GptvqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         specs = self.quantization_config.specs()
+        files = [Path(file) for file in checkpoint_files or ()]
+        entries = checkpoint.read_headers(files)
+        if files and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent)):
+            raise FormatError(f"{files[0].parent}: the tensor files are not those that {checkpoint.INDEX} names; copy the checkpoint again")
         prefix = model.base_model_prefix + "."
         modules = dict(model.named_modules())
         strip = not any(name in modules for name in specs) and not any(name.startswith(prefix) for name in modules)
@@ -75,6 +80,9 @@ class GptvqQuantizer(HfQuantizer):
                 if name not in modules or not is_fused(modules[name]):
                     raise FormatError(f"quantization_config: {name!r} is no fused experts module of {type(model).__name__}; use the "
                                       "transformers version that the checkpoint was made with")
+                if files and modules[name].down_proj.shape[0] > len(entries):
+                    raise FormatError(f"{files[0].parent}: {name}: config.json asks for {modules[name].down_proj.shape[0]} experts, the files "
+                                      f"hold {len(entries)} tensors; the files do not fit together")
                 model.set_submodule(name, unfuse(modules[name]))
             modules = dict(model.named_modules())
             for full, spec in specs.items():
@@ -86,13 +94,10 @@ class GptvqQuantizer(HfQuantizer):
                 bias = linear.bias
                 model.set_submodule(name, VQLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype, name))
         if checkpoint_files and not strip:
-            self._check_files(model, [Path(file) for file in checkpoint_files], specs)
-
-    def _check_files(self, model, files, specs):
-        packed = {f"{layer}.{buffer}": dtype for layer, spec in specs.items() for buffer, (_, dtype) in spec.buffer_shapes().items()}
-        expected = {name: (tuple(tensor.shape), packed.get(name)) for name, tensor in model.state_dict().items()}
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        checkpoint.check_tensors(checkpoint.read_headers(files), expected, {*tied, *tied.values()}, str(files[0].parent))
+            packed = {f"{layer}.{buffer}": dtype for layer, spec in specs.items() for buffer, (_, dtype) in spec.buffer_shapes().items()}
+            expected = {name: (tuple(tensor.shape), packed.get(name, _kind(tensor))) for name, tensor in model.state_dict().items()}
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            checkpoint.check_tensors(entries, expected, {*tied, *tied.values()}, str(files[0].parent))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():
@@ -134,10 +139,9 @@ def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dt
         raise FormatError(f"{folder}: no config.json, so this checkpoint was never finished; quantize or copy it again")
     if not checkpoint.is_packed(folder):
         raise ConfigError(f"{folder}: not a gptvq checkpoint; quantize a model into it first")
-    checkpoint.layer_specs(checkpoint.read_json(folder / checkpoint.CONFIG)["quantization_config"], str(folder / checkpoint.CONFIG))
-    checkpoint.read_headers(checkpoint.tensor_files(folder))
+    verify(folder, hashes=False)
     check_activations(activations)
-    model = _from_pretrained(folder, FormatError, dtype=_dtype(dtype), local_files_only=True)
+    model = _from_pretrained(folder, FormatError, dtype=_dtype(dtype), local_files_only=True, use_safetensors=True)
     set_activations(model, activations)
     return model.to(pick_device(device)).eval()
 
@@ -193,6 +197,10 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+def _kind(tensor: torch.Tensor) -> str:
+    return checkpoint.ANY_FLOAT if tensor.is_floating_point() else str(tensor.dtype)[6:]
+
+
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """(out, in) of an nn.Linear or Conv1D, else None."""
     if isinstance(module, nn.Linear):
@@ -203,7 +211,7 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 def _from_pretrained(source, failure, **kwargs) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):         # some models draw random numbers before their weights are read
-            return transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+            return transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
     except GptvqError:
         raise
     except Exception as error:      # whatever the hub, a config class or a tensor file raises: here it all means "cannot be loaded"
@@ -215,7 +223,7 @@ def _tokenizer(source, **kwargs):
     if Path(source).is_dir() and not kwargs and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, **kwargs)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except Exception as error:      # as above
         raise ConfigError(f"{source}: transformers cannot load its tokenizer ({type(error).__name__}: {error})") from error
 

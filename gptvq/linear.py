@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import ConfigError
 from .spec import QuantSpec
-from .weight import DTYPES, VQWeight, check_buffers, decode_tables
+from .weight import DTYPES, SCALES, VQWeight, check_buffers, check_values, decode_tables
 
 
 _FEW = 8                            # tokens up to which a call's own cost counts
@@ -131,8 +131,11 @@ class VQLinear(nn.Module):
         return dense
 
     def check(self, where: str = "") -> None:
-        """Raises FormatError unless the buffers are what the spec asks for."""
-        check_buffers(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()}, where or self.name)
+        """Raises FormatError unless the buffers are what the spec asks for and decode to finite weights."""
+        buffers = {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()}
+        check_buffers(self.spec, buffers, where or self.name)
+        if not self.gs.is_meta:
+            check_values(buffers, where or self.name)
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -171,6 +174,8 @@ class VQLinear(nn.Module):
             got = state_dict.get(prefix + buffer)
             if got is not None and got.dtype != DTYPES[kind]:   # copy_ would convert it silently
                 error_msgs.append(f"{prefix}{buffer}: got {got.dtype}, need {DTYPES[kind]}")
+            if got is not None and buffer in SCALES and not got.is_meta and not bool(torch.isfinite(got).all()):
+                error_msgs.append(f"{prefix}{buffer}: holds values that are not finite")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
 

@@ -71,8 +71,9 @@ def svd_codebook(problem: Problem, index: Tensor, centroids: Tensor, iterations:
     gs = codebook.table_scale(table.abs().amax(2))
     scale = gs.double().unsqueeze(-1)
     left, s, V = torch.linalg.svd((table / scale).flatten(0, 1), full_matrices=False)
-    U = (left * s)[:, : spec.svd_rank].unflatten(0, table.shape[:2])
-    V = V[: spec.svd_rank]
+    short = max(0, spec.svd_rank - len(s))              # fewer codebooks than the rank: the rest of the factors stays zero
+    U = torch.nn.functional.pad((left * s)[:, : spec.svd_rank], (0, short)).unflatten(0, table.shape[:2])
+    V = torch.nn.functional.pad(V[: spec.svd_rank], (0, 0, 0, short))
     curvature = problem.curvature(index)[..., 0, 0] * scale ** 2
 
     def pull(t):            # gradient of the loss in the normalized table t [row groups, strips, K]

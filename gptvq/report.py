@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import checkpoint
 from .config import VQConfig
 from .errors import FormatError, GptvqError
 from .spec import QuantSpec
@@ -98,21 +99,18 @@ class Report:
     def load(cls, folder: str | os.PathLike) -> Report:
         """The report of a checkpoint folder, without its model; raises FormatError where it is missing or damaged."""
         path = Path(folder) / REPORT_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FormatError(f"{path}: cannot be read ({error.strerror}); need the folder that `gptvq quantize` wrote") from error
-        except ValueError as error:
-            raise FormatError(f"{path}: not valid JSON ({error}); quantize again to rewrite it") from error
-        version = values.get("version") if isinstance(values, dict) else None
+        values = checkpoint.read_json(path)
+        version = values.get("version")
         if version != REPORT_VERSION:
             raise FormatError(f"{path}: report version {version!r}, this gptvq reads {REPORT_VERSION}; install a matching gptvq")
         try:
-            return cls(values["model"], VQConfig.from_dict(values["config"]), [_record(v) for v in values["layers"]],
-                       values["calibration"], values["totals"]["dense_bytes"], values["totals"]["other_bytes"],
-                       values["totals"]["seconds"], values["stages"], values["warnings"], values["environment"])
-        except (KeyError, TypeError, ValueError) as error:
+            report = cls(values["model"], VQConfig.from_dict(values["config"]), [_record(v) for v in values["layers"]],
+                         values["calibration"], values["totals"]["dense_bytes"], values["totals"]["other_bytes"],
+                         values["totals"]["seconds"], values["stages"], values["warnings"], values["environment"])
+            _check_kinds(report)
+        except (GptvqError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise FormatError(f"{path}: not a report of this version ({type(error).__name__}: {error}); quantize again") from error
+        return report
 
 
 class Progress:
@@ -280,5 +278,18 @@ def finite(value):
 def _record(values: dict) -> LayerRecord:
     from .solver import LayerRecord
 
-    known = [f.name for f in dataclasses.fields(LayerRecord)]       # the file also holds what follows from these
-    return LayerRecord(**{**{name: values[name] for name in known}, "spec": QuantSpec.from_dict(values["spec"])})
+    known = [f.name for f in dataclasses.fields(LayerRecord) if f.name in values or f.default is dataclasses.MISSING is f.default_factory]
+    record = LayerRecord(**{**{name: values[name] for name in known}, "spec": QuantSpec.from_dict(values["spec"])})
+    _check_kinds(record)
+    return record
+
+
+def _check_kinds(record) -> None:
+    """TypeError unless the fields of a dataclass read from a file hold what their annotations say; a whole number is a float, too."""
+    for field_ in dataclasses.fields(record):
+        name, value = field_.type.partition("[")[0], getattr(record, field_.name)
+        kinds = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}.get(name, object)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{field_.name}: got {type(value).__name__}, need {name}")
+        if name in ("int", "float"):
+            float(value)                                # whatever shows it may take it for a float

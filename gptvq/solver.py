@@ -34,6 +34,8 @@ class LayerRecord:
     tokens: int = 0
     seconds: float = 0.0
     sha256: str = ""
+    dropped: int = 0                # tokens of batches that were not finite
+    dead: int = 0                   # input columns that were always zero
 
     @property
     def rows(self) -> int:
@@ -83,9 +85,9 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     order = _visiting_order(problem, recipe)
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
     factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype)
-    if factor.repair.startswith("no calibration"):
-        identity = torch.eye(spec.cols, dtype=problem.H.dtype, device=order.device)
-        problem = Problem(problem.W[:, : spec.cols], pad(identity, len(problem.H)), spec)
+    usable = factor.weighting(problem.H[: spec.cols, : spec.cols])
+    if factor.repair not in ("", "float64"):
+        problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), spec)
 
     index, centroids = column_pass(problem, factor, order, recipe, None)
     best = _Best(problem, spec)
@@ -105,8 +107,9 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     digest = hashlib.sha256()
     for buffer in vq.buffers.values():
         digest.update(buffer.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return vq, LayerRecord(name, spec, best.error, best.stages, factor.repair, factor.damp, hessian.tokens,
-                           time.perf_counter() - start, digest.hexdigest())
+    repair = "inputs of zeros: unweighted" if factor.unweighted and hessian.tokens else factor.repair
+    return vq, LayerRecord(name, spec, best.error, best.stages, "; ".join(filter(None, [*hessian.repairs(), repair])), factor.damp,
+                           hessian.tokens, time.perf_counter() - start, digest.hexdigest(), hessian.dropped, hessian.dead())
 
 
 def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str) -> Problem:

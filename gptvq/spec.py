@@ -33,10 +33,10 @@ class QuantSpec:
     svd_rank: int = 0
 
     def __post_init__(self):
-        for name, value in self.to_dict().items():
+        for name, value in vars(self).items():
             least = 0 if name in ("scale_block", "svd_rank") else 1
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
+                raise ConfigError(f"{name} must be an integer from {least} to 2147483647, got {value!r}")
         if (self.dim, self.index_bits) not in FORMATS:
             raise ConfigError(f"no kernel decodes dim={self.dim} with index_bits={self.index_bits}; legal (dim, index_bits): "
                               f"{sorted(FORMATS)}")

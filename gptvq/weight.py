@@ -11,6 +11,7 @@ from .scaling import scale_table
 from .spec import QuantSpec
 
 DTYPES = {"uint8": torch.uint8, "int8": torch.int8, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCALES = ("gs", "cb_v", "sz")           # the buffers whose values can be none; any value of the others is one
 
 
 class VQWeight:
@@ -70,6 +71,20 @@ def check_buffers(spec: QuantSpec, buffers: dict[str, Tensor], where: str = "wei
         got = buffers[name]
         if tuple(got.shape) != shape or got.dtype != DTYPES[dtype]:
             raise FormatError(f"{where}.{name}: got {got.dtype} {tuple(got.shape)}, need torch.{dtype} {shape}")
+
+
+def check_values(buffers: dict[str, Tensor], where: str = "weight") -> None:
+    """Raises FormatError unless whatever `buffers` (those of SCALES, in their shapes) decode to is finite; any code is below K."""
+    for name, tensor in buffers.items():
+        if name in SCALES and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{where}.{name}: holds {int((~torch.isfinite(tensor)).sum())} values that are not finite; the file is damaged, "
+                              "copy it again")
+    largest = 127 * buffers["gs"].float().abs().max()
+    if "sz" in buffers:
+        largest = largest * scale_table(buffers["sz"]).max()
+    if not bool(torch.isfinite(largest)):
+        raise FormatError(f"{where}.{'sz' if 'sz' in buffers else 'gs'}: the scales are so large that weights overflow; the file is damaged, "
+                          "copy it again")
 
 
 def codebook(spec: QuantSpec, buffers: dict[str, Tensor]) -> Tensor:

@@ -37,6 +37,9 @@ def edit_tensors(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(tensors, "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def edit_settings(folder, change):
@@ -47,10 +50,11 @@ def edit_settings(folder, change):
 
 def test_missing_tensors(copy):
     for name in (f"{LAYER}.idx", f"{LAYER}.gs", f"{LAYER}.bias", "model.norm.weight", "lm_head.weight"):
-        backup = (copy / "model.safetensors").read_bytes()
+        backup = {file: file.read_bytes() for file in copy.glob("model.safetensors*")}
         edit_tensors(copy, lambda t: t.pop(name))
         refused(copy, str(copy), repr(name), "missing")
-        (copy / "model.safetensors").write_bytes(backup)
+        for file, data in backup.items():
+            file.write_bytes(data)
     gptvq.load(copy, device="cpu")
 
 
@@ -70,9 +74,9 @@ def test_misshaped_tensors(copy, name, change):
 
 def test_damaged_files(copy):
     whole = (copy / "model.safetensors").read_bytes()
-    for bytes_ in (whole[:-1], whole[:100], b"", whole + b"x"):
+    for bytes_, says in ((whole[:-1], "data_offsets"), (whole[:100], "header"), (b"", "header"), (whole + b"x", "tensors end at byte")):
         (copy / "model.safetensors").write_bytes(bytes_)
-        refused(copy, copy / "model.safetensors", "not a readable safetensors file")
+        refused(copy, copy / "model.safetensors", says)
     (copy / "model.safetensors").unlink()
     refused(copy, copy / "model.safetensors")
 
@@ -89,9 +93,9 @@ def test_damaged_settings(copy):
             (lambda q: q.update(layers={}), ("layers",)),
             (lambda q: q["layers"][LAYER].update(dim=3), (LAYER, "dim=3")),
             (lambda q: q["layers"][LAYER].update(colour=1), (LAYER, "colour")),
-            (lambda q: q["layers"][LAYER].update(rows=95), (LAYER, "(95, 64)", "(96, 64)")),
+            (lambda q: q["layers"][LAYER].update(rows=95), (f"{LAYER}.bias", "(96,)", "(95,)")),
             (lambda q: q["layers"].pop(LAYER), (LAYER,)),
-            (lambda q: q["layers"].update({"model.layers.7.x": q["layers"][LAYER]}), ("model.layers.7.x", "no linear")),
+            (lambda q: q["layers"].update({"model.layers.7.x": q["layers"][LAYER]}), ("model.layers.7.x.idx", "missing")),
             (lambda q: q.update(surprise=1), ("surprise",)),
             (lambda q: q.update(experts=["model.norm"]), ("model.norm",))]:
         (copy / "config.json").write_text(text)
@@ -104,6 +108,12 @@ def test_transformers_meets_the_same_checks(copy):
 
     edit_tensors(copy, lambda t: t.pop(f"{LAYER}.idx"))
     with pytest.raises(FormatError, match="missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    edit_settings(copy, lambda q: q["layers"].update({"model.layers.7.x": q["layers"][LAYER]}))
+    with pytest.raises(FormatError, match="no linear"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    edit_settings(copy, lambda q: q["layers"][LAYER].update(rows=95))
+    with pytest.raises(FormatError, match="for .95, 64.*has .96, 64. there"):
         AutoModelForCausalLM.from_pretrained(copy)
     edit_settings(copy, lambda q: q.update(layout_version=2))
     with pytest.raises(FormatError, match="upgrade gptvq"):
