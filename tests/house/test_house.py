@@ -27,7 +27,7 @@ LAYERS = [
     {"solver"},
     {"linear"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify",
-     "plan", "report", "evaluate", "hf", "peft", "vllm", "export", "doctor"},
+     "plan", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor"},
     {"quantize"},
     {"cli", "cli_plan", "demo", "__main__"},
     {"__init__"},

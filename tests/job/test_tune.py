@@ -1,0 +1,88 @@
+"""tune(): gradients of the codebooks against autograd through plain indexing, and models that get nearer to the dense one."""
+import copy
+
+import pytest
+import torch
+
+import gptvq
+from gptvq.linear import VQLinear
+from gptvq.tune import LearningLinear, tune
+from job.tiny_models import build, logits, preset
+
+IDS = torch.arange(16 * 24).view(16, 24) * 5 % 251
+
+
+def packed_layer(label, rows=40, cols=80):
+    torch.manual_seed(1)
+    vq = gptvq.quantize_weight(torch.randn(rows, cols), torch.eye(cols), preset(label))
+    return VQLinear.from_weight(vq, torch.randn(rows), "layer")
+
+
+@pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25", "2d-2.25-s64", "4d-2.25", "2d-3.125"])
+def test_gradients_against_plain_indexing(label):
+    layer = packed_layer(label)
+    learner, x, spec = LearningLinear(layer), torch.randn(5, 80), layer.spec
+    torch.testing.assert_close(learner(x), x @ layer.dequantize().T + layer.bias)
+    pull = torch.randn(5, 40)
+    (learner(x) * pull).sum().backward()
+    table = learner.table.detach().double().requires_grad_()
+    group = torch.arange(spec.rows)[:, None] // spec.group_rows
+    W = (table * learner.unit.double())[group, learner.strip, learner.index.long()]
+    W = (W if learner.scale is None else W * learner.scale.double().unsqueeze(-1)).reshape(spec.rows, -1)[:, :80]
+    ((x.double() @ W.T) * pull).sum().backward()
+    torch.testing.assert_close(learner.table.grad.double(), table.grad, rtol=1e-5, atol=1e-5 * float(table.grad.abs().max()))
+
+
+@pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25-s64", "4d-2.25"])
+def test_nothing_learnt_changes_nothing(label):
+    layer = packed_layer(label)
+    back = LearningLinear(layer).frozen()
+    torch.testing.assert_close(back.dequantize(), layer.dequantize(), rtol=0, atol=float(layer.dequantize().abs().max()) / 250)
+    assert torch.equal(back.idx, layer.idx) and torch.equal(back.bias, layer.bias)
+
+
+def divergence(model, dense):
+    a, b = logits(dense, IDS).log_softmax(-1), logits(model, IDS).log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_gets_nearer_to_the_dense_one(dtype):
+    dense = build("llama", dtype)
+    model = gptvq.quantize(copy.deepcopy(dense), None, preset("2d-2.25"), calibration=IDS).model
+    before, codes = divergence(model, dense), {n: b.clone() for n, b in model.named_buffers() if n.endswith(".idx")}
+    heard = []
+    losses = tune(model, dense, IDS.repeat(4, 1), batch=4, rate=3e-3, progress=lambda *said: heard.append(said))
+    assert divergence(model, dense) < 0.9 * before
+    assert len(losses) == 16 and heard[-1] == (16, 16, losses[-1])
+    assert codes and all(torch.equal(b, codes[n]) for n, b in model.named_buffers() if n in codes)
+    assert not any(isinstance(m, LearningLinear) for m in model.modules()) and not model.training
+    assert all(p.dtype == dtype and p.grad is None for p in model.parameters())
+
+
+def test_tuned_models_are_stored_as_any_other(tmp_path):
+    dense = build("llama")
+    model = gptvq.quantize(copy.deepcopy(dense), tmp_path / "plain", preset("2d-2.25"), calibration=IDS).model
+    tune(model, dense, IDS, batch=4)
+    model.save_pretrained(tmp_path / "tuned")
+    assert torch.equal(logits(gptvq.load(tmp_path / "tuned"), IDS), logits(model, IDS))
+
+
+def test_it_is_left_packed_whatever_happens():
+    dense = build("llama")
+    model = gptvq.quantize(copy.deepcopy(dense), None, preset("2d-2.25"), calibration=IDS).model
+    plain = logits(model, IDS)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, dense, IDS, rate=0.0, progress=stop)
+    torch.testing.assert_close(logits(model, IDS), plain, rtol=0, atol=0.05 * float(plain.abs().max()))
+    with pytest.raises(gptvq.ConfigError, match="without packed linears"):
+        tune(dense, dense, IDS)
+    plain = logits(model, IDS)
+    with pytest.raises(gptvq.NumericalError, match="smaller rate"):
+        tune(model, dense, IDS, rate=1e30)
+    assert torch.equal(logits(model, IDS), plain)
+    assert sum(isinstance(m, VQLinear) for m in model.modules()) == 14
