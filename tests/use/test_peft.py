@@ -99,20 +99,3 @@ def test_what_packed_weights_cannot_do_is_said(folder, tmp_path):
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=256))
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(other, tmp_path)
-
-
-def test_the_bench_trains_and_stores_its_rows(folder, tmp_path):
-    from bench_runs import bench, check_file
-
-    from bench import lora
-    from gptvq import hf
-
-    text = tmp_path / "text.txt"
-    text.write_text("word " * 400)
-    letters = lambda text, **_: {"input_ids": [ord(c) for c in text]}  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora, "open_model", lambda source: (hf.load(source), letters))
-        assert bench(lora, "--packed", folder, "--train", text, "--text", text, "--steps", 4, "--batch", 2, "--sequence-length", 16,
-                     "--window", 32, "--max-windows", 2, "--rank", 2, "--rate", 0.01, "--json", tmp_path / "lora.json") == 0
-    before, after = check_file(tmp_path / "lora.json", "lora")
-    assert after["perplexity"] < before["perplexity"] and len(after["losses"]) == 4 and before["steps"] == 0
