@@ -1,4 +1,4 @@
-"""Relative layer errors on real layers: ours, the published procedure and round to nearest, at the same size."""
+"""Relative layer errors on real layers: ours, the published procedure, GPTQ and round to nearest, at the same size."""
 from __future__ import annotations
 
 import fnmatch
@@ -17,6 +17,7 @@ from gptvq.model import InputCollector, dense_weight, find_blocks, linears
 from gptvq.solver import solve
 from gptvq.spec import QuantSpec
 
+from .gptq import gptq
 from .rounding import bits_per_value, nearest_group, round_to_nearest
 from .runner import log
 
@@ -108,9 +109,10 @@ def measure(layers: list[Layer], presets: list[str], methods: list[str], device:
 
 def _quantize(layer: Layer, spec: QuantSpec, method: str) -> dict:
     began = time.perf_counter()
-    if method == "rtn":
+    if method in ("rtn", "gptq"):
         group = nearest_group(spec.cols, spec.index_bits, spec.bits_per_value)
-        quantized = round_to_nearest(layer.weight, spec.index_bits, group)
+        quantized = round_to_nearest(layer.weight, spec.index_bits, group) if method == "rtn" else gptq(
+            layer.weight, Hessian.from_matrix(layer.hessians["calibration"].matrix()), spec.index_bits, group)
         row = {"format": f"int{spec.index_bits} group {group}", "bits_per_value": bits_per_value(spec.cols, spec.index_bits, group),
                "seconds": time.perf_counter() - began, "repair": ""}
     else:

@@ -19,10 +19,12 @@ EXAMPLES = """examples:
   python -m bench.quality --table bench/results/quality-perplexity*.json
 
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
-Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size."""
-METHODS = {"layers": ["rtn", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"]}
+Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.
+gptq (--layers): such integers by GPTQ, arXiv 2210.17323, its columns in the order of their activations."""
+METHODS = {"layers": ["rtn", "gptq", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"]}
 DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"]}
-BASELINES = ("dense", "rtn", "paper")
+BASELINES = ("dense", "rtn", "gptq", "paper")
+ORDER = (*BASELINES, "gptvq")
 MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> name of the ratio -> value compared
             "layer error": {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}}
 
@@ -157,7 +159,7 @@ def merge(paths: list[str]) -> list[dict]:
         for row in values["rows"]:
             at[row["operation"], row["preset"], row.get("layer"), row["method"]] = row
     return compare(sorted(at.values(), key=lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]),
-                                                        METHODS["perplexity"].index(row["method"]))))
+                                                        ORDER.index(row["method"]))))
 
 
 def show(rows: list[dict]) -> str:
@@ -185,7 +187,8 @@ def show(rows: list[dict]) -> str:
 
     return runner.table(lines, {
         "preset": lambda n: n["preset"], "bits per value": lambda n: f"{(n['gptvq'] or n['paper'])['bits_per_value']:.3f}",
-        "rtn": error("rtn", "calibration"), "paper": error("paper", "calibration"), "gptvq": error("gptvq", "calibration"),
+        "rtn": error("rtn", "calibration"), **({"gptq": error("gptq", "calibration")} if any(n["gptq"] for n in lines) else {}),
+        "paper": error("paper", "calibration"), "gptvq": error("gptvq", "calibration"),
         "change": change(""), "paper, held out": error("paper", "heldout"), "gptvq, held out": error("gptvq", "heldout"),
         "change, held out": change("_heldout"),
         "mean of the layers' changes": lambda n: f"{change('', 'layer_ratio')(n)} / {change('_heldout', 'layer_ratio')(n)}"})

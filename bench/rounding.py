@@ -22,13 +22,22 @@ def nearest_group(cols: int, bits: int, target: float) -> int:
     return min(legal, key=lambda group: abs(bits_per_value(cols, bits, group) - target))
 
 
-def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
-    """[rows, cols] -> the same, float32, on the grid from min to max of each `group` columns of a row, zero included."""
+def grid(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """[rows, cols] -> (scale, zero point) [rows, groups] of a grid from min to max of each `group` columns, zero included."""
     rows, cols = weight.shape
-    top = 2**bits - 1
     w = torch.nn.functional.pad(weight.float(), (0, -cols % group)).view(rows, -1, group)     # 0 is inside every range
-    low, high = w.amin(2, keepdim=True).clamp_max(0), w.amax(2, keepdim=True).clamp_min(0)
+    low, high = w.amin(2).clamp_max(0), w.amax(2).clamp_min(0)
+    top = 2**bits - 1
     scale = ((high - low) / top).clamp_min(2.0**-24).half().float()                           # the least fp16: no division by 0
-    zero = (-low / scale).round().clamp(0, top)
-    q = (w / scale + zero).round().clamp(0, top)
-    return ((q - zero) * scale).view(rows, -1)[:, :cols]
+    return scale, (-low / scale).round().clamp(0, top)
+
+
+def to_grid(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The nearest points of the grid; all of one shape."""
+    return ((weight / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
+
+
+def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
+    """[rows, cols] -> the same, float32, on the grid of each `group` columns of a row."""
+    scale, zero = (t.repeat_interleave(group, 1)[:, : weight.shape[1]] for t in grid(weight, bits, group))
+    return to_grid(weight.float(), scale, zero, bits)

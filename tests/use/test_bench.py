@@ -28,10 +28,11 @@ def test_layers(my_model, tmp_path, capsys):
     rows = check_file(out, "quality")
     at = {(r["preset"], r["layer"], r["method"]): r for r in rows}
     names = [f"model.layers.{b}.{name}" for b in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
-    assert len(rows) == len(at) == 2 * 3 * (len(names) + 1)
+    assert len(rows) == len(at) == 2 * 4 * (len(names) + 1)
     for preset in ("2d-2.25", "1d-3.125"):
         for layer in (*names, "mean"):
-            rtn, paper, ours = (at[preset, layer, method] for method in ("rtn", "paper", "gptvq"))
+            rtn, scalar, paper, ours = (at[preset, layer, method] for method in ("rtn", "gptq", "paper", "gptvq"))
+            assert scalar["error_calibration"] < rtn["error_calibration"] and scalar["bits_per_value"] == rtn["bits_per_value"]
             assert ours["bits_per_value"] == paper["bits_per_value"] and ours["format"] == paper["format"]
             assert 0 < ours["error_calibration"] < paper["error_calibration"] < 1
             assert ours["error_heldout"] > 0 and rtn["error_calibration"] > 0
