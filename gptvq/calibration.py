@@ -45,9 +45,8 @@ def calibration_windows(source, tokenizer, samples: int, sequence_length: int, s
         starts, unused = order[:samples] * sequence_length, order[samples:].sort().values * sequence_length
     else:
         starts = torch.randint(len(tokens) - sequence_length + 1, (samples,), generator=generator)
-        unused = torch.arange(int(starts.max()) + sequence_length, len(tokens) - min(sequence_length, _CHECK_TOKENS) + 1, sequence_length)
-    size = min(sequence_length, _CHECK_TOKENS)
-    held_out = [tokens[s: s + size] for s in unused[-_CHECK_WINDOWS:].tolist()] if size > 1 else []
+        unused = torch.tensor(range(int(starts.max()) + sequence_length, len(tokens) - sequence_length + 1, sequence_length))
+    held_out = [tokens[s: s + min(sequence_length, _CHECK_TOKENS)] for s in unused[-_CHECK_WINDOWS:].tolist()] if sequence_length > 1 else []
     return torch.stack([tokens[s: s + sequence_length] for s in starts.tolist()]), torch.stack(held_out) if held_out else None
 
 

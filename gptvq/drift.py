@@ -93,13 +93,13 @@ def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> 
 
 @torch.no_grad()
 def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor], device: torch.device,
-              outputs: list[Tensor], new: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+              new: Callable[[], list[Tensor]] = list, scratch: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     """Runs the dense stream through a block that is still dense -> (its outputs, what aligned stages are compared with).
 
     The latter, [1, tokens, ..] per sample under the name of the stage's first linear, are about as large as the hidden
-    states each, and are kept where those are, in lists from `new`; the outputs are appended to `outputs`.
+    states each, and are kept where those are.  `new` and `scratch` make the lists for the two.
     """
-    wanted = {stage.names[0]: new() for stage in stages if stage.aligned}
+    outputs, wanted = new(), {stage.names[0]: scratch() for stage in stages if stage.aligned}
     summed = {stage.names[0] for stage in stages if stage.summed}
     for state in dense:
         run = _Run({name: linears[name] for name in wanted}, copies=True)

@@ -108,8 +108,6 @@ class Run:
 
     def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:
         """Puts a finished block and the hidden states behind it into the journal."""
-        if self.journal is None:
-            return
         now, report = time.perf_counter(), self.report
         line = {"block": index, "name": block.name, "warnings": report.warnings[self._noted:], "seconds": now - self._counted,
                 "layers": [r.to_dict() for r in report.layers if r.name.startswith(block.name + ".")],

@@ -127,13 +127,13 @@ def run_on(device: torch.device, model: nn.Module, blocks: list[Block], before: 
 
 
 @torch.no_grad()
-def embed(model: nn.Module, blocks: list[Block], tokens: Tensor, hidden: list[Tensor]) -> list[Tensor]:
-    """Appends to `hidden` the states [1, tokens, width] that enter the first block, one per row of `tokens` [samples, n].
+def embed(model: nn.Module, blocks: list[Block], tokens: Tensor, new: Callable[[], list[Tensor]] = list) -> list[Tensor]:
+    """The hidden states [1, tokens, width] that enter the first block, one per row of `tokens` [samples, n], in a `new` list.
 
     Raises ConfigError for models whose blocks get more from the tokens than the hidden state, and NumericalError for
     non-finite values.
     """
-    first = blocks[0]
+    first, hidden = blocks[0], new()
 
     def stop(module, args, kwargs):
         at, state = _hidden(args, kwargs)

@@ -105,7 +105,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
 def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor) -> None:
     """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal."""
     recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
-    example = embed(stream.model, blocks, tokens[:1], [])[0]
+    example = embed(stream.model, blocks, tokens[:1])[0]
     activations = Activations(run.journal, len(tokens), example.numel() * example.element_size())
     if run.folder is not None and not run.done:
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
@@ -119,7 +119,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     else:
         progress.stage("embedding the calibration samples")
         with run.timed("embed"):
-            hidden = embed(stream.model, blocks, tokens, activations.scratch())
+            hidden = embed(stream.model, blocks, tokens, activations.scratch)
         dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
     for index, block in enumerate(blocks[run.done:], run.done):
         progress.block(index, block.name)
@@ -131,7 +131,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
             progress.stage("running the dense block")
             with run.timed("forward"):
                 order = find_stages(block, linears, hidden[0].to(device))
-                dense, compared = run_dense(block, order, linears, dense, device, activations.new("dense", index), activations.scratch)
+                dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index), activations.scratch)
 
         packed = {}
         if run.redo is not None and index < run.redo.first:
@@ -152,11 +152,11 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         for full, linear in packed.items():
             stream.model.set_submodule(full, linear)
         block.to(home)
-        progress.stage("writing the journal")
-        with run.timed("journal"):
-            run.commit(index, block, {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})})
         block.args, block.kwargs = (), {}
         if run.journal is not None:
+            progress.stage("writing the journal")
+            with run.timed("journal"):
+                run.commit(index, block, {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})})
             stream.release(block)
 
 

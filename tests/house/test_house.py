@@ -29,7 +29,7 @@ LAYERS = [
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "plan", "report", "evaluate", "hf", "vllm", "export", "doctor",
      "storage", "machine", "job", "redo", "parts"},
     {"quantize"},
-    {"cli", "demo", "__main__"},
+    {"cli", "cli_job", "demo", "__main__"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
