@@ -1,6 +1,7 @@
 """A model as a stream of decoder blocks, and the hidden states between them: in memory one block at a time."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,9 +47,6 @@ class BlockStream:
         self.warnings: dict[str, list[str]] = {}
         self._hashes: dict[str, str] = {}
         self._non_finite: dict[str, int] = {}
-        self._passing: Block | None = None
-        for block in self.blocks:
-            block.module.register_forward_pre_hook(lambda module, args, block=block: self._pass(block))
 
     @property
     def streamed(self) -> bool:
@@ -65,8 +63,8 @@ class BlockStream:
             self.blocks = find_blocks(self.model, tokens)
             for block in self.blocks:
                 self._examine(block)
-        record_calls(self.model, self.blocks, tokens, device)
-        self.release()
+        with self._loading():
+            record_calls(self.model, self.blocks, tokens, device)
         for name, tensor in unique_tensors(self.model).items():
             if name not in self._hashes and not tensor.is_meta:
                 self._hashes[name] = digest(tensor)
@@ -95,22 +93,21 @@ class BlockStream:
                 self._examine(block)
         return linears(block.module, block.name)
 
-    def release(self, block: Block | None = None) -> None:
-        """Gives the memory of a block back (default: of the one that was loaded for a call), where it can be read again."""
-        block, self._passing = block or self._passing, None
-        if self.streamed and block is not None:
+    def release(self, block: Block) -> None:
+        """Gives the memory of a block back, where it can be read again."""
+        if self.streamed:
             block.module.to("meta")
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, device: torch.device) -> Tensor:
         """[samples, n, vocabulary] of the dense model for `tokens` [samples, n], on the CPU."""
-        handles = run_on(device, self.model, self.blocks)
-        try:
-            return call(self.model, tokens).logits.cpu()
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.release()
+        with self._loading():
+            handles = run_on(device, self.model, self.blocks)
+            try:
+                return call(self.model, tokens).logits.cpu()
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def install(self, packed: dict[str, VQWeight]) -> None:
         """Puts the packed linears in place of the dense ones."""
@@ -118,12 +115,27 @@ class BlockStream:
             linear = self.model.get_submodule(name)
             self.model.set_submodule(name, VQLinear.from_weight(vq, linear.bias, name))
 
-    def _pass(self, block: Block) -> None:
-        """Before a block's call: loads it if need be, instead of the one before."""
-        if self.streamed and block is not self._passing and any(t.is_meta for t in block.module.state_dict().values()):
-            self.release()
-            self.load(block)
-            self._passing = block
+    @contextlib.contextmanager
+    def _loading(self):
+        """For calls of the whole dense model: before a block's turn it is loaded, and the one before it released."""
+        loaded: list[Block] = []
+
+        def enter(block: Block) -> None:
+            if block not in loaded:
+                while loaded:
+                    self.release(loaded.pop())
+                self.load(block)
+                loaded.append(block)
+
+        handles = [block.module.register_forward_pre_hook(lambda module, args, block=block: enter(block))
+                   for block in self.blocks if self.streamed]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            while loaded:
+                self.release(loaded.pop())
 
     def _examine(self, block: Block) -> None:
         """Notes what a block holds when it is first seen; a dense model's experts are unfused from then on."""
