@@ -28,7 +28,7 @@ class Forks:
         self.server.stdin.flush()
 
     def result(self):
-        """{"signal", "error", "steps", "seconds"}; only the first and the last of one that was killed."""
+        """{"signal", "error", "steps", "peak", "seconds"}; only the first and the last of one that was killed."""
         return json.loads(self.server.stdout.readline())
 
     def run(self, **request):
@@ -92,7 +92,7 @@ def child(request, answer):
     except GptvqError as caught:
         error = f"{type(caught).__name__}: {caught}"
     with report:
-        json.dump({"error": error, "steps": count[0]}, report)
+        json.dump({"error": error, "steps": count[0], "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}, report)
 
 
 def serve():
