@@ -12,18 +12,25 @@ from torch import Tensor
 from .errors import ConfigError
 
 _LONGEST_NAME = 255
+_CHECK_WINDOWS, _CHECK_TOKENS = 4, 512
 _TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".html", ".xml", ".raw", ".tokens")
 
 
 def calibration_tokens(source, tokenizer, samples: int, sequence_length: int, seed: int) -> Tensor:
-    """Long [samples, sequence_length] token ids, the windows chosen by a local generator with `seed`.
+    """The first result of `calibration_windows`."""
+    return calibration_windows(source, tokenizer, samples, sequence_length, seed)[0]
+
+
+def calibration_windows(source, tokenizer, samples: int, sequence_length: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Long [samples, sequence_length] token ids, the windows chosen by a local generator with `seed`; and unused ones.
 
     `source`: whatever `read_text` takes, or an integer tensor [samples, tokens], which is used as it is.  The text is
     tokenized once, without special tokens, and cut into windows: different ones without overlap where it is long enough
-    for that, any positions otherwise.  Raises ConfigError for text shorter than one window.
+    for that, any positions otherwise.  Raises ConfigError for text shorter than one window.  The second result is the beginnings
+    of the last windows that were not chosen, [up to 4, up to 512] ids to check the result with, or None where there are none.
     """
     if isinstance(source, Tensor):
-        return _checked_ids(source)
+        return _checked_ids(source), None
     for name, value in (("samples", samples), ("sequence_length", sequence_length)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a positive integer, got {value!r}")
@@ -34,10 +41,24 @@ def calibration_tokens(source, tokenizer, samples: int, sequence_length: int, se
     generator = torch.Generator().manual_seed(seed)
     windows = len(tokens) // sequence_length
     if windows >= samples:
-        starts = torch.randperm(windows, generator=generator)[:samples] * sequence_length
+        order = torch.randperm(windows, generator=generator)
+        starts, unused = order[:samples] * sequence_length, order[samples:].sort().values * sequence_length
     else:
         starts = torch.randint(len(tokens) - sequence_length + 1, (samples,), generator=generator)
-    return torch.stack([tokens[s: s + sequence_length] for s in starts.tolist()])
+        unused = torch.tensor(range(int(starts.max()) + sequence_length, len(tokens) - sequence_length + 1, sequence_length))
+    held_out = [tokens[s: s + min(sequence_length, _CHECK_TOKENS)] for s in unused[-_CHECK_WINDOWS:].tolist()] if sequence_length > 1 else []
+    return torch.stack([tokens[s: s + sequence_length] for s in starts.tolist()]), torch.stack(held_out) if held_out else None
+
+
+def check_tokens(source, tokenizer, sequence_length: int) -> Tensor:
+    """[up to 4, up to 512] ids from the beginning of a text that the caller names for the check."""
+    if isinstance(source, Tensor):
+        return _checked_ids(source)
+    tokens = read_tokens(source, tokenizer, "check text")
+    size = min(sequence_length, _CHECK_TOKENS, len(tokens))
+    if size < 2:
+        raise ConfigError("check text: got 1 token, need at least 2 to predict one from the other; give more text")
+    return tokens[: len(tokens) // size * size].view(-1, size)[:_CHECK_WINDOWS]
 
 
 def read_tokens(source, tokenizer, what: str = "text") -> Tensor:

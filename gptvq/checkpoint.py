@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"           # of the package, noted in every checkpoint
 METHOD = "gptvq"
-CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "report.json"
+CONFIG, WHOLE, INDEX, REPORT = "config.json", "model.safetensors", "model.safetensors.index.json", "report.json"
+TIMES = "times.json"
 SHARD_BYTES = 5 * 10**9
 ANY_FLOAT = "a float"
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
@@ -38,7 +40,7 @@ def prepare(out: str | os.PathLike, overwrite: bool, source=None) -> Path:
         raise ConfigError(f"{folder}: the output must be a folder, this is a file; name another")
     probe = folder / ".gptvq-partial"
     try:
-        if folder.exists() and any(folder.iterdir()) and not overwrite:
+        if folder.exists() and any(path != probe for path in folder.iterdir()) and not overwrite:
             raise ConfigError(f"{folder}: the output folder is not empty; name another, or allow overwriting (overwrite=True, --overwrite)")
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0")
@@ -55,37 +57,37 @@ def require_space(folder: Path, need: int) -> None:
         raise ConfigError(f"{folder}: {free / 1e6:.0f} MB free, the checkpoint needs {need / 1e6:.0f} MB; free some space or name another folder")
 
 
-def save(model: nn.Module, tokenizer, folder: Path, report=None) -> None:
+def save(model: nn.Module, tokenizer, folder: Path, report=None, stored: Callable[[str], Tensor] | None = None) -> None:
     """Writes a model whose config holds the quantization settings; on any failure what was written is removed again.
 
-    Tensors keep their dtypes; of tied ones the first is stored.  Raises ConfigError where the disk is full or fails.
+    Tensors keep their dtypes; of tied ones the first is stored; `stored` gives those that the model has on the meta device.
+    Raises ConfigError where the disk is full or fails.
     """
-    from safetensors import SafetensorError
+    from .storage import sync_folder, unlink, write_text
 
-    written: list[Path] = []
-    stale = [folder / CONFIG, folder / INDEX, folder / REPORT, *folder.glob("*.safetensors")]
+    stale = [folder / CONFIG, folder / INDEX, folder / REPORT, folder / TIMES, *folder.glob("*.safetensors"), *folder.glob("*.partial")]
     before = set(folder.iterdir()) - set(stale)
     try:
-        for path in stale:      # config.json first: from here on nothing looks complete
-            path.unlink(missing_ok=True)
-        _write_shards(unique_tensors(model), folder, written)
+        unlink(stale)           # config.json first: from here on nothing looks complete
+        _write_shards(unique_tensors(model), folder, stored)
         if getattr(model, "generation_config", None) is not None:
-            _write(folder / "generation_config.json", model.generation_config.to_json_string(use_diff=True), written)
+            write_text(folder / "generation_config.json", model.generation_config.to_json_string(use_diff=True))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if report is not None:
             report.save(folder)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = str(model.dtype)[6:]
-        _write(folder / CONFIG, model.config.to_json_string(use_diff=True), written)
-        _sync_folder(folder)
+        sync_folder(folder)
+        write_text(folder / CONFIG, model.config.to_json_string(use_diff=True))
+        sync_folder(folder)
     except BaseException as error:
-        for path in (folder / CONFIG, *written, *(set(folder.iterdir()) - before)):
+        for path in (folder / CONFIG, *(set(folder.iterdir()) - before)):
             with contextlib.suppress(OSError):      # a folder, or a disk that fails altogether
                 path.unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise ConfigError(f"{folder}: writing the checkpoint failed ({error}); nothing was kept. Free some space or name another "
-                              "folder, and run again") from error
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept, but what the journal "
+                              "holds is. Free some space or make the folder writable, and run the same command again") from error
         raise
 
 
@@ -94,14 +96,15 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen, tensors = set(), {}
     for name, tensor in model.state_dict().items():
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in seen or not tensor.numel():
+        if key not in seen or not tensor.numel() or tensor.is_meta:
             tensors[name] = tensor
         seen.add(key)
     return tensors
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path, written: list[Path]) -> None:
-    from safetensors.torch import save_file
+def _write_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[str], Tensor] | None) -> None:
+    """The tensor files, each written tensor by tensor, and their index."""
+    from .storage import TensorFile, by_alignment, layout_of, write_text
 
     shards, size = [{}], 0
     for name, tensor in tensors.items():
@@ -111,37 +114,17 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, written: list[Path])
             size = 0
         shards[-1][name] = tensor
         size += nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [WHOLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    hashes = {}
     for file, shard in zip(names, shards):
-        written.append(folder / file)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file, metadata={"format": "pt"})
-        with open(folder / file, "rb+") as handle:
-            os.fsync(handle.fileno())
+        shard = by_alignment(shard)
+        with TensorFile(folder / file, layout_of(shard), {"format": "pt"}) as writer:
+            for name, tensor in shard.items():
+                writer.append(stored(name) if tensor.is_meta else tensor)
+            hashes[file] = writer.seal()["sha256"]
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    hashes = {file: tensorfile.sha256(folder / file) for file in names}
     index = {"metadata": {"total_size": total, "sha256": hashes}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-    _write(folder / INDEX, json.dumps(index, indent=1) + "\n", written)
-
-
-def _write(path: Path, text: str, written: list[Path]) -> None:
-    """All or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    written += [partial, path]
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 # ---- reading
@@ -186,7 +169,7 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
 def tensor_files(folder: Path) -> list[Path]:
     """The shards of a checkpoint folder, from its index; raises FormatError for missing ones and for names that leave the folder."""
     if not (folder / INDEX).exists():
-        return [folder / "model.safetensors"]
+        return [folder / WHOLE]
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise FormatError(f"{folder / INDEX}: weight_map: need an object of file names; the file is damaged, copy it again")

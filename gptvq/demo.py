@@ -63,7 +63,7 @@ def run(args) -> list[Row]:
                       "tokens", highlight=False, soft_wrap=True)
         with RichProgress(console) as progress:
             report = quantize(source, out, VQConfig.preset(preset), calibration=calibration, samples=args.samples,
-                              sequence_length=args.sequence_length, dtype="bfloat16", overwrite=True, progress=progress)
+                              sequence_length=args.sequence_length, dtype="bfloat16", overwrite=True, check=None, progress=progress)
         report.model = None                             # what follows is read back from disk
         gc.collect()
         model = gptvq.load(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +93,14 @@ def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> 
 
 
 @torch.no_grad()
-def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor],
-              device: torch.device) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor], device: torch.device,
+              new: Callable[[], list[Tensor]] = list, scratch: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     """Runs the dense stream through a block that is still dense -> (its outputs, what aligned stages are compared with).
 
     The latter, [1, tokens, ..] per sample under the name of the stage's first linear, are about as large as the hidden
-    states each, and are kept where those are.
+    states each, and are kept where those are.  `new` and `scratch` make the lists for the two.
     """
-    outputs, wanted = [], {stage.names[0]: [] for stage in stages if stage.aligned}
+    outputs, wanted = new(), {stage.names[0]: scratch() for stage in stages if stage.aligned}
     summed = {stage.names[0] for stage in stages if stage.summed}
     for state in dense:
         run = _Run({name: linears[name] for name in wanted}, copies=True)

@@ -93,3 +93,25 @@ def decode(model, prompt: Tensor, new_tokens: int) -> tuple[list[int], float]:
 def tokens_per_second(model, prompt: Tensor, new_tokens: int = 32) -> float:
     """Greedy decoding speed after the prompt, int [n] ids, batch 1."""
     return decode(model, prompt, new_tokens)[1]
+
+
+@torch.inference_mode()
+def divergence(dense: Tensor, model, tokens: Tensor) -> dict[str, float]:
+    """How far `model` is from the one whose logits [samples, n, vocabulary] for `tokens` [samples, n] are `dense`.
+
+    {"kl": mean KL(dense || model) per token in nats, "same_token": share of positions with the same likeliest token, "tokens"}.
+    Raises NumericalError for a divergence that is not finite.
+    """
+    kl, same = 0.0, 0
+    place = next(model.parameters()).device
+    for ids, want in zip(tokens, dense):
+        logits = model(input_ids=ids[None].to(place), use_cache=False).logits[0].cpu()
+        for p, q in zip(want.split(_CHUNK), logits.split(_CHUNK)):
+            p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    count = tokens.numel()
+    if not math.isfinite(kl):
+        raise NumericalError(f"the divergence from the dense model on {count} tokens is {kl}; the model's weights or activations overflow, "
+                             "try dtype bfloat16 or float32")
+    return {"kl": kl / count, "same_token": same / count, "tokens": count}

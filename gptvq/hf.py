@@ -141,7 +141,7 @@ def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dt
         raise ConfigError(f"{folder}: not a gptvq checkpoint; quantize a model into it first")
     verify(folder, hashes=False)
     check_activations(activations)
-    model = _from_pretrained(folder, FormatError, dtype=_dtype(dtype), local_files_only=True, use_safetensors=True)
+    model = from_pretrained(folder, FormatError, dtype=read_dtype(dtype), local_files_only=True, use_safetensors=True)
     set_activations(model, activations)
     return model.to(pick_device(device)).eval()
 
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dt
 def open_model(source: str | os.PathLike, device=None, dtype="auto", activations="a16") -> tuple[nn.Module, object]:
     """(model in eval mode, tokenizer or None) of a packed or dense folder, a .gguf file or a hub id."""
     if Path(source).is_dir() and checkpoint.is_packed(Path(source)):
-        return load(source, device, dtype, activations), _tokenizer(Path(source))
+        return load(source, device, dtype, activations), read_tokenizer(Path(source))
     model, tokenizer, _ = open_dense(source, dtype)
     return model.to(pick_device(device)), tokenizer
 
@@ -159,17 +159,17 @@ def open_dense(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> 
 
     Dtype "auto" is the stored one, bfloat16 for GGUF files, whose weights are unpacked.
     """
-    dtype, path = _dtype(dtype), Path(source)
+    dtype, path = read_dtype(dtype), Path(source)
     gguf = _gguf_file(path)
     if gguf is not None:
         settings = transformers.GgufConfig(gguf_file=gguf.name, dequantize=True)
-        model = _from_pretrained(gguf.parent, ConfigError, gguf_file=gguf.name, quantization_config=settings,
+        model = from_pretrained(gguf.parent, ConfigError, gguf_file=gguf.name, quantization_config=settings,
                                  dtype=torch.bfloat16 if dtype == "auto" else dtype)
         for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
             with contextlib.suppress(AttributeError):
                 delattr(holder, name)       # the weights are dense now
         model.is_quantized = False
-        tokenizer = _tokenizer(gguf.parent, gguf_file=gguf.name)
+        tokenizer = read_tokenizer(gguf.parent, gguf_file=gguf.name)
         _mend_from_gguf(gguf, tokenizer, model)
         return model.eval(), tokenizer, gguf.name
     if path.is_dir():
@@ -177,11 +177,11 @@ def open_dense(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> 
             raise ConfigError(f"{path}: no config.json and no .gguf file in this folder; name a Hugging Face model's folder")
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise ConfigError(f"{source}: no such model; need a folder, a .gguf file or a hub id")
-    model = _from_pretrained(source, ConfigError, dtype=dtype)
+    model = from_pretrained(source, ConfigError, dtype=dtype)
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if method is not None:
         raise ConfigError(f"{source}: already quantized ({getattr(method, 'value', method)}); start from the dense model")
-    return model.eval(), _tokenizer(source), path.resolve().name if path.is_dir() else str(source)
+    return model.eval(), read_tokenizer(source), path.resolve().name if path.is_dir() else str(source)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -208,7 +208,7 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return tuple(module.weight.shape[::-1]) if module is not None and is_conv1d(module) else None
 
 
-def _from_pretrained(source, failure, **kwargs) -> nn.Module:
+def from_pretrained(source, failure, **kwargs) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):         # some models draw random numbers before their weights are read
             return transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
@@ -218,7 +218,7 @@ def _from_pretrained(source, failure, **kwargs) -> nn.Module:
         raise failure(f"{source}: transformers cannot load it as a causal language model ({type(error).__name__}: {error})") from error
 
 
-def _tokenizer(source, **kwargs):
+def read_tokenizer(source, **kwargs):
     """The tokenizer, or None where a local folder holds no tokenizer files."""
     if Path(source).is_dir() and not kwargs and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
         return None
@@ -280,7 +280,7 @@ def _gguf_metadata(path: Path) -> dict:
         return {value(8): value(number("I")) for _ in range(number("Q"))}
 
 
-def _dtype(dtype: str | torch.dtype):
+def read_dtype(dtype: str | torch.dtype):
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, need one of {', '.join(DTYPES)}")

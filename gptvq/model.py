@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module, tokens: Tensor) -> list[Block]:
                 lambda m, args, kwargs, out, log=calls[name], i=index: log.append((i, _hidden(args, kwargs)[1], _output(out))),
                 with_kwargs=True))
     try:
-        _call(model, tokens[:, :_PROBE_TOKENS])
+        call(model, tokens[:, :_PROBE_TOKENS])
     finally:
         for handle in handles:
             handle.remove()
@@ -80,34 +80,60 @@ def find_blocks(model: nn.Module, tokens: Tensor) -> list[Block]:
 
 @torch.no_grad()
 def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device) -> None:
-    """Fills in the arguments of every block from one real call on `tokens` [1, n], whose blocks run on `device`."""
-    handles = []
+    """Fills in the arguments of every block from one real call on `tokens` [1, n], whose blocks run on `device`.
+
+    Raises ConfigError unless the model calls the blocks one after the other, each on the output of the one before.
+    """
+    called: list[Block] = []
+    last: list[Any] = [None]
+
+    def before(block: Block, args: tuple, kwargs: dict) -> None:
+        block.hidden_at, hidden = _hidden(args, kwargs)
+        block.args = tuple(None if block.hidden_at == i else a for i, a in enumerate(args))
+        block.kwargs = {k: v for k, v in kwargs.items() if k != block.hidden_at}
+        if block is not blocks[len(called)] or called and not _same(last[0], hidden):
+            raise ConfigError(f"{type(model).__name__}: {block.name} is not called on the output of the block before it; need a decoder-only "
+                              "language model. If it is one, load it and pass the module instead of its name")
+        called.append(block)
+
+    def after(block: Block, out: Any) -> None:
+        last[0] = _output(out)
+        if block is blocks[-1]:
+            raise Stop
+
+    _until_stopped(model, tokens, run_on(device, model, blocks, before, after))
+
+
+def run_on(device: torch.device, model: nn.Module, blocks: list[Block], before: Callable | None = None,
+           after: Callable | None = None) -> list:
+    """Handles of hooks with which the blocks of a call on `model` run on `device`, one there at a time."""
+    handles, home = [], next(model.parameters()).device
     for block in blocks:
-        def before(module, args, kwargs, block=block):
-            block.hidden_at, _ = _hidden(args, kwargs)
-            block.args = tuple(None if block.hidden_at == i else a for i, a in enumerate(args))
-            block.kwargs = {k: v for k, v in kwargs.items() if k != block.hidden_at}
+        def enter(module, args, kwargs, block=block):
+            if before is not None:
+                before(block, args, kwargs)
             module.to(device)
             return _map(lambda t: t.to(device), (args, kwargs))
 
-        def after(module, args, out, block=block, home=next(model.parameters()).device):
+        def leave(module, args, out, block=block):
             module.to(home)
-            if block is blocks[-1]:
-                raise Stop
-            return _map(lambda t: t.to(home), out)
+            out = _map(lambda t: t.to(home), out)
+            if after is not None:
+                after(block, out)
+            return out
 
-        handles += [block.module.register_forward_pre_hook(before, with_kwargs=True), block.module.register_forward_hook(after)]
-    _until_stopped(model, tokens, handles)
+        handles += [block.module.register_forward_pre_hook(enter, with_kwargs=True), block.module.register_forward_hook(leave)]
+    return handles
 
 
 @torch.no_grad()
-def embed(model: nn.Module, blocks: list[Block], tokens: Tensor) -> list[Tensor]:
-    """The hidden states [1, tokens, width] that enter the first block, one per row of `tokens` [samples, n].
+def embed(model: nn.Module, blocks: list[Block], tokens: Tensor, new: Callable[[], list[Tensor]] = list) -> list[Tensor]:
+    """The hidden states [1, tokens, width] that enter the first block, one per row of `tokens` [samples, n], in a `new` list.
 
     Raises ConfigError for models whose blocks get more from the tokens than the hidden state, and NumericalError for
     non-finite values.
     """
-    first, hidden = blocks[0], []
+    first, hidden = blocks[0], new()
 
     def stop(module, args, kwargs):
         at, state = _hidden(args, kwargs)
@@ -115,14 +141,14 @@ def embed(model: nn.Module, blocks: list[Block], tokens: Tensor) -> list[Tensor]
         if not _same(rest, (first.args, first.kwargs)):
             raise ConfigError(f"{first.name}: its arguments beside the hidden state differ from sample to sample; "
                               f"{type(model).__name__} feeds tokens to its blocks in another way, which is not supported")
+        if not bool(torch.isfinite(state).all()):
+            raise NumericalError(f"embeddings: non-finite activations enter {first.name}; the source checkpoint is damaged or its "
+                                 "dtype overflowed, try dtype float32")
         hidden.append(state.clone())
         raise Stop
 
     for ids in tokens:
         _until_stopped(model, ids[None], [first.module.register_forward_pre_hook(stop, with_kwargs=True)])
-        if not bool(torch.isfinite(hidden[-1]).all()):
-            raise NumericalError(f"embeddings: non-finite activations enter {first.name}; the source checkpoint is damaged or its "
-                                 "dtype overflowed, try dtype float32")
     return hidden
 
 
@@ -212,7 +238,8 @@ class InputCollector:
             self.hessians.setdefault(name, Hessian(x.shape[-1], self.device)).add(x)
 
 
-def _call(model: nn.Module, tokens: Tensor) -> Any:
+def call(model: nn.Module, tokens: Tensor) -> Any:
+    """The model's own forward on `tokens` [samples, n], without a cache."""
     parameters = inspect.signature(model.forward).parameters
     cache = {"use_cache": False} if "use_cache" in parameters or hasattr(model, "generation_config") else {}
     return model(tokens.to(next(model.parameters()).device), **cache)
@@ -220,7 +247,7 @@ def _call(model: nn.Module, tokens: Tensor) -> Any:
 
 def _until_stopped(model: nn.Module, tokens: Tensor, handles: list) -> None:
     try:
-        _call(model, tokens)
+        call(model, tokens)
     except Stop:
         pass
     finally:

@@ -2,36 +2,35 @@
 from __future__ import annotations
 
 import os
-import time
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .calibration import calibration_tokens, describe, tokens_sha256
+from .calibration import (
+    calibration_windows,
+    check_tokens,
+    describe,
+    tokens_sha256,
+)
 from .config import VQConfig
 from .drift import Stage, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
+from .evaluate import divergence
+from .job import Run
 from .linear import VQLinear
-from .model import (
-    Block,
-    dense_weight,
-    embed,
-    find_blocks,
-    in_list,
-    linears,
-    record_calls,
-    unfuse_experts,
-)
+from .model import Block, dense_weight, embed, in_list
 from .report import Progress, Report
 from .solver import solve
-from .spec import LAYOUT_VERSION
+from .spec import LAYOUT_VERSION, QuantSpec
+from .stream import Activations, BlockStream, open_stream
 
 
 def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None, config: VQConfig | str = "2d-2.25", *,
              calibration, samples: int = 128, sequence_length: int = 2048, device=None, dtype="auto", overwrite: bool = False,
+             resume: str = "auto", redo: str | Sequence[str] = (), check="auto", strict: bool = False,
              progress: Progress | None = None, tokenizer=None) -> Report:
     """Quantizes every linear in the decoder blocks of `model` and writes a packed checkpoint into the folder `out`.
 
@@ -39,121 +38,202 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     `tokenizer`.  out: a new or empty folder (`overwrite` replaces a checkpoint in it), or None to keep the result in memory.
     config: a VQConfig or a preset's name.  calibration: text, a path, a dataset's name, strings, or ids [samples, tokens].
     device: where blocks run and are solved, one at a time; None is the GPU where there is one.  dtype: to load the model in.
-    Memory: beside the model, two hidden states of every calibration token (the dense model's and the quantized one's) and, for
-    the block at hand, about four more; `Recipe(compensate=0)` needs only one.
-    The report holds the quantized model (`.model`, runs at once) and the tokenizer.  Raises ConfigError for unusable
-    arguments, before any work, and NumericalError for non-finite weights or activations; nothing unfinished is left in `out`.
+    resume: "auto" keeps a journal in `out`, and the same call goes on behind the last finished block; "fresh" starts over;
+    "never" keeps none.  redo: names or patterns of layers of the finished checkpoint in `out`, or "weak", to do again.
+    check: text or ids on which the saved model is compared with the dense one; "auto" is calibration text that was not used,
+    None does without.  strict: whatever would be a warning or a repair in the report is an error.
+    Memory: of a folder's model one block at a time; two hidden states of every calibration token (the dense model's and the
+    quantized one's) and, for the block at hand, about four more, in files where they are large.  `Recipe(compensate=0)`
+    needs only one.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
+    Raises ConfigError for unusable arguments, before any work, ResumeMismatch where `out` holds another job, NumericalError
+    for non-finite weights or activations, and GptvqError under `strict`.
     """
-    began, progress = time.perf_counter(), progress or Progress()
+    from .hf import pick_device
+
     config = VQConfig.preset(config) if isinstance(config, str) else config
     if not isinstance(config, VQConfig):
         raise ConfigError(f"config: got {type(config).__name__}, need a VQConfig or a preset's name")
-    fresh = out is not None and not Path(out).exists()
-    folder = None if out is None else checkpoint.prepare(out, overwrite, model)
+    run = Run(config, pick_device(device), resume, (redo,) if isinstance(redo, str) else tuple(redo), strict, overwrite, progress or Progress())
+    new = out is not None and not Path(out).exists()
     try:
-        report = _quantize(model, folder, config, calibration, samples, sequence_length, device, dtype, progress, tokenizer)
-        report.seconds = time.perf_counter() - began
-        if folder is not None:
-            progress.stage("writing the checkpoint")
-            checkpoint.save(report.model, report.tokenizer, folder, report)
+        if out is not None:
+            run.claim(out, model)
+        return _quantize(model, run, calibration, samples, sequence_length, dtype, check, tokenizer)
     except BaseException:
-        if fresh and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        run.give_up()
+        if new and run.folder is not None and run.folder.is_dir() and not any(run.folder.iterdir()):
+            run.folder.rmdir()
         raise
+
+
+@torch.no_grad()
+def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, check, tokenizer) -> Report:
+    config, device, progress = run.config, run.device, run.progress
+    report = run.report = Report("", config)
+    progress.stage("loading the model")
+    with run.timed("load"):
+        stream = open_stream(source, dtype, tokenizer)
+        if run.folder is not None and not hasattr(stream.model, "config"):
+            raise ConfigError(f"{stream.name}: only Hugging Face models can be written to a folder; pass out=None")
+        tokens, unused = calibration_windows(calibration, stream.tokenizer, samples, sequence_length, config.seed)
+        _check_tokens(stream.model, tokens)
+        held_out = _held_out(run, check, unused, calibration, stream, tokens.shape[1])
+    progress.stage("reading the whole model once")
+    with run.timed("survey"):
+        stream.survey(tokens[:1], device)
+    specs = config.resolve(stream.shapes)
+    stream.require_finite(specs)
+    report.model_name, report.tokenizer = stream.name, stream.tokenizer
+    report.calibration = {"source": describe(calibration), "samples": tokens.shape[0], "sequence_length": tokens.shape[1],
+                          "tokens": tokens.numel(), "sha256": tokens_sha256(tokens)}
+    complete = run.begin(stream, specs, report)
+    wanted = None
+    if held_out is not None and run.report.check.get("sha256") != tokens_sha256(held_out):
+        with run.timed("check"):
+            wanted = stream.logits(held_out, device)
+    if not complete:
+        _quantize_blocks(stream, run, specs, tokens)
+        _describe(stream, run, specs)
+        run.finish(stream)
+    report = run.report
+    if wanted is not None:
+        _compare(run, wanted, held_out)
     progress.finish(report)
     return report
 
 
-@torch.no_grad()
-def _quantize(source, folder, config, calibration, samples, sequence_length, device, dtype, progress, tokenizer) -> Report:
-    from .hf import attach, open_dense, pick_device
-
-    stages: dict[str, float] = {}
-    device = pick_device(device)
-    progress.stage("loading the model")
-    with _timed(stages, "load"):
-        if isinstance(source, nn.Module):
-            model, name = source.eval(), type(source).__name__
-        else:
-            model, read_tokenizer, name = open_dense(source, dtype)
-            tokenizer = read_tokenizer if tokenizer is None else tokenizer
-        if folder is not None and not hasattr(model, "config"):
-            raise ConfigError(f"{name}: only Hugging Face models can be written to a folder; pass out=None")
-        tokens = calibration_tokens(calibration, tokenizer, samples, sequence_length, config.seed)
-        _check_tokens(model, tokens)
-
-    blocks = find_blocks(model, tokens[:1])
-    experts, warnings = unfuse_experts(model, blocks)
-    modules = {full: linear for block in blocks for full, linear in linears(block.module, block.name).items()}
-    specs = config.resolve({full: tuple(dense_weight(linear).shape) for full, linear in modules.items()})
-    for full in specs:
-        if not bool(torch.isfinite(modules[full].weight).all()):
-            raise NumericalError(f"{full}: the weight holds {int((~torch.isfinite(modules[full].weight)).sum())} non-finite values; the "
-                                 "source checkpoint is damaged or its dtype overflowed")
-    report = Report(name, config, warnings=warnings, tokenizer=tokenizer, model=model, stages=stages, calibration={
-        "source": describe(calibration), "samples": tokens.shape[0], "sequence_length": tokens.shape[1], "tokens": tokens.numel(),
-        "sha256": tokens_sha256(tokens)})
-    report.dense_bytes = sum(modules[full].weight.numel() * modules[full].weight.element_size() for full in specs)
-    report.other_bytes = sum(t.numel() * t.element_size() for t in checkpoint.unique_tensors(model).values()) - report.dense_bytes
-    if folder is not None:
-        checkpoint.require_space(folder, report.other_bytes + sum(spec.nbytes for spec in specs.values()))
-    progress.start(sum(spec.rows * spec.cols for spec in specs.values()), len(blocks))
-
-    progress.stage("embedding the calibration samples")
-    with _timed(stages, "embed"):
-        record_calls(model, blocks, tokens[:1], device)
-        hidden = embed(model, blocks, tokens)
-    dense = list(hidden) if config.recipe.compensate else []    # as `hidden`, but of the dense model
-    for index, block in enumerate(blocks):
+def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor) -> None:
+    """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal."""
+    recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
+    example = embed(stream.model, blocks, tokens[:1])[0]
+    activations = Activations(run.journal, len(tokens), example.numel() * example.element_size())
+    if run.folder is not None and not run.done:
+        checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
+                                 + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
+                                 + (len(tokens) * activations.bytes_per_sample if run.journal else 0))
+    todo = [name for block in blocks[run.done:] for name in specs if name.startswith(block.name + ".")]
+    progress.start(sum(specs[name].rows * specs[name].cols for name in todo), len(blocks))
+    if run.done:
+        hidden = activations.stored("hidden", run.done - 1)
+        dense = activations.stored("dense", run.done - 1) if recipe.compensate else []
+    else:
+        progress.stage("embedding the calibration samples")
+        with run.timed("embed"):
+            hidden = embed(stream.model, blocks, tokens, activations.scratch)
+        dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
+    for index, block in enumerate(blocks[run.done:], run.done):
         progress.block(index, block.name)
+        linears = {full: linear for full, linear in stream.load(block).items() if full in specs}
         home = next(block.module.parameters()).device
         block.to(device)
-        names = {full: modules[full] for full in linears(block.module, block.name) if full in specs}
-        order, wanted = [Stage(tuple(names))], {}
-        if config.recipe.compensate:
+        order, compared = [Stage(tuple(linears))], {}
+        if recipe.compensate:
             progress.stage("running the dense block")
-            with _timed(stages, "forward"):
-                order = find_stages(block, names, hidden[0].to(device))
-                dense, wanted = run_dense(block, order, names, dense, device)
+            with run.timed("forward"):
+                order = find_stages(block, linears, hidden[0].to(device))
+                dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index), activations.scratch)
 
-        packed: dict[str, VQLinear] = {}
-        for stage in order:
-            progress.stage("collecting Hessians")
-            with _timed(stages, "hessians"):
-                inputs = collect(stage, {full: modules[full] for full in stage.names}, block, hidden, wanted, device)
-            for full in stage.names:
-                linear, hessian = modules[full], inputs.hessians[full]
-                if hessian.tokens + hessian.dropped == 0:
-                    if not any(full.startswith(expert + ".") for expert in experts) and not in_list(block, full):
-                        warnings.append(f"{full}: never called in the calibration runs, left dense")
-                        continue
-                    warnings.append(f"{full}: saw no calibration tokens, quantized without them; more samples would help")
-                progress.stage(f"solving {full}")
-                with _timed(stages, "solve"):
-                    weight = inputs.target(full, dense_weight(linear).float(), config.recipe)
-                    vq, record = solve(weight, hessian, specs[full], config.recipe, full)
-                packed[full] = VQLinear.from_weight(vq, linear.bias, full)
-                report.layers.append(record)
-                progress.layer(record)
-                # The same values unpacked once, not again for every sample.
-                model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
-                del modules[full]
+        packed = {}
+        if run.redo is not None and index < run.redo.first:
+            for full, record in run.redo.kept.items():
+                if full in linears:
+                    packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
+                    run.report.layers.append(record)
+                    stream.model.set_submodule(full, packed[full].to_dense(linears.pop(full).weight.dtype))
+        else:
+            for stage in order:
+                packed |= _solve_stage(stage, block, linears, hidden, compared, specs, stream, run)
 
         progress.stage("running the quantized block")
-        with _timed(stages, "forward"):
-            hidden = [_finite(block(state.to(device)), block).to(state.device) for state in hidden]
+        with run.timed("forward"):
+            before, hidden = hidden, activations.new("hidden", index)
+            for state in before:
+                hidden.append(_finite(block(state.to(device)), block).to(state.device))
         for full, linear in packed.items():
-            model.set_submodule(full, linear)
+            stream.model.set_submodule(full, linear)
         block.to(home)
         block.args, block.kwargs = (), {}
+        if run.journal is not None:
+            progress.stage("writing the journal")
+            with run.timed("journal"):
+                run.commit(index, block, {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})})
+            stream.release(block)
 
+
+def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, specs: dict[str, QuantSpec],
+                 stream: BlockStream, run: Run) -> dict[str, VQLinear]:
+    """Quantizes the linears of a stage and puts the values they have now in their places -> the packed ones."""
+    packed, recipe, progress = {}, run.config.recipe, run.progress
+    progress.stage("collecting Hessians")
+    with run.timed("hessians"):
+        inputs = collect(stage, {full: linears[full] for full in stage.names}, block, hidden, compared, run.device)
+    for full in stage.names:
+        linear, hessian = linears[full], inputs.hessians[full]
+        if hessian.dropped:
+            run.note(f"{full}: {hessian.dropped} of {hessian.tokens + hessian.dropped} calibration tokens gave non-finite activations and "
+                     "were left out")
+        if hessian.tokens + hessian.dropped == 0:
+            if not any(full.startswith(expert + ".") for expert in stream.experts[block.name]) and not in_list(block, full):
+                run.note(f"{full}: never called in the calibration runs, left dense")
+                continue
+            how = "for those that other experts saw" if hessian.borrowed else "without them"
+            run.note(f"{full}: saw no calibration tokens, quantized {how}; more samples would help")
+        progress.stage(f"solving {full}")
+        with run.timed("solve"):
+            weight = inputs.target(full, dense_weight(linear).float(), recipe)
+            vq, record = solve(weight, hessian, specs[full], recipe, full)
+        if record.repair:
+            run.fallback(f"{full}: its Hessian took a repair: {record.repair}")
+        packed[full] = VQLinear.from_weight(vq, linear.bias, full)
+        run.report.layers.append(record)
+        progress.layer(record)
+        # The same values unpacked once, not again for every sample.
+        stream.model.set_submodule(full, packed[full].to_dense(linear.weight.dtype))
+        del linears[full]
+    return packed
+
+
+def _describe(stream: BlockStream, run: Run, specs: dict[str, QuantSpec]) -> None:
+    """The totals of the report, and the settings of the quantized model."""
+    from .hf import attach
+
+    report = run.report
     quantized = {record.name: record.spec.to_dict() for record in report.layers}
-    left = sum(modules[full].weight.numel() * modules[full].weight.element_size() for full in specs if full not in quantized)
-    report.dense_bytes, report.other_bytes = report.dense_bytes - left, report.other_bytes + left
-    if hasattr(model, "config"):
-        attach(model, {"version": checkpoint.VERSION, "layout_version": LAYOUT_VERSION, "config": config.to_dict(), "layers": quantized,
-                       "bits_per_value": report.bits_per_value, "calibration": report.calibration, "experts": experts})
-    return report
+    report.dense_bytes = sum(stream.weight_bytes[name] for name in quantized)
+    report.other_bytes = stream.nbytes - report.dense_bytes
+    if hasattr(stream.model, "config"):
+        attach(stream.model, {
+            "version": checkpoint.VERSION, "layout_version": LAYOUT_VERSION, "config": run.config.to_dict(), "layers": quantized,
+            "bits_per_value": report.bits_per_value, "calibration": report.calibration,
+            "experts": [name for block in stream.blocks for name in stream.experts[block.name]]})
+    if stream.streamed and run.journal is not None:
+        report.folder = run.folder                              # the model is read back when somebody asks for it
+    else:
+        report.model = stream.model
+
+
+def _held_out(run: Run, check, unused: Tensor | None, calibration, stream: BlockStream, sequence_length: int) -> Tensor | None:
+    """Tokens to compare the saved model on, None to do without."""
+    if check is None or run.folder is None:
+        return None
+    if not (isinstance(check, str) and check == "auto"):
+        tokens = check_tokens(check, stream.tokenizer, sequence_length)
+        _check_tokens(stream.model, tokens)
+        return tokens
+    if unused is None and not isinstance(calibration, Tensor):
+        run.note("no calibration text was left over to check the result on; give some (check=, --check)")
+    return unused
+
+
+def _compare(run: Run, wanted: Tensor, tokens: Tensor) -> None:
+    """Reads the checkpoint back and notes how far it is from the dense model's logits `wanted` for `tokens`."""
+    from .hf import load
+
+    run.progress.stage("reading the checkpoint back and comparing it with the dense model")
+    with run.timed("check"):
+        found = divergence(wanted, load(run.folder, run.device), tokens)
+    run.report.check = {**found, "sha256": tokens_sha256(tokens)}
+    run.report.save(run.folder)
 
 
 def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
@@ -176,12 +256,3 @@ def _finite(hidden: Tensor, block: Block) -> Tensor:
         raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden)).sum())} non-finite activations; the source "
                              "checkpoint is damaged or its dtype overflowed, try dtype float32")
     return hidden
-
-
-@contextmanager
-def _timed(stages: dict[str, float], stage: str):
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - began

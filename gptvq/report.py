@@ -1,13 +1,14 @@
-"""What a quantization run did: one record per linear, totals, warnings, times; report.json beside the checkpoint."""
+"""What a quantization run did: one record per linear, totals, warnings, times; beside the checkpoint in two files.
+
+report.json is a matter of the job alone: run again, or interrupted and gone on with, it comes out byte by byte the same.
+Seconds and the machine are in times.json.
+"""
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,22 +17,26 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint
 from .config import VQConfig
 from .errors import FormatError, GptvqError
+from .machine import environment
 from .spec import QuantSpec
+from .storage import write_text
 
 if TYPE_CHECKING:
     from .solver import LayerRecord
 
 REPORT_VERSION = 1
-REPORT_FILE = "report.json"
+REPORT_FILE, TIMES_FILE = "report.json", "times.json"
 
 
 @dataclass
 class Report:
-    """Outcome of `quantize`: `layers` in model order, byte counts, seconds; `model` runs at once and is not saved.
+    """Outcome of `quantize`: `layers` in model order, byte counts, seconds.
 
     `dense_bytes` counts the quantized weights as they were before, in the model's dtype; `other_bytes` all tensors that
     were left alone (embeddings, norms, head, biases), a tied one once.  `calibration` holds source, samples,
-    sequence_length, tokens and the sha256 of the token ids.
+    sequence_length, tokens and the sha256 of the token ids.  `job` is what decides the bytes of the result; `check` the
+    divergence from the dense model after reading back (empty: not measured); `redone` which blocks were computed anew, on
+    top of which calibration (empty: none).
     """
 
     model_name: str
@@ -43,9 +48,25 @@ class Report:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)      # stage of the job -> seconds
     warnings: list[str] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=lambda: environment())
-    model: Any = field(default=None, repr=False, compare=False)
+    environment: dict[str, Any] = field(default_factory=environment)
+    job: dict[str, Any] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
+    redone: dict[str, Any] = field(default_factory=dict)
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    folder: Path | None = field(default=None, repr=False, compare=False)
+    _model: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def model(self) -> Any:
+        """The quantized model, which runs at once; of one that was streamed, what is read back from the folder."""
+        if self._model is None and self.folder is not None:
+            from .hf import load
+            self._model = load(self.folder)
+        return self._model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = model
 
     @property
     def weights(self) -> int:
@@ -75,25 +96,18 @@ class Report:
                        "packed_bytes": self.packed_bytes, "dense_bytes": self.dense_bytes, "other_bytes": self.other_bytes,
                        "mean_error": self.mean_error, "seconds": self.seconds},
             "layers": [layer.to_dict() for layer in self.layers],
-            "warnings": list(self.warnings), "stages": dict(self.stages), "environment": dict(self.environment),
+            "warnings": list(self.warnings), "job": dict(self.job), "check": dict(self.check), "redone": dict(self.redone),
+            "stages": dict(self.stages), "environment": dict(self.environment),
         }
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes report.json into an existing `folder`, all or nothing; numbers that are not finite become null."""
-        path = Path(folder) / REPORT_FILE
-        partial = path.with_suffix(".json.partial")
-        text = json.dumps(finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise GptvqError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose a writable "
-                             "folder") from error
-        return path
+        """Writes report.json and times.json into an existing `folder`, each all or nothing; numbers that are not finite become null."""
+        values = finite(self.to_dict())
+        times = {"seconds": values["totals"].pop("seconds"), "stages": values.pop("stages"), "environment": values.pop("environment"),
+                 "layers": {layer["name"]: layer.pop("seconds") for layer in values["layers"]}}
+        for name, content in ((TIMES_FILE, times), (REPORT_FILE, values)):
+            write_text(Path(folder) / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return Path(folder) / REPORT_FILE
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Report:
@@ -103,10 +117,14 @@ class Report:
         version = values.get("version")
         if version != REPORT_VERSION:
             raise FormatError(f"{path}: report version {version!r}, this gptvq reads {REPORT_VERSION}; install a matching gptvq")
+        times = path.with_name(TIMES_FILE)
         try:
-            report = cls(values["model"], VQConfig.from_dict(values["config"]), [_record(v) for v in values["layers"]],
-                         values["calibration"], values["totals"]["dense_bytes"], values["totals"]["other_bytes"],
-                         values["totals"]["seconds"], values["stages"], values["warnings"], values["environment"])
+            times = checkpoint.read_json(times) if times.exists() else {**values, "seconds": values["totals"].get("seconds", 0.0), "layers": {}}
+            layers = [record_of({"seconds": times["layers"].get(v["name"], 0.0), **v}) for v in values["layers"]]
+            report = cls(values["model"], VQConfig.from_dict(values["config"]), layers, values["calibration"],
+                         values["totals"]["dense_bytes"], values["totals"]["other_bytes"], times["seconds"], times.get("stages", {}),
+                         values["warnings"], times.get("environment", {}), values.get("job", {}), values.get("check", {}),
+                         values.get("redone", {}), folder=Path(folder))
             _check_kinds(report)
         except (GptvqError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise FormatError(f"{path}: not a report of this version ({type(error).__name__}: {error}); quantize again") from error
@@ -240,32 +258,6 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def environment() -> dict[str, Any]:
-    """Processor, cores and versions of what decides the bytes and the speed of a run; JSON ready."""
-    import torch
-
-    found = {name: importlib.metadata.version(name) for name in ("gptvq", "torch", "transformers") if _installed(name)}
-    return {"machine": platform.machine(), "system": platform.system(), "processor": _processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-            "python": platform.python_version(), **found}
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _processor() -> str:
-    if sys.platform.startswith("linux"):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def finite(value):
     """The same JSON value with null for every float that JSON cannot write."""
     if isinstance(value, dict):
@@ -275,7 +267,8 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _record(values: dict) -> LayerRecord:
+def record_of(values: dict) -> LayerRecord:
+    """The record that `LayerRecord.to_dict` wrote."""
     from .solver import LayerRecord
 
     known = [f.name for f in dataclasses.fields(LayerRecord) if f.name in values or f.default is dataclasses.MISSING is f.default_factory]

@@ -26,10 +26,10 @@ LAYERS = [
     {"refine"},
     {"solver"},
     {"linear"},
-    {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify",
-     "plan", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor"},
+    {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",
+     "redo", "parts", "plan", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor"},
     {"quantize"},
-    {"cli", "cli_plan", "demo", "__main__"},
+    {"cli", "cli_job", "cli_plan", "demo", "__main__"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -9,7 +9,13 @@ from job.tiny_models import build, preset
 from torch import nn
 
 import gptvq
-from gptvq import ConfigError, GptvqError, NumericalError, checkpoint
+from gptvq import (
+    ConfigError,
+    GptvqError,
+    NumericalError,
+    ResumeMismatch,
+    checkpoint,
+)
 from gptvq.report import Progress
 
 
@@ -130,7 +136,8 @@ def test_overwriting_replaces_a_checkpoint_and_nothing_else(tmp_path, ids):
     gptvq.quantize(build(), out, preset("2d-4.125"), calibration=ids)
     (out / "notes.txt").write_text("mine")
     (out / "model-00002-of-00002.safetensors").write_bytes(b"left over")
-    refused("not empty", Untouched(), out, calibration=ids)
+    refused("config.index_bits was 4, is 2", Untouched(), out, calibration=ids, error=ResumeMismatch)
+    refused("not empty", Untouched(), out, calibration=ids, resume="never")
     report = gptvq.quantize(build(), out, preset("2d-2.25"), calibration=ids, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine" and not (out / "model-00002-of-00002.safetensors").exists()
     loaded = gptvq.load(out, device="cpu")
@@ -138,20 +145,23 @@ def test_overwriting_replaces_a_checkpoint_and_nothing_else(tmp_path, ids):
 
 
 @pytest.mark.parametrize("fails_at", ["model.safetensors", "model.safetensors.index.json", "config.json"])
-def test_a_full_disk_leaves_nothing_behind(fails_at, tmp_path, ids, monkeypatch):
-    import safetensors.torch
-
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_full_disk_leaves_nothing_but_the_journal(fails_at, resume, tmp_path, ids, monkeypatch):
     def full(path):
         if os.path.basename(path) == fails_at:
             with open(path, "wb") as file:
                 file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    save_file, replace = safetensors.torch.save_file, os.replace
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path, **kw: (full(path), save_file(tensors, path, **kw)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (full(b), replace(a, b)))
-    error = refused("writing the checkpoint failed.*No space left", build(), tmp_path / "out", calibration=ids, config=preset())
-    assert str(tmp_path / "out") in str(error) and not (tmp_path / "out").exists()
+    out, replace = tmp_path / "out", os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b: (full(b), replace(a, b)))
+        error = refused("writing the checkpoint failed.*No space left", build(), out, calibration=ids, config=preset(), resume=resume)
+    assert str(out) in str(error)
+    assert (os.listdir(out) == ["journal"]) if resume == "auto" else not out.exists()
+    monkeypatch.setattr(sys.modules["gptvq.quantize"], "solve", None if resume == "auto" else sys.modules["gptvq.quantize"].solve)
+    assert len(gptvq.quantize(build(), out, preset(), calibration=ids, resume=resume).layers) == 14
+    assert gptvq.load(out, device="cpu") is not None
 
 
 def test_too_little_space_is_seen_before_solving(tmp_path, ids, monkeypatch):

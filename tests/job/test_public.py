@@ -91,4 +91,4 @@ def test_progress_hears_everything(ids):
     assert heard[0] == ("start", report.weights, 2) and heard[-1] == ("finish", report)
     assert [h[1:] for h in heard if h[0] == "block"] == [(0, "model.layers.0"), (1, "model.layers.1")]
     assert [h[1] for h in heard if h[0] == "layer"] == [r.name for r in report.layers]
-    assert set(report.stages) == {"load", "embed", "hessians", "solve", "forward"} and report.seconds >= sum(report.stages.values())
+    assert set(report.stages) == {"load", "survey", "embed", "hessians", "solve", "forward"} and report.seconds >= sum(report.stages.values())

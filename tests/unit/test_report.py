@@ -31,7 +31,26 @@ def test_round_trip(tmp_path):
     path = before.save(tmp_path)
     after = Report.load(tmp_path)
     assert after == before and after.to_dict() == before.to_dict()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json"] == [path.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "times.json"] and path.name == "report.json"
+
+
+def test_what_differs_between_runs_is_in_the_other_file(tmp_path):
+    (tmp_path / "again").mkdir()
+    a = report().save(tmp_path).read_text()
+    slower = report(seconds=99.0, stages={"calibration": 80.0}, environment={"cores": 7})
+    slower.layers[0].seconds = 50.0
+    assert slower.save(tmp_path / "again").read_text() == a and "seconds" not in a
+    assert Report.load(tmp_path / "again").layers[0].seconds == 50.0
+    (tmp_path / "again" / "times.json").unlink()
+    assert Report.load(tmp_path / "again").seconds == 0.0
+
+
+def test_reports_with_their_times_inside_keep_loading(tmp_path):
+    old = report().to_dict()
+    for name in ("job", "check", "redone"):
+        del old[name]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert Report.load(tmp_path) == report()
 
 
 def test_totals_are_sums_over_the_layers():
@@ -45,8 +64,9 @@ def test_totals_are_sums_over_the_layers():
 
 def test_numbers_json_cannot_write_become_null(tmp_path):
     report(layers=[], stages={"x": math.inf}).save(tmp_path)
-    values = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
-    assert values["stages"] == {"x": None} and values["totals"]["bits_per_value"] is None
+    values, times = (json.loads((tmp_path / name).read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+                     for name in ("report.json", "times.json"))
+    assert times["stages"] == {"x": None} and values["totals"]["bits_per_value"] is None
 
 
 @pytest.mark.parametrize("change, says", [

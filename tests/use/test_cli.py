@@ -89,8 +89,10 @@ def test_quantize_prints_a_line_per_linear(my_model, tmp_path, capsys):
     assert list(lines) == LINEARS
     assert all(re.search(r"\d+ x \d+ +\d\.\d{3} bpv +\d+\.\d{3} % +-?\d+\.\d\d dB +\d+\.\d s", line) for line in lines.values())
     assert {"config.json", "report.json"} <= {p.name for p in (tmp_path / "o").iterdir()}
-    code, _, err = run(capsys, *small(my_model, tmp_path / "o"))
-    assert code == 1 and str(tmp_path / "o") in err and "overwrite" in err
+    code, out, err = run(capsys, *small(my_model, tmp_path / "o"))
+    assert code == 0 and f"{tmp_path / 'o'} is complete" in out
+    code, _, err = run(capsys, *small(my_model, tmp_path / "o", "--preset", "4d-2.25"))
+    assert code == 1 and str(tmp_path / "o") in err and "config.dim was 2, is 4" in err and "--fresh" in err
     assert run(capsys, *small(my_model, tmp_path / "o", "--overwrite", "--preset", "4d-2.25"))[0] == 0
     assert json.loads((tmp_path / "o" / "report.json").read_text())["config"]["dim"] == 4
 
@@ -188,7 +190,8 @@ def test_interrupt_leaves_nothing_that_looks_complete(my_model, tmp_path):
         child.kill()
     assert child.returncode == 130, err
     assert "gptvq: interrupted" in err and "Traceback" not in err
-    assert not (tmp_path / "o").exists()
+    assert "the same command goes on with block" in err if (tmp_path / "o").exists() else "nothing half-written" in err
+    assert not (tmp_path / "o" / "config.json").exists()
 
 
 def test_exit_code_of_the_program(tmp_path):

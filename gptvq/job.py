@@ -1,0 +1,207 @@
+"""One run of quantize(): the folder it works in, the journal it goes on from, its report, and what it does not let pass."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .config import VQConfig
+from .errors import ConfigError, GptvqError
+from .journal import FOLDER, Journal, discard, require_same, stored_job
+from .machine import device_class, versions
+from .model import Block
+from .redo import Redo, plan_redo
+from .report import Progress, Report, record_of
+from .spec import LAYOUT_VERSION, QuantSpec
+from .stream import BlockStream, packed_weight
+
+RESUME = ("auto", "fresh", "never")
+
+
+class Run:
+    """What a run is told and where it stands.
+
+    `report` is filled in as blocks are done; `journal` is None where none is kept, `redo` unless layers of a finished
+    checkpoint are done again.
+    """
+
+    def __init__(self, config: VQConfig, device: torch.device, resume: str, redo: tuple[str, ...], strict: bool, overwrite: bool,
+                 progress: Progress):
+        if resume not in RESUME:
+            raise ConfigError(f"resume: got {resume!r}, need one of {', '.join(RESUME)}")
+        if redo and resume == "never":
+            raise ConfigError("redo keeps what is done in a journal: leave resume at \"auto\" (no --no-journal)")
+        self.config, self.device, self.resume, self.patterns, self.strict, self.overwrite, self.progress = (
+            config, device, resume, redo, strict, overwrite, progress)
+        self.began = self._counted = time.perf_counter()
+        self.folder: Path | None = None
+        self.journal: Journal | None = None
+        self.redo: Redo | None = None
+        self.report: Report | None = None
+        self._noted, self._staged = 0, {}
+
+    # ---- the folder
+    def claim(self, out: str | os.PathLike, source) -> Path:
+        """Proves that the folder may be used, before any work."""
+        folder = Path(out)
+        begun, finished = stored_job(folder), self._finished(folder)
+        ours = self.resume != "never" and ((folder / FOLDER).is_dir() or finished is not None)
+        stored = begun or (finished.job if finished else None)
+        if stored and self.resume == "auto" and not self.overwrite and not self.patterns:
+            known = self._known()
+            require_same(folder, {key: stored.get(key) for key in known}, known)
+        if self.patterns and not ours:
+            raise ConfigError(f"{folder}: only layers of a finished checkpoint can be done again, and there is none")
+        self.folder = checkpoint.prepare(out, self.overwrite or ours, source)
+        return self.folder
+
+    def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report) -> bool:
+        """Opens the journal and takes over what is in it -> whether the checkpoint is complete already.
+
+        Raises ResumeMismatch where the folder holds another job.
+        """
+        self.report = report
+        report.job = self._job(stream, report.calibration)
+        for block in stream.blocks:
+            for text in stream.warnings[block.name]:
+                self.note(text)
+        if self.folder is None:
+            return False
+        begun = stored_job(self.folder) if self.resume != "fresh" else None
+        finished = self._finished(self.folder) if begun is None else None
+        if self.patterns:
+            self.redo = plan_redo(self.folder, self.patterns, [b.name for b in stream.blocks], specs, report.job, begun)
+            report.job["redo"] = self.redo.field
+            report.redone = {**self.redo.field, "from": stream.blocks[self.redo.first].name}
+        if finished is not None and self.resume == "auto" and not self.overwrite:
+            if not self.patterns:
+                require_same(self.folder, finished.job, report.job)
+            if finished.job == report.job:
+                if (self.folder / FOLDER).is_dir():
+                    discard(self.folder)
+                self.progress.stage(f"{self.folder} is complete, this job has been done: nothing to do (--fresh starts over)")
+                self.report, finished.tokenizer = finished, stream.tokenizer
+                return True
+        if self.resume == "never":
+            if (self.folder / FOLDER).is_dir():
+                discard(self.folder)
+            return False
+        self.journal = Journal(self.folder, report.job, self.resume == "fresh" or self.overwrite and begun is not None and begun != report.job)
+        for line, block in zip(self.journal.blocks, stream.blocks):
+            self._take_over(line, block, stream)
+        if self.done:
+            self.progress.stage(f"{self.folder}: {self.done} of {len(stream.blocks)} blocks of this job are done, going on behind them")
+        return False
+
+    @property
+    def done(self) -> int:
+        """Number of blocks that an earlier run has finished."""
+        return len(self.journal.blocks) if self.journal else 0
+
+    def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:
+        """Puts a finished block and the hidden states behind it into the journal."""
+        now, report = time.perf_counter(), self.report
+        line = {"block": index, "name": block.name, "warnings": report.warnings[self._noted:], "seconds": now - self._counted,
+                "layers": [r.to_dict() for r in report.layers if r.name.startswith(block.name + ".")],
+                "stages": {stage: value - self._staged.get(stage, 0.0) for stage, value in report.stages.items()}}
+        self.journal.commit(line, block.module.state_dict(prefix=block.name + "."), streams)
+        self._counted, self._noted, self._staged = now, len(report.warnings), dict(report.stages)
+
+    def finish(self, stream: BlockStream) -> None:
+        """Writes the checkpoint; the journal is needed no more."""
+        self.report.seconds += time.perf_counter() - self.began
+        if self.folder is None:
+            return
+        self.progress.stage("writing the checkpoint")
+        checkpoint.save(stream.model, stream.tokenizer, self.folder, self.report, self._stored(stream))
+        if self.journal is not None:
+            self.journal.remove()
+            self.journal = None
+
+    def give_up(self) -> None:
+        """After an error: a journal without a finished block is of no use."""
+        if self.journal is not None:
+            with contextlib.suppress(GptvqError):
+                self.journal.remove() if not self.journal.blocks else self.journal.close()
+
+    # ---- what may not go unnoticed
+    def note(self, text: str) -> None:
+        """A warning of the report; raises GptvqError under `strict`."""
+        self.fallback(text)
+        self.report.warnings.append(text)
+
+    def fallback(self, text: str) -> None:
+        """Something that the report shows elsewhere; raises GptvqError under `strict`."""
+        if self.strict:
+            raise GptvqError(f"{text} (an error because of strict, --strict)")
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began, stages = time.perf_counter(), self.report.stages
+        try:
+            yield
+        finally:
+            stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - began
+
+    # ---- pieces
+    def _known(self) -> dict:
+        """The fields of the job that need no model."""
+        return {"config": json.loads(json.dumps(self.config.to_dict())), "device": device_class(self.device), "layout": LAYOUT_VERSION,
+                "versions": versions()}
+
+    def _job(self, stream: BlockStream, calibration: dict) -> dict:
+        settings = stream.model.config.to_diff_dict() if hasattr(stream.model, "config") else {}
+        for volatile in ("transformers_version", "_name_or_path", "dtype", "architectures"):
+            settings.pop(volatile, None)
+        return {"model": {"class": type(stream.model).__name__, "config": _sha256(settings), "weights": _sha256(stream.weights_sha256)},
+                **self._known(), "calibration": {key: calibration[key] for key in ("samples", "sequence_length", "sha256")}, "redo": {}}
+
+    def _finished(self, folder: Path) -> Report | None:
+        """The report of a finished checkpoint of a job that can be compared."""
+        if self.resume == "never" or not (folder / checkpoint.CONFIG).is_file() or not (folder / checkpoint.REPORT).is_file():
+            return None
+        report = Report.load(folder)
+        return report if report.job else None
+
+    def _take_over(self, line: dict, block: Block, stream: BlockStream) -> None:
+        from safetensors import safe_open
+
+        records = [record_of(values) for values in line["layers"]]
+        with safe_open(self.journal.path("block", line["block"]), framework="pt") as stored:
+            read = stored.get_tensor if not stream.streamed else lambda name: torch.empty_like(stored.get_tensor(name), device="meta")
+            stream.install({record.name: packed_weight(record, read) for record in records})
+        self.report.layers += records
+        self.report.seconds += line["seconds"]
+        for stage, seconds in line["stages"].items():
+            self.report.stages[stage] = self.report.stages.get(stage, 0.0) + seconds
+        for text in line["warnings"]:
+            self.note(text)
+        for record in records:
+            if record.repair:
+                self.fallback(f"{record.name}: {record.repair}")
+        self._noted, self._staged = len(self.report.warnings), dict(self.report.stages)
+
+    def _stored(self, stream: BlockStream):
+        """Reads a tensor of a streamed block from the journal."""
+        from safetensors import safe_open
+
+        files = {block.name: self.journal.path("block", index) for index, block in enumerate(stream.blocks)} if self.journal else {}
+
+        def read(name: str) -> Tensor:
+            file = next(file for block, file in files.items() if name.startswith(block + "."))
+            with safe_open(file, framework="pt") as stored:
+                return stored.get_tensor(name)
+
+        return read
+
+
+def _sha256(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

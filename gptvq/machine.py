@@ -1,0 +1,63 @@
+"""The machine a job runs on: what to note of it, what decides the bytes of a result, and how much memory is left."""
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def device_class(device) -> str:
+    """Of a torch.device: jobs on devices of one class, with the same versions, give the same bytes."""
+    import torch
+
+    from . import ops
+    from .backends import native
+
+    backend = ops.backend(device).__name__.rpartition(".")[2]
+    if device.type != "cpu":
+        return f"{torch.cuda.get_device_name(device)}, {backend}"
+    kernels = os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0] if native.serves(device) else "no kernels"
+    return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {backend} {kernels}"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the bytes of a result."""
+    return {name: importlib.metadata.version(name) for name in ("gptvq", "torch", "transformers") if _installed(name)}
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def environment() -> dict[str, Any]:
+    """Processor, cores and versions of what decides the bytes and the speed of a run; JSON ready."""
+    import torch
+
+    return {"machine": platform.machine(), "system": platform.system(), "processor": _processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            "python": platform.python_version(), **versions()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    if sys.platform.startswith("linux"):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

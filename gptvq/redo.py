@@ -1,0 +1,95 @@
+"""Layers of a finished checkpoint computed anew, on other calibration data or in another format, and all blocks behind them."""
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import checkpoint
+from .errors import ConfigError, FormatError, ResumeMismatch
+from .journal import require_same
+from .report import Report
+from .solver import LayerRecord
+from .spec import QuantSpec
+from .storage import digest_of
+from .stream import packed_weight
+from .weight import VQWeight
+
+WEAK = "weak"
+_WEAK_FACTOR = 2        # times the median error of the layers of one kind
+
+
+@dataclass(frozen=True)
+class Redo:
+    """The blocks before number `first` are kept as they are in the checkpoint of `folder`, whose records are `kept`."""
+
+    folder: Path
+    first: int
+    kept: dict[str, LayerRecord]
+    field: dict             # of the job
+
+    def weight(self, name: str) -> VQWeight:
+        """A kept layer's; raises FormatError where it is not what was written."""
+        from safetensors import safe_open
+
+        for file in checkpoint.tensor_files(self.folder):
+            with safe_open(file, framework="pt") as stored:
+                if f"{name}.idx" in stored.keys():
+                    vq = packed_weight(self.kept[name], stored.get_tensor)
+                    if digest_of(vq.buffers.values()) != self.kept[name].sha256:
+                        raise FormatError(f"{file}: {name} is not what was written; copy the checkpoint again")
+                    return vq
+        raise FormatError(f"{self.folder}: {name} is in none of its files; copy the checkpoint again")
+
+
+def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs: dict[str, QuantSpec], job: dict, begun: dict | None) -> Redo:
+    """What to keep of the checkpoint in `folder`.  `job`: as it would be without redoing; `begun`: the job of an unfinished run there.
+
+    Patterns are shell patterns of layers' names, or of what follows their first parts; "weak" stands for the layers whose error
+    is over twice the median of those that are called alike.  Raises ConfigError where there is nothing to redo.
+    """
+    report = Report.load(folder) if (folder / checkpoint.REPORT).exists() else None
+    if begun and begun.get("redo", {}).get("layers") == list(patterns):
+        first = begun["redo"]["from"]
+        return Redo(folder, first, _before(report, blocks, first), begun["redo"])
+    if report is None or not (folder / checkpoint.CONFIG).exists() or begun:
+        raise ConfigError(f"{folder}: only layers of a finished checkpoint can be done again; run the same command without --redo first")
+    require_same(folder, {key: report.job.get(key) for key in ("model",)}, {"model": job["model"]})
+    if report.job == {**job, "redo": report.job["redo"]} and report.job["redo"].get("layers") == list(patterns):
+        return Redo(folder, report.job["redo"]["from"], _before(report, blocks, report.job["redo"]["from"]), report.job["redo"])
+    wanted = {name for pattern in patterns for name in _matching(pattern, report.layers)}
+    missing = [pattern for pattern in patterns if pattern != WEAK and not _matching(pattern, report.layers)]
+    if missing:
+        raise ConfigError(f"--redo {missing[0]!r} matches no quantized layer; they are called like {report.layers[0].name!r}")
+    if not wanted:
+        raise ConfigError(f"{folder}: no layer's error is over {_WEAK_FACTOR} times the median of its kind; name layers to redo instead of {WEAK!r}")
+    first = min(index for index, block in enumerate(blocks) if any(name.startswith(block + ".") for name in wanted))
+    kept = _before(report, blocks, first)
+    for name, record in kept.items():
+        if specs.get(name) != record.spec:
+            raise ResumeMismatch(f"{name}: its format was {record.spec.to_dict()}, is {specs[name].to_dict() if name in specs else 'dense'}; layers "
+                                 f"before {blocks[first]}, the first to redo, cannot be changed")
+    hashes = hashlib.sha256("".join(record.sha256 for record in kept.values()).encode()).hexdigest()
+    return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first)})
+
+
+def _matching(pattern: str, layers: list[LayerRecord]) -> list[str]:
+    if pattern == WEAK:
+        kinds: dict[str, list[float]] = {}
+        for record in layers:
+            kinds.setdefault(record.name.rpartition(".")[2], []).append(record.error)
+        return [r.name for r in layers if r.error > _WEAK_FACTOR * statistics.median(kinds[r.name.rpartition(".")[2]])]
+    return [r.name for r in layers if fnmatch.fnmatchcase(r.name, pattern) or fnmatch.fnmatchcase(r.name, f"*.{pattern}")]
+
+
+def _before(report: Report | None, blocks: list[str], first: int) -> dict[str, LayerRecord]:
+    """{layer: record} of the blocks before number `first`."""
+    return {record.name: record for record in (report.layers if report else ())
+            if any(record.name.startswith(block + ".") for block in blocks[:first])}
+
+
+def _calibration(report: Report, first: int) -> dict:
+    """What the kept layers were computed on, in the form of a job's field."""
+    return {"before": report.job.get("calibration", {}), **({"redo": report.job["redo"]} if report.job.get("redo") else {})} if first else {}

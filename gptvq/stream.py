@@ -1,0 +1,199 @@
+"""A model as a stream of decoder blocks, and the hidden states between them: in memory one block at a time."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import unique_tensors
+from .errors import ConfigError, NumericalError
+from .journal import Journal
+from .linear import VQLinear
+from .machine import available_memory
+from .model import (
+    Block,
+    call,
+    dense_weight,
+    find_blocks,
+    linears,
+    record_calls,
+    run_on,
+    unfuse_experts,
+)
+from .solver import LayerRecord
+from .storage import TensorList, digest
+from .weight import VQWeight
+
+_STREAMS = 6        # lists of hidden states that exist at one time: both streams before and behind a block, and what is compared
+
+
+class BlockStream:
+    """The blocks of `model`, whose weights are loaded when a block's turn comes and released after it.
+
+    A module handed in by the caller, and a GGUF file, are in memory as a whole; there `load` and `release` do nothing.
+    `survey` fills in the rest: `blocks` with the arguments of their calls, {linear: (rows, cols)}, bytes, and hashes.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, name: str, blocks: list[Block] | None = None, read: Callable | None = None):
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.blocks, self._read = blocks or [], read
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.weight_bytes: dict[str, int] = {}
+        self.nbytes = 0                                         # of all tensors
+        self.experts: dict[str, list[str]] = {}                 # block -> its experts modules that were unfused
+        self.warnings: dict[str, list[str]] = {}
+        self._hashes: dict[str, str] = {}
+        self._non_finite: dict[str, int] = {}
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the blocks' weights are read one block at a time."""
+        return self._read is not None
+
+    @torch.no_grad()
+    def survey(self, tokens: Tensor, device: torch.device) -> None:
+        """Runs the dense model on `tokens` [1, n] once, and so reads, hashes and checks all its weights before any work.
+
+        Raises ConfigError for models that cannot be quantized block by block.
+        """
+        if not self.streamed:
+            self.blocks = find_blocks(self.model, tokens)
+            for block in self.blocks:
+                self._examine(block)
+        with self._loading():
+            record_calls(self.model, self.blocks, tokens, device)
+        for name, tensor in unique_tensors(self.model).items():
+            if name not in self._hashes and not tensor.is_meta:
+                self._hashes[name] = digest(tensor)
+                self.nbytes += tensor.numel() * tensor.element_size()
+
+    @property
+    def weights_sha256(self) -> dict[str, str]:
+        """{tensor: hash} of the dense model, as far as it was surveyed."""
+        return dict(sorted(self._hashes.items()))
+
+    def require_finite(self, names) -> None:
+        """Raises NumericalError unless the weights of these linears are finite."""
+        for name in names:
+            if self._non_finite.get(name):
+                raise NumericalError(f"{name}: the weight holds {self._non_finite[name]} non-finite values; the source checkpoint is damaged or "
+                                     "its dtype overflowed")
+
+    def load(self, block: Block) -> dict[str, nn.Module]:
+        """Reads the weights of a block, unless they are in memory -> {full name: linear}."""
+        if self.streamed and any(tensor.is_meta for tensor in block.module.state_dict().values()):
+            fresh = self._read(block.name)
+            block.module.__dict__.update({kind: fresh.__dict__[kind] for kind in ("_modules", "_parameters", "_buffers")})
+            if block.name in self.experts:
+                unfuse_experts(self.model, [block])
+            else:
+                self._examine(block)
+        return linears(block.module, block.name)
+
+    def release(self, block: Block) -> None:
+        """Gives the memory of a block back, where it can be read again."""
+        if self.streamed:
+            block.module.to("meta")
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, device: torch.device) -> Tensor:
+        """[samples, n, vocabulary] of the dense model for `tokens` [samples, n], on the CPU."""
+        with self._loading():
+            handles = run_on(device, self.model, self.blocks)
+            try:
+                return call(self.model, tokens).logits.cpu()
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def install(self, packed: dict[str, VQWeight]) -> None:
+        """Puts the packed linears in place of the dense ones."""
+        for name, vq in packed.items():
+            linear = self.model.get_submodule(name)
+            self.model.set_submodule(name, VQLinear.from_weight(vq, linear.bias, name))
+
+    @contextlib.contextmanager
+    def _loading(self):
+        """For calls of the whole dense model: before a block's turn it is loaded, and the one before it released."""
+        loaded: list[Block] = []
+
+        def enter(block: Block) -> None:
+            if block not in loaded:
+                while loaded:
+                    self.release(loaded.pop())
+                self.load(block)
+                loaded.append(block)
+
+        handles = [block.module.register_forward_pre_hook(lambda module, args, block=block: enter(block))
+                   for block in self.blocks if self.streamed]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            while loaded:
+                self.release(loaded.pop())
+
+    def _examine(self, block: Block) -> None:
+        """Notes what a block holds when it is first seen; a dense model's experts are unfused from then on."""
+        self.experts[block.name], self.warnings[block.name] = unfuse_experts(self.model, [block])
+        found = linears(block.module, block.name)
+        for name, linear in found.items():
+            self.shapes[name] = tuple(dense_weight(linear).shape)
+            self.weight_bytes[name] = linear.weight.numel() * linear.weight.element_size()
+            self._non_finite[name] = int((~torch.isfinite(linear.weight)).sum())
+        for name, tensor in block.module.state_dict(prefix=block.name + ".").items():
+            self._hashes[name] = digest(tensor)
+            self.nbytes += tensor.numel() * tensor.element_size()
+
+
+def open_stream(source, dtype, tokenizer) -> BlockStream:
+    """Of a module, or of a folder, a hub id or a .gguf file."""
+    if isinstance(source, nn.Module):
+        return BlockStream(source.eval(), tokenizer, type(source).__name__)
+    from . import hf, parts
+
+    hf.read_dtype(dtype)
+    folder = parts.streamable(source)
+    if folder is None:
+        model, own, name = hf.open_dense(source, dtype)
+        return BlockStream(model, own if tokenizer is None else tokenizer, name)
+    model, list_name, members = parts.open_skeleton(folder, dtype)
+    name = Path(source).resolve().name if Path(source).exists() else str(source)
+    return BlockStream(model, hf.read_tokenizer(folder) if tokenizer is None else tokenizer, name,
+                       [Block(f"{list_name}.{index}", module) for index, module in enumerate(members)],
+                       lambda block: parts.read_block(folder, dtype, block))
+
+
+class Activations:
+    """Lists for hidden states: in memory, or in files below the journal's folder where half of the memory would not hold them."""
+
+    def __init__(self, journal: Journal | None, samples: int, nbytes: int):
+        """nbytes: of one sample's state."""
+        self.journal, self.samples, self._scratches = journal, samples, 0
+        self.bytes_per_sample = 2 * nbytes
+        self.on_disk = journal is not None and _STREAMS * samples * nbytes > available_memory() / 2
+
+    def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
+        """For a stream behind a block, which a commit makes part of the journal."""
+        return TensorList(self.journal.path(kind, block), self.samples) if self.on_disk else []
+
+    def scratch(self) -> list[Tensor] | TensorList:
+        """For what nobody needs after the block."""
+        self._scratches += 1
+        return TensorList(self.journal.folder / f"scratch-{self._scratches}", self.samples, scratch=True) if self.on_disk else []
+
+    def stored(self, kind: str, block: int) -> list[Tensor] | TensorList:
+        """A stream as it was committed behind a block."""
+        found = TensorList.open(self.journal.path(kind, block))
+        if len(found) != self.samples:
+            raise ConfigError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
+        return found if self.on_disk else list(found)
+
+
+def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:
+    """The weight of a layer from a file's tensors."""
+    return VQWeight(record.spec, {buffer: read(f"{record.name}.{buffer}") for buffer in record.spec.buffer_shapes()})

@@ -1,0 +1,129 @@
+"""Many short runs of quantize() in processes of their own: a server that has imported everything forks one child for each.
+
+As a program: reads one JSON request per line, answers each with one line.  `Forks` is its client.  A child may be told to die
+by SIGKILL after some seconds, or at its n-th step on the disk: halfway through the first write to a file, or before the call.
+"""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "truncate")
+
+
+class Forks:
+    def __init__(self, **environment):
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                       env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **environment})
+
+    def start(self, **request):
+        self.server.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in request.items()}) + "\n")
+        self.server.stdin.flush()
+
+    def result(self):
+        """{"signal", "error", "steps", "peak", "seconds"}; only the first and the last of one that was killed."""
+        return json.loads(self.server.stdout.readline())
+
+    def run(self, **request):
+        self.start(**request)
+        return self.result()
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+
+def steps_until(fatal):
+    """Counts the steps on the disk, and dies at number `fatal`."""
+    count, last = [0], [None]
+
+    def step(name):
+        count[0] += 1
+        if count[0] == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(name, call):
+        def wrapper(*args, **kwargs):
+            last[0] = None
+            step(name)
+            return call(*args, **kwargs)
+        return wrapper
+
+    def write(fd, data, call=os.write):
+        if last[0] != fd:                   # the first write to a file stands for all of them
+            last[0] = fd
+            if count[0] + 1 == fatal:
+                call(fd, bytes(data)[: len(data) // 2])
+            step("write")
+        return call(fd, data)
+
+    for name in STEPS:
+        setattr(os, name, counted(name, getattr(os, name)))
+    os.write = write
+    return count
+
+
+def job(request):
+    import torch
+    from job.tiny_models import build, preset
+
+    import gptvq
+
+    ids = torch.randint(0, 256, (request.get("samples", 2), 32), generator=torch.Generator().manual_seed(5))
+    model = request["model"] if os.path.sep in request["model"] else build(request["model"])
+    gptvq.quantize(model, request["out"], preset(**request.get("config", {})), calibration=ids, **request.get("arguments", {}))
+
+
+def child(request, answer):
+    from gptvq import GptvqError
+
+    error, count, report = None, steps_until(request.get("fatal")), os.fdopen(answer, "w")
+    try:
+        if "file_limit" in request:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+        job(request)
+    except GptvqError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    with report:
+        json.dump({"error": error, "steps": count[0], "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}, report)
+
+
+def serve():
+    from job.tiny_models import build
+
+    with tempfile.TemporaryDirectory() as folder:       # once before the forks, which then find everything imported and set up
+        job({"model": "llama", "out": os.path.join(folder, "out")})
+        build().save_pretrained(os.path.join(folder, "dense"))
+        job({"model": os.path.join(folder, "dense"), "out": os.path.join(folder, "again")})
+    for line in sys.stdin:
+        request, began = json.loads(line), time.monotonic()
+        get, put = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(request, put)
+            finally:
+                os._exit(0)
+        os.close(put)
+        if "kill_after" in request:
+            time.sleep(request["kill_after"])
+            os.kill(pid, signal.SIGKILL)
+        data = b""
+        while piece := os.read(get, 65536):
+            data += piece
+        os.close(get)
+        _, status = os.waitpid(pid, 0)
+        result = {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "seconds": time.monotonic() - began,
+                  **(json.loads(data) if data else {})}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
