@@ -64,7 +64,7 @@ class Run:
         return self.folder
 
     def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report) -> bool:
-        """Opens the journal and takes over what is in it -> whether the checkpoint is complete already.
+        """Opens the journal -> whether the checkpoint is complete already.
 
         Raises ResumeMismatch where the folder holds another job.
         """
@@ -95,11 +95,14 @@ class Run:
                 discard(self.folder)
             return False
         self.journal = Journal(self.folder, report.job, self.resume == "fresh" or self.overwrite and begun is not None and begun != report.job)
-        for line, block in zip(self.journal.blocks, stream.blocks):
-            self._take_over(line, block, stream)
+        return False
+
+    def take_over(self, stream: BlockStream) -> None:
+        """Puts the blocks in the journal in the place of the dense ones, and what is noted of them into the report."""
         if self.done:
             self.progress.stage(f"{self.folder}: {self.done} of {len(stream.blocks)} blocks of this job are done, going on behind them")
-        return False
+            for line in self.journal.blocks:
+                self._take_over(line, stream)
 
     @property
     def done(self) -> int:
@@ -171,7 +174,7 @@ class Run:
         report = Report.load(folder)
         return report if report.job else None
 
-    def _take_over(self, line: dict, block: Block, stream: BlockStream) -> None:
+    def _take_over(self, line: dict, stream: BlockStream) -> None:
         from safetensors import safe_open
 
         records = [record_of(values) for values in line["layers"]]

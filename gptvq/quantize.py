@@ -92,6 +92,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         with run.timed("check"):
             wanted = stream.logits(held_out, device)
     if not complete:
+        run.take_over(stream)                                   # from here on the model is no longer the dense one
         _quantize_blocks(stream, run, specs, tokens)
         _describe(stream, run, specs)
         run.finish(stream)
