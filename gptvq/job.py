@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import checkpoint
 from .config import VQConfig
-from .errors import ConfigError, GptvqError
+from .errors import ConfigError, FormatError, GptvqError
 from .journal import FOLDER, Journal, discard, require_same, stored_job
 from .machine import device_class, versions
 from .model import Block
 from .redo import Redo, plan_redo
 from .report import Progress, Report, record_of
+from .solver import LayerRecord
 from .spec import LAYOUT_VERSION, QuantSpec
 from .stream import BlockStream, packed_weight
 
@@ -94,7 +95,8 @@ class Run:
             if (self.folder / FOLDER).is_dir():
                 discard(self.folder)
             return False
-        self.journal = Journal(self.folder, report.job, self.resume == "fresh" or self.overwrite and begun is not None and begun != report.job)
+        other = self.overwrite and begun is not None and begun != report.job
+        self.journal = Journal(self.folder, report.job, fresh=self.resume == "fresh" or other)
         return False
 
     def take_over(self, stream: BlockStream) -> None:
@@ -108,6 +110,12 @@ class Run:
     def done(self) -> int:
         """Number of blocks that an earlier run has finished."""
         return len(self.journal.blocks) if self.journal else 0
+
+    def kept(self, index: int, names) -> dict[str, LayerRecord]:
+        """{layer: record} of those of `names` that a redo leaves as they are; empty for a block that is to be done."""
+        if self.redo is None or index >= self.redo.first:
+            return {}
+        return {name: self.redo.kept[name] for name in names if name in self.redo.kept}
 
     def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:
         """Puts a finished block and the hidden states behind it into the journal."""
@@ -171,7 +179,12 @@ class Run:
         """The report of a finished checkpoint of a job that can be compared."""
         if self.resume == "never" or not (folder / checkpoint.CONFIG).is_file() or not (folder / checkpoint.REPORT).is_file():
             return None
-        report = Report.load(folder)
+        try:
+            report = Report.load(folder)
+        except FormatError:
+            if self.resume == "fresh" or self.overwrite:    # what is replaced may be damaged
+                return None
+            raise
         return report if report.job else None
 
     def _take_over(self, line: dict, stream: BlockStream) -> None:

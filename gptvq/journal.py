@@ -48,6 +48,7 @@ class Journal:
             with writing(folder):
                 stored = None if fresh else self._read()
                 if stored is None:
+                    unlink([self.folder / LINES])           # first: without it the other files do not exist
                     unlink(self._files())
                     self.job = job
                     write_text(self.folder / LINES, _line({"job": job}))
@@ -100,7 +101,7 @@ class Journal:
     def remove(self) -> None:
         """Ends the journal, its checkpoint being complete."""
         with writing(self.folder):
-            unlink([self.folder / LINES])                   # first: without it the other files do not exist
+            unlink([self.folder / LINES])                   # first, again
             unlink([*self._files(), self.folder / LOCK])
             self.close()
             self.folder.rmdir()
@@ -208,7 +209,8 @@ def _parsed(text: bytes, path: Path, number: int) -> dict:
         raise FormatError(f"{path}: line {number} is not valid JSON ({error}); the file is damaged, start over (--fresh, "
                           "resume=\"fresh\")") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path}: line {number}: got a {type(values).__name__}, need an object; start over (--fresh, resume=\"fresh\")")
+        raise FormatError(f"{path}: line {number}: got a {type(values).__name__}, need an object; the file is damaged, start over (--fresh, "
+                          "resume=\"fresh\")")
     return values
 
 

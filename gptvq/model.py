@@ -92,8 +92,8 @@ def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: 
         block.args = tuple(None if block.hidden_at == i else a for i, a in enumerate(args))
         block.kwargs = {k: v for k, v in kwargs.items() if k != block.hidden_at}
         if block is not blocks[len(called)] or called and not _same(last[0], hidden):
-            raise ConfigError(f"{type(model).__name__}: {block.name} is not called on the output of the block before it; need a decoder-only "
-                              "language model. If it is one, load it and pass the module instead of its name")
+            raise ConfigError(f"{type(model).__name__}: {block.name} is not called on the output of the block before it; need a "
+                              "decoder-only language model. If it is one, load it and pass the module instead of its name")
         called.append(block)
 
     def after(block: Block, out: Any) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-          "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
+          "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 @contextlib.contextmanager
@@ -26,8 +26,8 @@ def writing(path: Path):
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); what was finished before is kept. Free some space or make "
-                          "the folder writable, and run the same command again") from error
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); what was finished before is kept. Free some space or "
+                          "make the folder writable, and run the same command again") from error
 
 
 class DurableFile:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import unique_tensors
-from .errors import ConfigError, NumericalError
+from .errors import FormatError, NumericalError
 from .journal import Journal
 from .linear import VQLinear
 from .machine import available_memory
@@ -79,8 +79,8 @@ class BlockStream:
         """Raises NumericalError unless the weights of these linears are finite."""
         for name in names:
             if self._non_finite.get(name):
-                raise NumericalError(f"{name}: the weight holds {self._non_finite[name]} non-finite values; the source checkpoint is damaged or "
-                                     "its dtype overflowed")
+                raise NumericalError(f"{name}: the weight holds {self._non_finite[name]} non-finite values; the source checkpoint is "
+                                     "damaged or its dtype overflowed")
 
     def load(self, block: Block) -> dict[str, nn.Module]:
         """Reads the weights of a block, unless they are in memory -> {full name: linear}."""
@@ -190,7 +190,7 @@ class Activations:
         """A stream as it was committed behind a block."""
         found = TensorList.open(self.journal.path(kind, block))
         if len(found) != self.samples:
-            raise ConfigError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
+            raise FormatError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
         return found if self.on_disk else list(found)
 
 
