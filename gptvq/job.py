@@ -74,6 +74,7 @@ class Run:
         for block in stream.blocks:
             for text in stream.warnings[block.name]:
                 self.note(text)
+        self._noted = len(report.warnings)                      # those every run finds anew
         if self.folder is None:
             return False
         begun = stored_job(self.folder) if self.resume != "fresh" else None

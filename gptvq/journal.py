@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER, LINES, LOCK = "journal", "journal.jsonl", "lock"
+_FIELDS = {"block", "files", "layers", "warnings", "seconds", "stages"}     # of a block's line
 
 
 class Journal:
@@ -138,7 +139,7 @@ class Journal:
         if not lines or not isinstance(lines[0].get("job"), dict):
             raise FormatError(f"{path}: the first line names no job; the file is damaged, start over (--fresh, resume=\"fresh\")")
         self.blocks = lines[1:]
-        if any(line.get("block") != index or not isinstance(line.get("files"), dict) for index, line in enumerate(self.blocks)):
+        if any(line.get("block") != index or not _FIELDS <= line.keys() for index, line in enumerate(self.blocks)):
             raise FormatError(f"{path}: its lines are not one per block in order; the file is damaged, start over (--fresh, "
                               "resume=\"fresh\")")
         return lines[0]["job"]

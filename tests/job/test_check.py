@@ -165,6 +165,20 @@ def test_no_text_left_to_check(dense, tmp_path):
     assert not gptvq.quantize(dense, tmp_path / "out2", preset(), check=None, strict=True, **arguments).warnings
 
 
+def test_warnings_of_an_interrupted_run_come_once(dense, tmp_path):
+    class Stops(Progress):
+        def block(self, index, name):
+            if index == 1:
+                raise KeyboardInterrupt
+
+    arguments = dict(calibration=TEXT[:100], samples=3, sequence_length=50, tokenizer=Letters())
+    with pytest.raises(KeyboardInterrupt):
+        gptvq.quantize(dense, tmp_path / "out", preset(), progress=Stops(), **arguments)
+    assert len(gptvq.quantize(dense, tmp_path / "out", preset(), **arguments).warnings) == 1
+    gptvq.quantize(dense, tmp_path / "whole", preset(), **arguments)
+    assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+
+
 def test_strict_also_minds_what_an_earlier_run_found(tmp_path):
     class Stops(Progress):
         def block(self, index, name):
