@@ -112,7 +112,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     if run.folder is not None and not run.done:
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
-                                 + (len(tokens) * activations.bytes_per_sample if run.journal else 0))
+                                 + activations.disk_bytes)
     todo = [name for block in blocks[run.done:] for name in specs if name.startswith(block.name + ".")]
     progress.start(sum(specs[name].rows * specs[name].cols for name in todo), len(blocks))
     if run.done:

@@ -27,7 +27,8 @@ from .solver import LayerRecord
 from .storage import TensorList, digest
 from .weight import VQWeight
 
-_STREAMS = 6        # lists of hidden states that exist at one time: both streams before and behind a block, and what is compared
+_COMMITTED = 4      # lists of hidden states in the journal at one time: both streams, before and behind a block
+_STREAMS = 6        # .. and what is compared within it
 
 
 class BlockStream:
@@ -174,8 +175,8 @@ class Activations:
     def __init__(self, journal: Journal | None, samples: int, nbytes: int):
         """nbytes: of one sample's state."""
         self.journal, self.samples, self._scratches = journal, samples, 0
-        self.bytes_per_sample = 2 * nbytes
         self.on_disk = journal is not None and _STREAMS * samples * nbytes > available_memory() / 2
+        self.disk_bytes = 0 if journal is None else samples * nbytes * (_STREAMS if self.on_disk else _COMMITTED)
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """For a stream behind a block, which a commit makes part of the journal."""
