@@ -26,8 +26,9 @@ def calibration_windows(source, tokenizer, samples: int, sequence_length: int, s
 
     `source`: whatever `read_text` takes, or an integer tensor [samples, tokens], which is used as it is.  The text is
     tokenized once, without special tokens, and cut into windows: different ones without overlap where it is long enough
-    for that, any positions otherwise.  Raises ConfigError for text shorter than one window.  The second result is the beginnings
-    of the last windows that were not chosen, [up to 4, up to 512] ids to check the result with, or None where there are none.
+    for that, any positions otherwise.  Raises ConfigError for text shorter than one window.  The second result is the
+    beginnings of the last windows that were not chosen, [up to 4, up to 512] ids to check the result with, or None where
+    there are none.
     """
     if isinstance(source, Tensor):
         return _checked_ids(source), None
@@ -46,7 +47,8 @@ def calibration_windows(source, tokenizer, samples: int, sequence_length: int, s
     else:
         starts = torch.randint(len(tokens) - sequence_length + 1, (samples,), generator=generator)
         unused = torch.tensor(range(int(starts.max()) + sequence_length, len(tokens) - sequence_length + 1, sequence_length))
-    held_out = [tokens[s: s + min(sequence_length, _CHECK_TOKENS)] for s in unused[-_CHECK_WINDOWS:].tolist()] if sequence_length > 1 else []
+    size = min(sequence_length, _CHECK_TOKENS)
+    held_out = [tokens[s: s + size] for s in unused[-_CHECK_WINDOWS:].tolist()] if size > 1 else []
     return torch.stack([tokens[s: s + sequence_length] for s in starts.tolist()]), torch.stack(held_out) if held_out else None
 
 

@@ -86,8 +86,8 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None, stored: Callabl
             with contextlib.suppress(OSError):      # a folder, or a disk that fails altogether
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept, but what the journal "
-                              "holds is. Free some space or make the folder writable, and run the same command again") from error
+            raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept, but what the "
+                              "journal holds is. Free some space or make the folder writable, and run the same command again") from error
         raise
 
 

@@ -10,14 +10,14 @@ from .errors import ConfigError
 
 def options(p: argparse.ArgumentParser) -> None:
     """Adds the options; importing nothing heavy."""
-    p.add_argument("--fresh", action="store_true", help="start over, whatever an earlier run of gptvq left in OUT; default: the same command goes "
-                                                        "on behind its last finished block")
+    p.add_argument("--fresh", action="store_true",
+                   help="start over, whatever an earlier run left in OUT; default: the same command goes on behind its last finished block")
     p.add_argument("--no-journal", action="store_true", help="keep no journal: an interrupted run is lost")
     p.add_argument("--redo", action="append", default=[], metavar="PATTERN",
-                   help="compute these layers of the finished checkpoint in OUT again, and all blocks behind the first of them, for instance "
-                        "'layers.3.*'; 'weak': those whose error is over twice the median of their kind; repeatable")
+                   help="compute these layers of the finished checkpoint in OUT again, and all blocks behind the first of them, for "
+                        "instance 'layers.3.*'; 'weak': those whose error is over twice the median of their kind; repeatable")
     p.add_argument("--check", default="auto", metavar="FILE|DATASET|none",
-                   help="text on which the saved model is compared with the dense one; default: the end of the calibration text, as far as unused")
+                   help="text on which the saved model is compared with the dense one; default: unused calibration text")
     p.add_argument("--max-kl", type=_limit, metavar="NATS", help="exit code 2 where the two diverge by more than this per token")
     p.add_argument("--strict", action="store_true", help="an error instead of every warning and repair that the report would show")
 
@@ -40,8 +40,8 @@ def verdict(report, args: argparse.Namespace) -> tuple[int, str]:
     if not report.check:
         return (0, "not compared with the dense model") if args.max_kl is None else (
             2, "--max-kl: there was no text to compare the result with the dense model on; give --check FILE")
-    text = (f"KL to the dense model {report.check['kl']:.4f} nats per token on {report.check['tokens']} tokens, the same likeliest token on "
-            f"{100 * report.check['same_token']:.1f} %")
+    text = (f"KL to the dense model {report.check['kl']:.4f} nats per token on {report.check['tokens']} tokens, the same likeliest token "
+            f"on {100 * report.check['same_token']:.1f} %")
     if args.max_kl is not None and report.check["kl"] > args.max_kl:
         return 2, f"{text}: over the limit of {args.max_kl:g} (--max-kl)"
     return 0, text

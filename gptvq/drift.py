@@ -94,7 +94,8 @@ def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> 
 
 @torch.no_grad()
 def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor], device: torch.device,
-              new: Callable[[], list[Tensor]] = list, scratch: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+              new: Callable[[], list[Tensor]] = list,
+              scratch: Callable[[], list[Tensor]] = list) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     """Runs the dense stream through a block that is still dense -> (its outputs, what aligned stages are compared with).
 
     The latter, [1, tokens, ..] per sample under the name of the stage's first linear, are about as large as the hidden

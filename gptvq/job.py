@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import checkpoint
 from .config import VQConfig
-from .errors import ConfigError, GptvqError
+from .errors import ConfigError, FormatError, GptvqError
 from .journal import FOLDER, Journal, discard, require_same, stored_job
 from .machine import device_class, versions
 from .model import Block
 from .redo import Redo, plan_redo
 from .report import Progress, Report, record_of
+from .solver import LayerRecord
 from .spec import LAYOUT_VERSION, QuantSpec
 from .stream import BlockStream, packed_weight
 
@@ -64,7 +65,7 @@ class Run:
         return self.folder
 
     def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report) -> bool:
-        """Opens the journal and takes over what is in it -> whether the checkpoint is complete already.
+        """Opens the journal -> whether the checkpoint is complete already.
 
         Raises ResumeMismatch where the folder holds another job.
         """
@@ -73,6 +74,7 @@ class Run:
         for block in stream.blocks:
             for text in stream.warnings[block.name]:
                 self.note(text)
+        self._noted = len(report.warnings)                      # those every run finds anew
         if self.folder is None:
             return False
         begun = stored_job(self.folder) if self.resume != "fresh" else None
@@ -94,17 +96,27 @@ class Run:
             if (self.folder / FOLDER).is_dir():
                 discard(self.folder)
             return False
-        self.journal = Journal(self.folder, report.job, self.resume == "fresh" or self.overwrite and begun is not None and begun != report.job)
-        for line, block in zip(self.journal.blocks, stream.blocks):
-            self._take_over(line, block, stream)
+        other = self.overwrite and begun is not None and begun != report.job
+        self.journal = Journal(self.folder, report.job, fresh=self.resume == "fresh" or other)
+        return False
+
+    def take_over(self, stream: BlockStream) -> None:
+        """Puts the blocks in the journal in the place of the dense ones, and what is noted of them into the report."""
         if self.done:
             self.progress.stage(f"{self.folder}: {self.done} of {len(stream.blocks)} blocks of this job are done, going on behind them")
-        return False
+            for line in self.journal.blocks:
+                self._take_over(line, stream)
 
     @property
     def done(self) -> int:
         """Number of blocks that an earlier run has finished."""
         return len(self.journal.blocks) if self.journal else 0
+
+    def kept(self, index: int, names) -> dict[str, LayerRecord]:
+        """{layer: record} of those of `names` that a redo leaves as they are; empty for a block that is to be done."""
+        if self.redo is None or index >= self.redo.first:
+            return {}
+        return {name: self.redo.kept[name] for name in names if name in self.redo.kept}
 
     def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:
         """Puts a finished block and the hidden states behind it into the journal."""
@@ -168,10 +180,15 @@ class Run:
         """The report of a finished checkpoint of a job that can be compared."""
         if self.resume == "never" or not (folder / checkpoint.CONFIG).is_file() or not (folder / checkpoint.REPORT).is_file():
             return None
-        report = Report.load(folder)
+        try:
+            report = Report.load(folder)
+        except FormatError:
+            if self.resume == "fresh" or self.overwrite:    # what is replaced may be damaged
+                return None
+            raise
         return report if report.job else None
 
-    def _take_over(self, line: dict, block: Block, stream: BlockStream) -> None:
+    def _take_over(self, line: dict, stream: BlockStream) -> None:
         from safetensors import safe_open
 
         records = [record_of(values) for values in line["layers"]]

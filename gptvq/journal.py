@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER, LINES, LOCK = "journal", "journal.jsonl", "lock"
+_FIELDS = {"block", "files", "layers", "warnings", "seconds", "stages"}     # of a block's line
 
 
 class Journal:
@@ -48,6 +49,7 @@ class Journal:
             with writing(folder):
                 stored = None if fresh else self._read()
                 if stored is None:
+                    unlink([self.folder / LINES])           # first: without it the other files do not exist
                     unlink(self._files())
                     self.job = job
                     write_text(self.folder / LINES, _line({"job": job}))
@@ -100,7 +102,7 @@ class Journal:
     def remove(self) -> None:
         """Ends the journal, its checkpoint being complete."""
         with writing(self.folder):
-            unlink([self.folder / LINES])                   # first: without it the other files do not exist
+            unlink([self.folder / LINES])                   # first, again
             unlink([*self._files(), self.folder / LOCK])
             self.close()
             self.folder.rmdir()
@@ -137,7 +139,7 @@ class Journal:
         if not lines or not isinstance(lines[0].get("job"), dict):
             raise FormatError(f"{path}: the first line names no job; the file is damaged, start over (--fresh, resume=\"fresh\")")
         self.blocks = lines[1:]
-        if any(line.get("block") != index or not isinstance(line.get("files"), dict) for index, line in enumerate(self.blocks)):
+        if any(line.get("block") != index or not _FIELDS <= line.keys() for index, line in enumerate(self.blocks)):
             raise FormatError(f"{path}: its lines are not one per block in order; the file is damaged, start over (--fresh, "
                               "resume=\"fresh\")")
         return lines[0]["job"]
@@ -208,7 +210,8 @@ def _parsed(text: bytes, path: Path, number: int) -> dict:
         raise FormatError(f"{path}: line {number} is not valid JSON ({error}); the file is damaged, start over (--fresh, "
                           "resume=\"fresh\")") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path}: line {number}: got a {type(values).__name__}, need an object; start over (--fresh, resume=\"fresh\")")
+        raise FormatError(f"{path}: line {number}: got a {type(values).__name__}, need an object; the file is damaged, start over (--fresh, "
+                          "resume=\"fresh\")")
     return values
 
 

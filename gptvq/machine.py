@@ -1,9 +1,11 @@
 """The machine a job runs on: what to note of it, what decides the bytes of a result, and how much memory is left."""
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,15 @@ def versions() -> dict[str, str]:
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Bytes that can be used without swapping, also within the limits of a container."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with contextlib.suppress(OSError):
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.M)
+        free = 1024 * int(found[1]) if found else free
+    with contextlib.suppress(OSError, ValueError):          # "max" where there is no limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(limit - used, 0))
+    return free
 
 
 def environment() -> dict[str, Any]:

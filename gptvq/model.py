@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .errors import ConfigError, NumericalError
 from .experts import is_fused, unfuse
@@ -40,7 +41,7 @@ class Block:
     def to(self, device: torch.device | str) -> Block:
         """Moves the module and the recorded arguments; the module moves in place."""
         self.module.to(device)
-        self.args, self.kwargs = _map(lambda t: t.to(device), (self.args, self.kwargs))
+        self.args, self.kwargs = tree_map_only(Tensor, lambda t: t.to(device), (self.args, self.kwargs))
         return self
 
 
@@ -92,8 +93,8 @@ def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: 
         block.args = tuple(None if block.hidden_at == i else a for i, a in enumerate(args))
         block.kwargs = {k: v for k, v in kwargs.items() if k != block.hidden_at}
         if block is not blocks[len(called)] or called and not _same(last[0], hidden):
-            raise ConfigError(f"{type(model).__name__}: {block.name} is not called on the output of the block before it; need a decoder-only "
-                              "language model. If it is one, load it and pass the module instead of its name")
+            raise ConfigError(f"{type(model).__name__}: {block.name} is not called on the output of the block before it; need a "
+                              "decoder-only language model. If it is one, load it and pass the module instead of its name")
         called.append(block)
 
     def after(block: Block, out: Any) -> None:
@@ -113,11 +114,11 @@ def run_on(device: torch.device, model: nn.Module, blocks: list[Block], before: 
             if before is not None:
                 before(block, args, kwargs)
             module.to(device)
-            return _map(lambda t: t.to(device), (args, kwargs))
+            return tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
 
         def leave(module, args, out, block=block):
             module.to(home)
-            out = _map(lambda t: t.to(home), out)
+            out = tree_map_only(Tensor, lambda t: t.to(home), out)
             if after is not None:
                 after(block, out)
             return out
@@ -275,22 +276,8 @@ def _is_chain(calls: list, members: int) -> bool:
     return all(x is y or torch.equal(x, y) for (_, _, y), (_, x, _) in zip(calls, calls[1:]))
 
 
-def _map(move: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `move` applied to every tensor in its tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return move(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(move, v) for v in value)
-    if type(value) is dict:
-        return {k: _map(move, v) for k, v in value.items()}
-    return value
-
-
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and (a is b or a.shape == b.shape and torch.equal(a, b))
-    if type(a) in (tuple, list):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
-    if type(a) is dict:
-        return type(b) is dict and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return True
+    """Whether two nests of tuples, lists and dicts are built alike and hold equal tensors."""
+    (a, shape), (b, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(x is y or isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y)
+                                  for x, y in zip(a, b) if isinstance(x, Tensor))

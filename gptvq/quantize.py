@@ -53,7 +53,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     config = VQConfig.preset(config) if isinstance(config, str) else config
     if not isinstance(config, VQConfig):
         raise ConfigError(f"config: got {type(config).__name__}, need a VQConfig or a preset's name")
-    run = Run(config, pick_device(device), resume, (redo,) if isinstance(redo, str) else tuple(redo), strict, overwrite, progress or Progress())
+    run = Run(config, pick_device(device), resume, (redo,) if isinstance(redo, str) else tuple(redo), strict, overwrite,
+              progress or Progress())
     new = out is not None and not Path(out).exists()
     try:
         if out is not None:
@@ -92,6 +93,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         with run.timed("check"):
             wanted = stream.logits(held_out, device)
     if not complete:
+        run.take_over(stream)                                   # from here on the model is no longer the dense one
         _quantize_blocks(stream, run, specs, tokens)
         _describe(stream, run, specs)
         run.finish(stream)
@@ -110,7 +112,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     if run.folder is not None and not run.done:
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
-                                 + (len(tokens) * activations.bytes_per_sample if run.journal else 0))
+                                 + activations.disk_bytes)
     todo = [name for block in blocks[run.done:] for name in specs if name.startswith(block.name + ".")]
     progress.start(sum(specs[name].rows * specs[name].cols for name in todo), len(blocks))
     if run.done:
@@ -126,23 +128,20 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         linears = {full: linear for full, linear in stream.load(block).items() if full in specs}
         home = next(block.module.parameters()).device
         block.to(device)
-        order, compared = [Stage(tuple(linears))], {}
+        packed, kept = {}, run.kept(index, linears)
+        order, compared = [] if kept else [Stage(tuple(linears))], {}
         if recipe.compensate:
             progress.stage("running the dense block")
             with run.timed("forward"):
-                order = find_stages(block, linears, hidden[0].to(device))
-                dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index), activations.scratch)
-
-        packed = {}
-        if run.redo is not None and index < run.redo.first:
-            for full, record in run.redo.kept.items():
-                if full in linears:
-                    packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
-                    run.report.layers.append(record)
-                    stream.model.set_submodule(full, packed[full].to_dense(linears.pop(full).weight.dtype))
-        else:
-            for stage in order:
-                packed |= _solve_stage(stage, block, linears, hidden, compared, specs, stream, run)
+                order = [] if kept else find_stages(block, linears, hidden[0].to(device))
+                dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index),
+                                            activations.scratch)
+        for stage in order:
+            packed |= _solve_stage(stage, block, linears, hidden, compared, specs, stream, run)
+        for full, record in kept.items():
+            packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
+            run.report.layers.append(record)
+            stream.model.set_submodule(full, packed[full].to_dense(linears.pop(full).weight.dtype))
 
         progress.stage("running the quantized block")
         with run.timed("forward"):

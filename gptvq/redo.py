@@ -44,7 +44,8 @@ class Redo:
         raise FormatError(f"{self.folder}: {name} is in none of its files; copy the checkpoint again")
 
 
-def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs: dict[str, QuantSpec], job: dict, begun: dict | None) -> Redo:
+def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs: dict[str, QuantSpec], job: dict,
+              begun: dict | None) -> Redo:
     """What to keep of the checkpoint in `folder`.  `job`: as it would be without redoing; `begun`: the job of an unfinished run there.
 
     Patterns are shell patterns of layers' names, or of what follows their first parts; "weak" stands for the layers whose error
@@ -64,13 +65,15 @@ def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs:
     if missing:
         raise ConfigError(f"--redo {missing[0]!r} matches no quantized layer; they are called like {report.layers[0].name!r}")
     if not wanted:
-        raise ConfigError(f"{folder}: no layer's error is over {_WEAK_FACTOR} times the median of its kind; name layers to redo instead of {WEAK!r}")
+        raise ConfigError(f"{folder}: no layer's error is over {_WEAK_FACTOR} times the median of its kind; name layers to redo instead of "
+                          f"{WEAK!r}")
     first = min(index for index, block in enumerate(blocks) if any(name.startswith(block + ".") for name in wanted))
     kept = _before(report, blocks, first)
     for name, record in kept.items():
         if specs.get(name) != record.spec:
-            raise ResumeMismatch(f"{name}: its format was {record.spec.to_dict()}, is {specs[name].to_dict() if name in specs else 'dense'}; layers "
-                                 f"before {blocks[first]}, the first to redo, cannot be changed")
+            now = specs[name].to_dict() if name in specs else "dense"
+            raise ResumeMismatch(f"{name}: its format was {record.spec.to_dict()}, is {now}; layers before {blocks[first]}, the first to "
+                                 "redo, cannot be changed")
     hashes = hashlib.sha256("".join(record.sha256 for record in kept.values()).encode()).hexdigest()
     return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first)})
 
@@ -92,4 +95,5 @@ def _before(report: Report | None, blocks: list[str], first: int) -> dict[str, L
 
 def _calibration(report: Report, first: int) -> dict:
     """What the kept layers were computed on, in the form of a job's field."""
-    return {"before": report.job.get("calibration", {}), **({"redo": report.job["redo"]} if report.job.get("redo") else {})} if first else {}
+    before = {"before": report.job.get("calibration", {}), **({"redo": report.job["redo"]} if report.job.get("redo") else {})}
+    return before if first else {}

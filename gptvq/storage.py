@@ -26,8 +26,8 @@ def writing(path: Path):
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); what was finished before is kept. Free some space or make "
-                          "the folder writable, and run the same command again") from error
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); what was finished before is kept. Free some space or "
+                          "make the folder writable, and run the same command again") from error
 
 
 class DurableFile:

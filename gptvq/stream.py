@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import unique_tensors
-from .errors import ConfigError, NumericalError
+from .errors import FormatError, NumericalError
 from .journal import Journal
 from .linear import VQLinear
 from .machine import available_memory
@@ -27,7 +27,8 @@ from .solver import LayerRecord
 from .storage import TensorList, digest
 from .weight import VQWeight
 
-_STREAMS = 6        # lists of hidden states that exist at one time: both streams before and behind a block, and what is compared
+_COMMITTED = 4      # lists of hidden states in the journal at one time: both streams, before and behind a block
+_STREAMS = 6        # .. and what is compared within it
 
 
 class BlockStream:
@@ -79,8 +80,8 @@ class BlockStream:
         """Raises NumericalError unless the weights of these linears are finite."""
         for name in names:
             if self._non_finite.get(name):
-                raise NumericalError(f"{name}: the weight holds {self._non_finite[name]} non-finite values; the source checkpoint is damaged or "
-                                     "its dtype overflowed")
+                raise NumericalError(f"{name}: the weight holds {self._non_finite[name]} non-finite values; the source checkpoint is "
+                                     "damaged or its dtype overflowed")
 
     def load(self, block: Block) -> dict[str, nn.Module]:
         """Reads the weights of a block, unless they are in memory -> {full name: linear}."""
@@ -174,8 +175,8 @@ class Activations:
     def __init__(self, journal: Journal | None, samples: int, nbytes: int):
         """nbytes: of one sample's state."""
         self.journal, self.samples, self._scratches = journal, samples, 0
-        self.bytes_per_sample = 2 * nbytes
         self.on_disk = journal is not None and _STREAMS * samples * nbytes > available_memory() / 2
+        self.disk_bytes = 0 if journal is None else samples * nbytes * (_STREAMS if self.on_disk else _COMMITTED)
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """For a stream behind a block, which a commit makes part of the journal."""
@@ -190,7 +191,7 @@ class Activations:
         """A stream as it was committed behind a block."""
         found = TensorList.open(self.journal.path(kind, block))
         if len(found) != self.samples:
-            raise ConfigError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
+            raise FormatError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
         return found if self.on_disk else list(found)
 
 

@@ -51,19 +51,30 @@ def test_divergence_is_that_of_the_files(source, dense, tmp_path, ids):
     assert 0 < finer.check["kl"] < report.check["kl"] / 4
 
 
-def test_the_check_is_made_up_for_where_a_run_ended_before_it(dense, tmp_path, ids):
+@pytest.mark.parametrize("source", ["folder", "module"])
+@pytest.mark.parametrize("at", ["running the quantized block", "reading the checkpoint back"])
+def test_the_check_of_an_interrupted_run(source, at, dense, tmp_path, ids):
+    """Whether it ended in the last block or before the check: the dense model is compared, and all is as without the interrupt."""
     class Stops(Progress):
+        seen = 0
+
         def stage(self, text):
-            if text.startswith("reading the checkpoint back"):
+            self.seen += text.startswith(at)
+            if self.seen == (2 if at.startswith("running") else 1) and text.startswith(at):
                 raise KeyboardInterrupt
 
-    held_out = ids[:, :20]
+    def go(out, **arguments):
+        model = dense if source == "folder" else build()
+        return gptvq.quantize(model, tmp_path / out, preset(), calibration=ids, check=ids[:, :20], **arguments)
+
     with pytest.raises(KeyboardInterrupt):
-        gptvq.quantize(dense, tmp_path / "out", preset(), calibration=ids, check=held_out, progress=Stops())
-    assert gptvq.Report.load(tmp_path / "out").check == {}
-    gptvq.quantize(dense, tmp_path / "whole", preset(), calibration=ids, check=held_out)
-    gptvq.quantize(dense, tmp_path / "out", preset(), calibration=ids, check=held_out)
-    assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+        go("out", progress=Stops())
+    assert (tmp_path / "out" / "journal").exists() == at.startswith("running")
+    go("whole")
+    report = go("out")
+    assert report.check["kl"] > 0
+    for name in ("report.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_unused_text_is_the_end_that_no_window_touches():
@@ -152,6 +163,20 @@ def test_no_text_left_to_check(dense, tmp_path):
     report = both("no calibration text was left over", lambda: dense, tmp_path / "out", **arguments)
     assert report.check == {} and len(report.warnings) == 1
     assert not gptvq.quantize(dense, tmp_path / "out2", preset(), check=None, strict=True, **arguments).warnings
+
+
+def test_warnings_of_an_interrupted_run_come_once(dense, tmp_path):
+    class Stops(Progress):
+        def block(self, index, name):
+            if index == 1:
+                raise KeyboardInterrupt
+
+    arguments = dict(calibration=TEXT[:100], samples=3, sequence_length=50, tokenizer=Letters())
+    with pytest.raises(KeyboardInterrupt):
+        gptvq.quantize(dense, tmp_path / "out", preset(), progress=Stops(), **arguments)
+    assert len(gptvq.quantize(dense, tmp_path / "out", preset(), **arguments).warnings) == 1
+    gptvq.quantize(dense, tmp_path / "whole", preset(), **arguments)
+    assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
 
 
 def test_strict_also_minds_what_an_earlier_run_found(tmp_path):

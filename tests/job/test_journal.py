@@ -167,7 +167,8 @@ def test_damaged_files_are_named(job, file):
 
 @pytest.mark.parametrize("change, says", [
     (lambda lines: [b"{}"] + lines[1:], "names no job"), (lambda lines: [lines[0], b"nonsense", lines[1]], "line 2 is not valid JSON"),
-    (lambda lines: [lines[0], lines[1], lines[1]], "not one per block"), (lambda lines: [b"[]", lines[1]], "line 1: got a list")])
+    (lambda lines: [lines[0], lines[1], lines[1]], "not one per block"),
+    (lambda lines: [lines[0], lines[1].replace(b'"layers"', b'"leyers"')], "not one per block"), (lambda lines: [b"[]", lines[1]], "line 1: got a list")])
 def test_damaged_lines_are_named(job, change, says):
     path = job[1] / "journal" / "journal.jsonl"
     path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())) + b"\n")
