@@ -5,12 +5,12 @@ before the safetensors library opens the file; memory stays below twice the file
 """
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FormatError
@@ -27,7 +27,7 @@ _MOST_DIMS, _LARGEST = 16, 1 << 62
 _CHUNK = 1 << 20                # bytes read at once
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """Where a tensor is stored, and as what; `begin` counts from the start of the file."""
 
@@ -180,3 +180,14 @@ def shorten(value, most: int = 60) -> str:
     except RecursionError:
         text = f"a nested {type(value).__name__}"
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def check_kinds(record) -> None:
+    """TypeError unless the fields of a dataclass read from a file hold what their annotations say; a whole number is a float, too."""
+    for field_ in dataclasses.fields(record):
+        name, value = field_.type.partition("[")[0], getattr(record, field_.name)
+        kinds = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}.get(name, object)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{field_.name}: got {type(value).__name__}, need {name}")
+        if name in ("int", "float"):
+            float(value)                                # whatever shows it may take it for a float

@@ -27,9 +27,9 @@ LAYERS = [
     {"solver"},
     {"linear"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify",
-     "plan", "report", "evaluate", "hf", "vllm", "export", "doctor"},
+     "plan", "mixed", "report", "evaluate", "hf", "vllm", "export", "doctor"},
     {"quantize"},
-    {"cli", "cli_plan", "demo", "__main__"},
+    {"cli_plan", "cli", "demo", "__main__"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
