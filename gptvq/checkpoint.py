@@ -147,8 +147,11 @@ def _sync_folder(folder: Path) -> None:
 # ---- reading
 def read_json(path: Path) -> dict:
     """A JSON object of no more bytes than files beside it can account for; raises FormatError naming the file."""
-    tensors = sum(file.stat().st_size for file in path.parent.glob("*.safetensors") if file.is_file())
-    return tensorfile.read_json(path, max(tensorfile.LEAST_JSON, tensors // tensorfile.JSON_SHARE))
+    largest = tensorfile.LEAST_JSON
+    if tensorfile.file_size(path) > largest:
+        tensors = sum(file.stat().st_size for file in path.parent.glob("*.safetensors") if file.is_file())
+        largest = max(largest, tensors // tensorfile.JSON_SHARE)
+    return tensorfile.read_json(path, largest)
 
 
 def is_packed(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import checkpoint, mixed
 from .calibration import calibration_tokens, tokens_sha256
 from .config import VQConfig
-from .drift import Stage, collect, find_stages, run_dense
+from .drift import Inputs, Stage, collect, find_stages, run_dense
 from .errors import ConfigError
 from .hessian import Hessian
 from .model import Block, dense_weight, embed, find_blocks, linears, record_calls, unfuse_experts
@@ -25,15 +25,16 @@ from .spec import QuantSpec
 
 #: Sequences that the tried block sees, and that sensitivities are measured on.
 PROBE_SAMPLES, SENSITIVITY_SAMPLES = 3, 8
+_ALIKE = 4                          # linears of one shape and format that are solved
 
 
 @dataclass
 class Plan:
     """What a run with these arguments gives and takes; bytes and seconds.
 
-    `packed_bytes` and `bits_per_value` are exact, `other_bytes` those of all other tensors.  `seconds` by stage, `peak_ram` and
-    `peak_gpu` are predictions from `probe`, the block that was tried and on how many samples.  `errors` are {layer: {preset: relative
-    error by a short recipe}} where a target asked for them.
+    `packed_bytes` and `bits_per_value` are exact, `other_bytes` those of all other tensors.  `seconds` by stage, `cpu_seconds` (of all
+    threads together, which other programs disturb less), `peak_ram` and `peak_gpu` are predictions from `probe`, the block that was
+    tried and on how many samples.  `errors` are {layer: {preset: relative error by a short recipe}} where a target asked for them.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Plan:
     dense_bytes: int
     other_bytes: int
     seconds: dict[str, float]
+    cpu_seconds: float
     peak_ram: int
     peak_gpu: int
     probe: dict[str, Any]
@@ -76,7 +78,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     from .hf import open_dense, pick_device
 
     config, progress = VQConfig.preset(config) if isinstance(config, str) else config, progress or Progress()
-    device, began = pick_device(device), time.perf_counter()
+    device, began = pick_device(device), _clock()
     if target_bytes is not None and target_bits is not None:
         raise ConfigError("target_bytes and target_bits: give one of them")
     targeted = target_bytes is not None or target_bits is not None
@@ -90,7 +92,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
         tokenizer = read_tokenizer if tokenizer is None else tokenizer
     tokens = _random_tokens(model, samples, sequence_length) if calibration is None else calibration_tokens(
         calibration, tokenizer, samples, sequence_length, config.seed)
-    samples, seconds = len(tokens), {"load": time.perf_counter() - began}
+    samples, seconds = len(tokens), {"load": _clock() - began}
     blocks = find_blocks(model, tokens[:1])
     warnings = unfuse_experts(model, blocks)[1]
     modules = {full: linear for block in blocks for full, linear in linears(block.module, block.name).items()}
@@ -117,21 +119,24 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     for stage in ("forward", "hessians"):
         seconds[stage] = probe.seconds[stage] * share * sum(weights.values()) / largest
     seconds["solve"] = sum(probe.solve_seconds(spec) for spec in specs.values())
-    return Plan(name, config, specs, sum(spec.nbytes for spec in specs.values()), dense_bytes, everything - dense_bytes, seconds,
-                probe.peak_ram(samples), probe.peak_gpu, {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples,
-                                                          "sequence_length": tokens.shape[1], "tokens_sha256": tokens_sha256(tokens),
-                                                          "seconds": time.perf_counter() - began}, errors, warnings)
+    tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
+             "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
+    return Plan(name, config, specs, sum(spec.nbytes for spec in specs.values()), dense_bytes, everything - dense_bytes,
+                {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), probe.peak_ram(samples),
+                probe.peak_gpu, tried, errors, warnings)
 
 
 class _Probe:
-    """One block run as `quantize` runs it, on a few samples: seconds of each stage, peak memory.
+    """One block run as `quantize` runs it, on a few samples: seconds of each stage (by the clock and of processors), peak memory.
 
-    It is the middle one of the largest.  Of linears alike in shape and format one is solved, also those that only other blocks have.
+    It is the middle one of the largest.  Of linears alike in shape and format a few are solved, also those that only other blocks have.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Block], modules: dict[str, nn.Module], specs: dict[str, QuantSpec], config: VQConfig,
                  tokens: Tensor, device: torch.device, progress: Progress):
-        self.tokens, self.seconds, self._solved = tokens, {}, {}
+        self.tokens = tokens
+        self.seconds: dict[str, Tensor] = {}
+        self._solved: dict[tuple, list[Tensor]] = {}
         size = {b.name: sum(specs[full].rows * specs[full].cols for full in linears(b.module, b.name) if full in specs) for b in blocks}
         largest = [block for block in blocks if size[block.name] == max(size.values())]
         self.block = block = largest[len(largest) // 2]
@@ -161,38 +166,33 @@ class _Probe:
             if self._key(spec) not in self._solved and (alike := self._alike(spec, specs)) is not None:
                 hessian = Hessian(spec.cols, device)
                 hessian.add(torch.randn(4 * spec.cols, spec.cols, generator=torch.Generator().manual_seed(0)))
-                self._solved[self._key(spec)] = self._seconds(dense_weight(self.names[alike]).float(), hessian, spec, config, alike)
+                self._solve(alike, Inputs({alike: hessian}), spec, config, progress)
         self._timed("forward", lambda: [block(state.to(device)) for state in hidden])
         self._state = hidden[0].numel() * hidden[0].element_size()
         self._kept, self._end = kept, _memory()
         self.peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         block.to(next(model.parameters()).device)
 
-    def solve_seconds(self, spec: QuantSpec) -> float:
-        """Of one linear in this format: as measured, or by the number of weights from one in the same format, or from any."""
+    def solve_seconds(self, spec: QuantSpec) -> Tensor:
+        """Of one linear in this format: the mean of those solved, or by the number of weights from those in the same format, or in any."""
         if self._key(spec) in self._solved:
-            return self._solved[self._key(spec)]
+            return sum(self._solved[self._key(spec)]) / len(self._solved[self._key(spec)])
         same = {key: s for key, s in self._solved.items() if key[2:4] == (spec.dim, spec.index_bits)} or self._solved
-        return spec.rows * spec.cols * sum(same.values()) / sum(key[0] * key[1] for key in same)
+        return spec.rows * spec.cols * sum(map(sum, same.values())) / sum(key[0] * key[1] * len(s) for key, s in same.items())
 
     def peak_ram(self, samples: int) -> int:
         """Bytes, with the hidden states of `samples` in the place of the probe's."""
         more = (samples - len(self.tokens)) * self._kept * self._state
         return int(max(self._start.peak, self._end.peak + more))
 
-    def _solve(self, full: str, inputs, spec: QuantSpec, config: VQConfig, progress: Progress) -> None:
-        if self._key(spec) not in self._solved:
+    def _solve(self, full: str, inputs: Inputs, spec: QuantSpec, config: VQConfig, progress: Progress) -> None:
+        solved = self._solved.setdefault(self._key(spec), [])
+        if len(solved) < _ALIKE:
             progress.stage(f"solving {full}")
-            began = time.perf_counter()
+            began = _clock()
             weight = inputs.target(full, dense_weight(self.names[full]).float(), config.recipe)
             solve(weight, inputs.hessians[full], spec, config.recipe, full)
-            self._solved[self._key(spec)] = time.perf_counter() - began
-
-    @staticmethod
-    def _seconds(weight: Tensor, hessian: Hessian, spec: QuantSpec, config: VQConfig, name: str) -> float:
-        began = time.perf_counter()
-        solve(weight, hessian, spec, config.recipe, name)
-        return time.perf_counter() - began
+            solved.append(_clock() - began)
 
     def _alike(self, spec: QuantSpec, specs: dict[str, QuantSpec]) -> str | None:
         return next((full for full in self.names if (specs[full].rows, specs[full].cols) == (spec.rows, spec.cols)), None)
@@ -202,10 +202,15 @@ class _Probe:
         return tuple(spec.to_dict().values())
 
     def _timed(self, stage: str, function, *args):
-        began = time.perf_counter()
+        began = _clock()
         result = function(*args)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + _clock() - began
         return result
+
+
+def _clock() -> Tensor:
+    """(seconds by the clock, processor seconds of all threads)."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
