@@ -26,7 +26,7 @@ def add(commands, command, placement) -> None:
     p.add_argument("--samples", type=positive, default=128, metavar="N", help="calibration sequences of that run, default %(default)s")
     p.add_argument("--sequence-length", type=positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
     target = p.add_mutually_exclusive_group()
-    target.add_argument("--target-size", type=nbytes, metavar="SIZE", help="choose presets for this size of all tensors together, like 90MB")
+    target.add_argument("--target-size", type=nbytes, metavar="SIZE", help="choose presets for this size of all tensors, like 90MB")
     target.add_argument("--target-bpv", type=float, metavar="BITS", help="choose presets for so many bits per quantized weight, like 2.5")
     p.add_argument("--presets", type=lambda text: text.split(","), metavar="A,B,..", help="to choose from, default the -s64 ones of 2D")
     p.add_argument("--out", metavar="FILE", help="write the configuration here, for `gptvq quantize --config`")
@@ -104,8 +104,8 @@ def _show(found) -> None:
     console.print(table)
     seconds = ", ".join(f"{stage} {clock(s)}" for stage, s in found.seconds.items())
     memory = f"{size(found.peak_ram)} of memory" + (f" and {size(found.peak_gpu)} on the GPU" if found.peak_gpu else "")
-    print(f"{len(found.specs)} linears, {sum(s.rows * s.cols for s in found.specs.values()):,} weights at {found.bits_per_value:.4f} bits per "
-          f"value: {size(found.dense_bytes)} -> {size(found.packed_bytes)}; with all other tensors {size(found.disk)} on disk.")
+    print(f"{len(found.specs)} linears, {sum(s.rows * s.cols for s in found.specs.values()):,} weights at {found.bits_per_value:.4f} bits "
+          f"per value: {size(found.dense_bytes)} -> {size(found.packed_bytes)}; with all other tensors {size(found.disk)} on disk.")
     print(f"Predicted from {found.probe['block']} on {found.probe['samples']} of {found.probe['of_samples']} samples: "
           f"{clock(sum(found.seconds.values()))} ({seconds}), at most {memory}.")
     for warning in found.warnings:

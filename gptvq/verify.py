@@ -102,10 +102,10 @@ def read_structure(folder: Path) -> Structure:
         raise FormatError(f"{where}: quantization_config: need an object whose quant_method is {METHOD!r}; not a gptvq checkpoint, or damaged")
     if unknown := set(settings) - {"quant_method", "layout_version", "layers", *checkpoint.SETTINGS}:
         raise FormatError(f"{where}: unknown settings {shorten(sorted(unknown), 200)}; config.json is damaged or of a newer gptvq")
-    specs, files = checkpoint.layer_specs(settings, str(where)), checkpoint.tensor_files(folder)
-    entries, sha256 = checkpoint.read_headers(files), {}
-    if (folder / INDEX).exists():
-        sha256 = _check_index(folder / INDEX, files, entries)
+    specs, index = checkpoint.layer_specs(settings, str(where)), checkpoint.read_index(folder)
+    files = checkpoint.tensor_files(folder, index)
+    entries = checkpoint.read_headers(files)
+    sha256 = {} if index is None else _check_index(folder / INDEX, index, files, entries)
     for layer, spec in specs.items():
         for buffer, (shape, dtype) in spec.buffer_shapes().items():
             checkpoint.check_tensor(entries, f"{layer}.{buffer}", shape, dtype, str(folder))
@@ -123,9 +123,8 @@ def read_structure(folder: Path) -> Structure:
     return Structure(config, specs, entries, files, sha256)
 
 
-def _check_index(path: Path, files: list[Path], entries: dict[str, Entry]) -> dict[str, str]:
-    values = checkpoint.read_json(path)
-    weight_map, metadata = values["weight_map"], values.get("metadata", {})
+def _check_index(path: Path, index: dict, files: list[Path], entries: dict[str, Entry]) -> dict[str, str]:
+    weight_map, metadata = index["weight_map"], index.get("metadata", {})
     for name, file in weight_map.items():
         if name not in entries or entries[name].file.name != file:
             raise FormatError(f"{path}: tensor {shorten(name, 200)} is not in {file}; the files do not fit together, copy them again")
