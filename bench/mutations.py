@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         batch(Path(args.batch), *args.range, args)
         return
     results = runner.Results("mutations", argv, args.json, {
-        "count": args.count, "seed": args.seed, "load_every": args.load_every, "spare_megabytes": args.spare, "patience_seconds": args.patience})
+        "count": args.count, "seed": args.seed, "load_every": args.load_every, "spare_megabytes": args.spare,
+        "patience_seconds": args.patience})
     began, totals = time.perf_counter(), collections.Counter()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as place:
         sound = Path(place) / "sound"
@@ -79,9 +80,9 @@ def make(folder: Path) -> int:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-                                             max_position_embeddings=32, attention_bias=True, bos_token_id=None, pad_token_id=None,
-                                             eos_token_id=0, initializer_range=0.1)).eval()
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                             vocab_size=32, max_position_embeddings=32, attention_bias=True, bos_token_id=None,
+                                             pad_token_id=None, eos_token_id=0, initializer_range=0.1)).eval()
     rules = (("*.q_proj", {"scale_block": 16}), ("*.up_proj", {"dim": 1, "svd_rank": 2}), ("*.down_proj", {}), ("*", None))
     whole, checkpoint.SHARD_BYTES = checkpoint.SHARD_BYTES, 4000
     try:
@@ -173,8 +174,8 @@ def independent(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in checkpoint.tensor_files(folder, checkpoint.read_index(folder)):
         tensors.update(load_file(file))
-    weights = {}
-    for layer, spec in checkpoint.layer_specs(json.loads((folder / "config.json").read_text())["quantization_config"], "config.json").items():
+    weights, settings = {}, json.loads((folder / "config.json").read_text())["quantization_config"]
+    for layer, spec in checkpoint.layer_specs(settings, "config.json").items():
         buffers = {name: tensors[f"{layer}.{name}"] for name in spec.buffer_shapes()}
         if any(tensor.dtype != DTYPES[spec.buffer_shapes()[name][1]] for name, tensor in buffers.items()):
             raise RuntimeError(f"{layer}: a dtype that the format does not have went through")

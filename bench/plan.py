@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         runner.log(f"quantize: {taken}")
         report = json.loads(Path(f"{place}/out/report.json").read_text())
         disk = sum(file.stat().st_size for file in Path(f"{place}/out").glob("*.safetensors"))
-    pairs = {"seconds": (plan["total_seconds"], report["totals"]["seconds"]), "processor seconds": (plan["cpu_seconds"], taken["cpu_seconds"]),
+    pairs = {"seconds": (plan["total_seconds"], report["totals"]["seconds"]),
+             "processor seconds": (plan["cpu_seconds"], taken["cpu_seconds"]),
              "peak RAM, bytes": (plan["peak_ram"], taken["peak_ram"]),
              "tensor files, bytes": (plan["disk"], disk), "bits per value": (plan["bits_per_value"], report["totals"]["bits_per_value"]),
              **{f"seconds, {stage}": (plan["seconds"][stage], report["stages"][stage]) for stage in plan["seconds"]}}
@@ -61,8 +62,8 @@ def parser():
 def _process(words: list[str]) -> dict:
     """Runs one gptvq command -> its wall and processor seconds, its peak of resident bytes, and the load of the machine."""
     before, load, began = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0], time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "gptvq.cli", *words], cwd=runner.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                             text=True)
+    child = subprocess.Popen([sys.executable, "-m", "gptvq.cli", *words], cwd=runner.ROOT, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
     problem = child.communicate()[1]
     if child.returncode:
         raise GptvqError(f"gptvq {words[0]}: exit code {child.returncode}: {problem[-500:]}")

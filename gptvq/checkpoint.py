@@ -176,8 +176,8 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
         raise FormatError(f"{where}: layers: got {type(layers).__name__}, need an object with one entry per quantized layer")
     for name, kinds in SETTINGS.items():
         if not isinstance(settings.get(name), kinds):
-            raise FormatError(f"{where}: {name}: got {shorten(settings.get(name))}, need {' or '.join(k.__name__ for k in kinds)}; the file "
-                              "is damaged")
+            raise FormatError(f"{where}: {name}: got {shorten(settings.get(name))}, need {' or '.join(k.__name__ for k in kinds)}; "
+                              "the file is damaged")
     specs = {}
     for name, values in layers.items():
         try:
@@ -228,8 +228,8 @@ def check_tensors(entries: dict[str, Entry], expected: dict[str, tuple[tuple[int
             check_tensor(entries, name, shape, dtype, where)
     for name, entry in entries.items():
         if name not in expected:
-            raise FormatError(f"{entry.file}: tensor {shorten(name, 200)} belongs to no layer of the model; the file and config.json do not "
-                              "fit together")
+            raise FormatError(f"{entry.file}: tensor {shorten(name, 200)} belongs to no layer of the model; the file and config.json do "
+                              "not fit together")
 
 
 def check_tensor(entries: dict[str, Entry], name: str, shape: tuple[int, ...], dtype: str, where: str) -> None:

@@ -24,8 +24,9 @@ _MOST_SIZES = 1 << 20
 
 
 def candidates(config: VQConfig, presets: Sequence[str], shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str | None, QuantSpec]]:
-    """{layer: {preset: its format}} of all layers but those that rules of `config` leave alone; a rule for a layer is its only choice (None).
+    """{layer: {preset: its format}} of all layers but those that rules of `config` leave alone.
 
+    Where another rule of `config` matches, it is the only choice, called None.
     Presets that do not fit a layer are left out of its choices.
     """
     fixed = config.resolve(shapes)
@@ -80,15 +81,16 @@ def check_budget(choices: dict[str, dict[str | None, QuantSpec]], budget: int, r
         return f"{8 * nbytes / weights:.4f} bits per value ({nbytes:,} bytes, {size(nbytes + rest)} with all other tensors)"
 
     if not least <= budget <= most:
-        raise ConfigError(f"target: got {amount(budget)}, possible with these presets are {amount(least)} to {amount(most)}; choose a target "
-                          "in between, or other presets")
+        raise ConfigError(f"target: got {amount(budget)}, possible with these presets are {amount(least)} to {amount(most)}; choose a "
+                          "target in between, or other presets")
 
 
 def within_budget(config: VQConfig, choices: dict[str, dict[str | None, QuantSpec]], errors: dict[str, dict[str | None, float]],
                   budget: int) -> VQConfig:
     """`config` with rules for all layers, so that their formats together take at most `budget` bytes, with the least summed error."""
     names = list(choices)
-    picked = choose([[spec.nbytes for spec in choices[name].values()] for name in names], [list(errors[name].values()) for name in names], budget)
+    sizes = [[spec.nbytes for spec in choices[name].values()] for name in names]
+    picked = choose(sizes, [list(errors[name].values()) for name in names], budget)
     chosen = {name: list(choices[name])[j] for name, j in zip(names, picked) if None not in choices[name]}
     if not chosen:
         return config

@@ -159,7 +159,8 @@ class _Probe:
             _, wanted = self._timed("forward", run_dense, block, order, self.names, hidden, device)
             kept = 3 + sum(wanted[name][0].numel() for name in wanted) / hidden[0].numel()
         for stage in order:
-            inputs = self._timed("hessians", collect, stage, {full: self.names[full] for full in stage.names}, block, hidden, wanted, device)
+            members = {full: self.names[full] for full in stage.names}
+            inputs = self._timed("hessians", collect, stage, members, block, hidden, wanted, device)
             for full in stage.names:
                 self._solve(full, inputs, specs[full], config, progress)
         for spec in specs.values():

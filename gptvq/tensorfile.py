@@ -83,7 +83,7 @@ def read_json(path: Path, largest: int = LEAST_JSON) -> dict:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error}); the checkpoint is incomplete, quantize or copy it again") from error
+        raise FormatError(f"{path}: cannot be read ({error.strerror or error}); copy it again") from error
     return _object(data, str(path))
 
 
@@ -97,8 +97,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             most = max(LEAST_JSON, size // JSON_SHARE)
             if length > min(size - 8, most):
-                raise FormatError(f"{where}: its header claims {length} bytes, at most {min(size - 8, most)} are possible in a file of {size}; "
-                                  "copy it again")
+                raise FormatError(f"{where}: its header claims {length} bytes, at most {min(size - 8, most)} are possible in a file of "
+                                  f"{size}; copy it again")
             data = file.read(length)
     except OSError as error:
         raise FormatError(f"{where} ({error.strerror or error}); copy it again") from error
@@ -113,8 +113,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
     for name, entry in entries.items():
         if entry.begin != end:
-            raise FormatError(f"{path}: tensor {shorten(name, 200)} starts at byte {entry.begin}, the one before ends at {end}; they may neither overlap "
-                              "nor leave a hole. Copy the file again")
+            raise FormatError(f"{path}: tensor {shorten(name, 200)} starts at byte {entry.begin}, the one before ends at {end}; "
+                              "they may neither overlap nor leave a hole. Copy the file again")
         end += entry.nbytes
     if end != size:
         raise FormatError(f"{where}: its tensors end at byte {end}, the file at {size}; copy it again")

@@ -99,7 +99,8 @@ def read_structure(folder: Path) -> Structure:
     config = checkpoint.read_json(where)
     settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise FormatError(f"{where}: quantization_config: need an object whose quant_method is {METHOD!r}; not a gptvq checkpoint, or damaged")
+        raise FormatError(f"{where}: quantization_config: need an object whose quant_method is {METHOD!r}; not a gptvq checkpoint, "
+                          "or damaged")
     if unknown := set(settings) - {"quant_method", "layout_version", "layers", *checkpoint.SETTINGS}:
         raise FormatError(f"{where}: unknown settings {shorten(sorted(unknown), 200)}; config.json is damaged or of a newer gptvq")
     specs, index = checkpoint.layer_specs(settings, str(where)), checkpoint.read_index(folder)
@@ -132,7 +133,8 @@ def _check_index(path: Path, index: dict, files: list[Path], entries: dict[str, 
         name = next(name for name in entries if name not in weight_map)
         raise FormatError(f"{path}: tensor {shorten(name, 200)} of {entries[name].file.name} is missing; the files do not fit together")
     sha256 = metadata.get("sha256", {}) if isinstance(metadata, dict) else None
-    if not isinstance(sha256, dict) or not all(isinstance(v, str) for v in sha256.values()) or sha256 and set(sha256) != {f.name for f in files}:
+    good = isinstance(sha256, dict) and all(isinstance(v, str) for v in sha256.values())
+    if not good or sha256 and set(sha256) != {f.name for f in files}:
         raise FormatError(f"{path}: metadata: sha256: need an object with a hash of every tensor file; the file is damaged, copy it again")
     return sha256
 

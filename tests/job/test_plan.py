@@ -104,7 +104,8 @@ def test_the_command_line(tmp_path, capsys, ids):
     assert cli.main(["plan", str(tmp_path / "model"), "--samples", "4", "--sequence-length", "32", "--rule", "*.0.*=keep"]) == 0
     out = capsys.readouterr().out
     assert "7 linears" in out and "Predicted from model.layers.1 on 3 of 4 samples" in out and "model.layers.1.mlp.up_proj" in out
-    assert cli.main(["plan", str(tmp_path / "model"), "--samples", "2", "--preset", "2d-3.125", "--json", "-", "--out", str(tmp_path / "c.json")]) == 0
+    words = ["plan", str(tmp_path / "model"), "--samples", "2", "--preset", "2d-3.125"]
+    assert cli.main([*words, "--json", "-", "--out", str(tmp_path / "c.json")]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["disk"] == values["packed_bytes"] + values["other_bytes"] and len(values["specs"]) == 14
     config = cli.config_from(cli.parser().parse_args(["quantize", "m", "o", "--calibration", "t", "--config", str(tmp_path / "c.json")]))
@@ -123,7 +124,8 @@ def test_configuration_files(words, says, tmp_path, monkeypatch, capsys):
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, want", [("90MB", 90_000_000), ("1.5GB", 1_500_000_000), ("2 MiB", 2 * 2**20), ("100000", 100_000), ("7kb", 7000)])
+@pytest.mark.parametrize("text, want", [("90MB", 90_000_000), ("1.5GB", 1_500_000_000), ("2 MiB", 2 * 2**20), ("100000", 100_000),
+                                        ("7kb", 7000)])
 def test_sizes(text, want):
     assert cli.parser().parse_args(["plan", "m", "--target-size", text]).target_size == want
 

@@ -72,8 +72,9 @@ def test_the_report_must_be_of_this_checkpoint(copy):
     values = json.loads((copy / "report.json").read_text())
     for change, says in ((lambda v: v["layers"].pop(), "no record"), (lambda v: v["layers"][0]["spec"].update(group_rows=8), "do not fit"),
                          (lambda v: v["layers"].append({**v["layers"][0], "name": "stranger"}), "'stranger'"),
-                         (lambda v: v["layers"][0].update(sha256="0" * 64), "sha256"), (lambda v: v["layers"][0].update(error=None), "error"),
-                         (lambda v: v.update(layers={"a": 1}), "not a report"), (lambda v: v["config"].update(group_size=10**400), "report")):
+                         (lambda v: v["layers"][0].update(sha256="0" * 64), "sha256"),
+                         (lambda v: v["layers"][0].update(error=None), "error"), (lambda v: v.update(layers={"a": 1}), "not a report"),
+                         (lambda v: v["config"].update(group_size=10**400), "report")):
         changed = json.loads(json.dumps(values))
         change(changed)
         (copy / "report.json").write_text(json.dumps(changed))
@@ -110,8 +111,11 @@ def peak(file):
     return most, raised
 
 
+MANY = b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(30_000)) + b"}"
+
+
 @pytest.mark.parametrize("header", [b'{"a":' + b"[" * 10**6, b'{"a":[' + b"[]," * 300_000 + b"0]}", b'{"a":"' + b"x" * 2_000_000 + b'"}',
-                                    b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(30_000)) + b"}"],
+                                    MANY],
                          ids=["nested", "lists", "string", "tensors"])
 def test_memory_of_a_hostile_header(header, tmp_path):
     """It stays below a fixed amount in a small file, and below twice the size of a large one, of which the header may be a fiftieth."""

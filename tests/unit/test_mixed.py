@@ -63,7 +63,8 @@ def test_a_budget_below_everything_is_refused():
 
 def made_up(choices):
     """Errors: the more bits the less, and layers of block 0 suffer most."""
-    return {name: {preset: (3 if ".0." in name else 1) * 4.0 ** -spec.index_bits for preset, spec in specs.items()} for name, specs in choices.items()}
+    return {name: {preset: (3 if ".0." in name else 1) * 4.0 ** -spec.index_bits for preset, spec in specs.items()}
+            for name, specs in choices.items()}
 
 
 @pytest.mark.parametrize("bits", [2.3, 2.5, 3.0, 3.7, 4.1])
@@ -75,7 +76,8 @@ def test_the_configuration_meets_the_budget(bits):
     specs = VQConfig.from_dict(json.loads(json.dumps(found.to_dict()))).resolve(SHAPES)
     spent = sum(spec.nbytes for spec in specs.values())
     cheapest = min(b - a for options in choices.values() for a, b in itertools.pairwise(sorted(s.nbytes for s in options.values())))
-    assert budget - 3 * cheapest < spent <= budget and found.seed == 3 and all(spec in choices[name].values() for name, spec in specs.items())
+    assert budget - 3 * cheapest < spent <= budget and found.seed == 3
+    assert all(spec in choices[name].values() for name, spec in specs.items())
     bits_of = {i: sum(specs[name].index_bits for name in specs if f".{i}." in name) for i in range(3)}
     assert bits_of[0] >= max(bits_of[1], bits_of[2])
 
@@ -98,7 +100,8 @@ def test_targets_out_of_reach_name_both_limits():
     for budget in (least - 1, most + 1):
         with pytest.raises(ConfigError) as caught:
             mixed.check_budget(choices, budget, 10**6)
-        assert all(part in str(caught.value) for part in (f"{budget:,} bytes", f"{least:,} bytes", f"{most:,} bytes", f"{8 * least / weights:.4f}"))
+        for part in (f"{budget:,} bytes", f"{least:,} bytes", f"{most:,} bytes", f"{8 * least / weights:.4f}"):
+            assert part in str(caught.value)
     mixed.check_budget(choices, least, 0)
     mixed.check_budget(choices, most, 0)
 
