@@ -178,6 +178,8 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
         if not isinstance(settings.get(name), kinds):
             raise FormatError(f"{where}: {name}: got {shorten(settings.get(name))}, need {' or '.join(k.__name__ for k in kinds)}; "
                               "the file is damaged")
+    if not all(isinstance(name, str) for name in settings.get("experts") or ()):
+        raise FormatError(f"{where}: experts: got {shorten(settings['experts'])}, need names; the file is damaged")
     specs = {}
     for name, values in layers.items():
         try:
