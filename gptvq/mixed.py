@@ -26,19 +26,19 @@ _MOST_SIZES = 1 << 20
 def candidates(config: VQConfig, presets: Sequence[str], shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str | None, QuantSpec]]:
     """{layer: {preset: its format}} of all layers but those that rules of `config` leave alone.
 
-    Where another rule of `config` matches, it is the only choice, called None.
-    Presets that do not fit a layer are left out of its choices.
+    Where another rule of `config` matches, it is the only choice, called None.  Presets that do not fit a layer are none for it.
     """
+    formats = {preset: VQConfig.preset(preset) for preset in presets}
     fixed = config.resolve(shapes)
     found: dict[str, dict[str | None, QuantSpec]] = {}
     for name in fixed:
         if config.rule(name) is not None:
             found[name] = {None: fixed[name]}
             continue
-        found[name] = {}
-        for preset in presets:
+        found[name], problem = {}, ConfigError("presets: got none, need some to choose from")
+        for preset, chosen in formats.items():
             try:
-                found[name][preset] = VQConfig.preset(preset).spec(*shapes[name], name)
+                found[name][preset] = chosen.spec(*shapes[name], name)
             except ConfigError as error:
                 problem = error
         if not found[name]:

@@ -134,7 +134,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, blocks: list[Block], modules: dict[str, nn.Module], specs: dict[str, QuantSpec], config: VQConfig,
                  tokens: Tensor, device: torch.device, progress: Progress):
-        self.tokens = tokens
+        self.tokens, self._device = tokens, device
         self.seconds: dict[str, Tensor] = {}
         self._solved: dict[tuple, list[Tensor]] = {}
         size = {b.name: sum(specs[full].rows * specs[full].cols for full in linears(b.module, b.name) if full in specs) for b in blocks}
@@ -203,14 +203,16 @@ class _Probe:
         return tuple(spec.to_dict().values())
 
     def _timed(self, stage: str, function, *args):
-        began = _clock()
+        began = _clock(self._device)
         result = function(*args)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + _clock() - began
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + _clock(self._device) - began
         return result
 
 
-def _clock() -> Tensor:
-    """(seconds by the clock, processor seconds of all threads)."""
+def _clock(device: torch.device | None = None) -> Tensor:
+    """(seconds by the clock, processor seconds of all threads), once a GPU has done what it was given."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 

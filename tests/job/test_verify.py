@@ -2,6 +2,7 @@
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,26 @@ def test_a_claimed_size_is_not_believed(claim, tmp_path):
         file.write_bytes(data)
         most, raised = peak(file)
         assert most < 1_000_000 and "model.safetensors" in raised
+
+
+def test_transformers_by_itself_meets_the_same_checks(copy, tmp_path):
+    """No index leads out of the folder, and experts that no file holds are not built one by one."""
+    from transformers import AutoModelForCausalLM
+
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    first = min(index["weight_map"].values())
+    shutil.move(copy / first, tmp_path / first)
+    index["weight_map"] = {name: f"../{file}" if file == first else file for name, file in index["weight_map"].items()}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="plain name|names"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    shutil.copytree(Path(__file__).parents[1] / "golden" / "v1" / "mixtral", tmp_path / "mixtral")
+    config = json.loads((tmp_path / "mixtral" / "config.json").read_text())
+    (tmp_path / "mixtral" / "config.json").write_text(json.dumps({**config, "num_local_experts": 5000}))
+    with pytest.raises(FormatError, match="asks for 5000 experts"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")
+    with pytest.raises(FormatError, match="num_local_experts: got 5000"):
+        gptvq.load(tmp_path / "mixtral", device="cpu")
 
 
 def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):

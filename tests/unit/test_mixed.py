@@ -108,4 +108,6 @@ def test_targets_out_of_reach_name_both_limits():
 
 def test_presets_that_fit_no_layer_are_an_error():
     with pytest.raises(ConfigError, match="unknown preset '9d-1'"):
-        mixed.candidates(VQConfig(), ("9d-1",), SHAPES)
+        mixed.candidates(VQConfig(), ("2d-2.25", "9d-1"), SHAPES)
+    with pytest.raises(ConfigError, match="presets: got none"):
+        mixed.candidates(VQConfig(), (), SHAPES)
