@@ -10,11 +10,12 @@ from pathlib import Path
 from random import Random
 
 INDEX = "model.safetensors.index.json"
-ODD = (0, 1, -1, 2, 3, 7, 15, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -2**63, 0.5, 1e308, float("nan"),
-       float("inf"), True, False, None, "", "4", "U8", "I8", "F16", "BF16", "F32", "F64", "I64", "bogus", "\ud800", "\0", "../x", "/etc/passwd",
-       [], {}, [[]], [0], [1, 1], [2**62, 2**62], [[[[[[]]]]]])
-NAMES = ("../model-00001-of-00002.safetensors", "/dev/zero", "", ".", "..", "a/b.safetensors", "absent.safetensors", "x" * 5000 + ".safetensors",
-         "\0.safetensors", ".safetensors", "config.json", "C:\\x.safetensors", "-.safetensors", "\ud800.safetensors")
+ODD = (0, 1, -1, 2, 3, 7, 15, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -2**63, 0.5, 1e308,
+       float("nan"), float("inf"), True, False, None, "", "4", "U8", "I8", "F16", "BF16", "F32", "F64", "I64", "bogus", "\ud800", "\0",
+       "../x", "/etc/passwd", [], {}, [[]], [0], [1, 1], [2**62, 2**62], [[[[[[]]]]]])
+NAMES = ("../model-00001-of-00002.safetensors", "/dev/zero", "", ".", "..", "a/b.safetensors", "absent.safetensors",
+         "x" * 5000 + ".safetensors", "\0.safetensors", ".safetensors", "config.json", "C:\\x.safetensors",
+         "-.safetensors", "\ud800.safetensors")
 BUFFERS = tuple(f"proj.{name}" for name in ("idx", "cb", "cb_u", "cb_v", "gs", "sc", "sz"))
 #: Instead of the bytes of a file: it is not there, or something else is.
 ABSENT, FOLDER, PIPE, ENDLESS = object(), object(), object(), object()
@@ -76,7 +77,8 @@ def _bytes(files: dict[str, bytes], random: Random) -> dict:
     name = random.choice([*files, *shards(files)])
     data = bytearray(files[name])
     # Most bytes of a tensor file are codes, any of which is right: half of the damage goes where there is more to break.
-    reach = len(data) if random.random() < 0.5 else min(len(data), 8 + int.from_bytes(data[:2], "little") if name in shards(files) else 4096)
+    front = 8 + int.from_bytes(data[:2], "little") if name in shards(files) else 4096
+    reach = len(data) if random.random() < 0.5 else min(len(data), front)
     for _ in range(random.choice((1, 1, 1, 2, 8))):
         if not data:
             break
@@ -126,13 +128,15 @@ def _header(files: dict[str, bytes], random: Random) -> dict:
                                         [1, *entry["shape"]], [*entry["shape"], 1], [0, *entry["shape"]], [1] * 70))
     elif how == 2:
         entry["data_offsets"] = random.choice((random.choice(ODD), entry["data_offsets"][::-1], other["data_offsets"], [0, len(rest)],
-                                               [random.choice(ODD), entry["data_offsets"][1]], [entry["data_offsets"][0], random.choice(ODD)]))
+                                               [random.choice(ODD), entry["data_offsets"][1]],
+                                               [entry["data_offsets"][0], random.choice(ODD)]))
     elif how == 3:
         del header[tensor]
     elif how == 4:
         header[random.choice((tensor + "x", "", "__metadata__", "../" + tensor, "\0", "\ud800", other["dtype"]))] = header.pop(tensor)
     elif how == 5:
-        header["stranger"] = random.choice((entry, {"dtype": "U8", "shape": [0], "data_offsets": [len(rest), len(rest)]}, random.choice(ODD)))
+        empty = {"dtype": "U8", "shape": [0], "data_offsets": [len(rest), len(rest)]}
+        header["stranger"] = random.choice((entry, empty, random.choice(ODD)))
     elif how == 6:
         entry[random.choice(("dtype", "shape", "data_offsets", "extra", "Dtype"))] = random.choice(ODD)
     elif how == 7:
@@ -149,8 +153,8 @@ def _header(files: dict[str, bytes], random: Random) -> dict:
             header[key]["data_offsets"] = [offset + shift for offset in header[key]["data_offsets"]]
     else:
         text = json.dumps(header).encode()
-        return {name: join(random.choice((b" " + text, text + b" " * 9, text[:-1], b"[" * 5000, text.replace(b"[", b"[" * 900), b"{}", b"null",
-                                          text.replace(b"0", b"-0", 1), text + b"\0", b"\xef\xbb\xbf" + text)), rest)}
+        return {name: join(random.choice((b" " + text, text + b" " * 9, text[:-1], b"[" * 5000, text.replace(b"[", b"[" * 900), b"{}",
+                                          b"null", text.replace(b"0", b"-0", 1), text + b"\0", b"\xef\xbb\xbf" + text)), rest)}
     return {name: join(header, rest)}
 
 

@@ -31,7 +31,7 @@ EXAMPLE = """examples:
 Each damaged copy is verified without its hashes and, where that finds nothing wrong, also with them, read by the safetensors library,
 and decoded.  Every --load-every-th is also loaded as a model.  Batches run in processes of their own, whose address space may grow by
 --spare megabytes beyond what a good load has left them with; --patience seconds for one file are a hang."""
-BATCH = 10_000
+BATCH = 50_000
 OUTCOMES = ("refused", "by hash", "read", "loaded", "failed")
 
 
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         batch(Path(args.batch), *args.range, args)
         return
     results = runner.Results("mutations", argv, args.json, {
-        "count": args.count, "seed": args.seed, "load_every": args.load_every, "spare_megabytes": args.spare, "patience_seconds": args.patience})
+        "count": args.count, "seed": args.seed, "load_every": args.load_every, "spare_megabytes": args.spare,
+        "patience_seconds": args.patience})
     began, totals = time.perf_counter(), collections.Counter()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as place:
         sound = Path(place) / "sound"
@@ -79,9 +80,9 @@ def make(folder: Path) -> int:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-                                             max_position_embeddings=32, attention_bias=True, bos_token_id=None, pad_token_id=None,
-                                             eos_token_id=0, initializer_range=0.1)).eval()
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                             vocab_size=32, max_position_embeddings=32, attention_bias=True, bos_token_id=None,
+                                             pad_token_id=None, eos_token_id=0, initializer_range=0.1)).eval()
     rules = (("*.q_proj", {"scale_block": 16}), ("*.up_proj", {"dim": 1, "svd_rank": 2}), ("*.down_proj", {}), ("*", None))
     whole, checkpoint.SHARD_BYTES = checkpoint.SHARD_BYTES, 4000
     try:
@@ -99,7 +100,7 @@ def _in_a_process(place: Path, first: int, end: int, args) -> dict:
     done = subprocess.run(words, cwd=runner.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                           timeout=60 + args.patience * (end - first))
     if done.returncode:
-        at = (place / "at").read_text() if (place / "at").exists() else "the start"
+        at = (place / "at").read_text().strip() if (place / "at").exists() else "the start"
         return {"counts": [], "growth": 0, "failures": [f"case {at}: exit code {done.returncode}: {done.stderr[-800:]}"]}
     return json.loads(done.stdout)
 
@@ -120,9 +121,10 @@ def batch(place: Path, first: int, end: int, args) -> None:
     signal.signal(signal.SIGALRM, _hang)
     before = _address_space()
     resource.setrlimit(resource.RLIMIT_AS, (before + (args.spare << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+    at = os.open(place / "at", os.O_CREAT | os.O_WRONLY)
     counts, failures, largest = collections.Counter(), [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(first, end):
-        (place / "at").write_text(str(case))
+        os.pwrite(at, f"{case:<20}".encode(), 0)
         kind, changed = damage.damage(files, random.Random(f"{args.seed}:{case}"))
         damage.write(work, changed)
         signal.setitimer(signal.ITIMER_REAL, args.patience)
@@ -170,10 +172,10 @@ def independent(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     tensors = {}
-    for file in checkpoint.tensor_files(folder):
+    for file in checkpoint.tensor_files(folder, checkpoint.read_index(folder)):
         tensors.update(load_file(file))
-    weights = {}
-    for layer, spec in checkpoint.layer_specs(json.loads((folder / "config.json").read_text())["quantization_config"], "config.json").items():
+    weights, settings = {}, json.loads((folder / "config.json").read_text())["quantization_config"]
+    for layer, spec in checkpoint.layer_specs(settings, "config.json").items():
         buffers = {name: tensors[f"{layer}.{name}"] for name in spec.buffer_shapes()}
         if any(tensor.dtype != DTYPES[spec.buffer_shapes()[name][1]] for name, tensor in buffers.items()):
             raise RuntimeError(f"{layer}: a dtype that the format does not have went through")

@@ -123,15 +123,19 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[st
                 writer.append(stored(name) if tensor.is_meta else tensor)
             hashes[file] = writer.seal()["sha256"]
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total, "sha256": hashes}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+    index = {"metadata": {"total_size": total, "sha256": hashes},
+             "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
     write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 # ---- reading
 def read_json(path: Path) -> dict:
     """A JSON object of no more bytes than files beside it can account for; raises FormatError naming the file."""
-    tensors = sum(file.stat().st_size for file in path.parent.glob("*.safetensors") if file.is_file())
-    return tensorfile.read_json(path, max(tensorfile.LEAST_JSON, tensors // tensorfile.JSON_SHARE))
+    largest = tensorfile.LEAST_JSON
+    if tensorfile.file_size(path) > largest:
+        tensors = sum(file.stat().st_size for file in path.parent.glob("*.safetensors") if file.is_file())
+        largest = max(largest, tensors // tensorfile.JSON_SHARE)
+    return tensorfile.read_json(path, largest)
 
 
 def is_packed(folder: Path) -> bool:
@@ -148,15 +152,17 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
     if type(version) is not int or version < 1:
         raise FormatError(f"{where}: layout_version: got {shorten(version)}, need a positive integer; the file is damaged")
     if version > LAYOUT_VERSION:
-        raise FormatError(f"{where}: written in layout version {version} by gptvq {shorten(settings.get('version'))}, this gptvq reads up to "
-                          f"version {LAYOUT_VERSION}; upgrade gptvq")
+        raise FormatError(f"{where}: written in layout version {version} by gptvq {shorten(settings.get('version'))}, this gptvq reads up "
+                          f"to version {LAYOUT_VERSION}; upgrade gptvq")
     layers = settings.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise FormatError(f"{where}: layers: got {type(layers).__name__}, need an object with one entry per quantized layer")
     for name, kinds in SETTINGS.items():
         if not isinstance(settings.get(name), kinds):
-            raise FormatError(f"{where}: {name}: got {shorten(settings.get(name))}, need {' or '.join(k.__name__ for k in kinds)}; the file is "
-                              "damaged")
+            raise FormatError(f"{where}: {name}: got {shorten(settings.get(name))}, need {' or '.join(k.__name__ for k in kinds)}; "
+                              "the file is damaged")
+    if not all(isinstance(name, str) for name in settings.get("experts") or ()):
+        raise FormatError(f"{where}: experts: got {shorten(settings['experts'])}, need names; the file is damaged")
     specs = {}
     for name, values in layers.items():
         try:
@@ -166,18 +172,24 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
     return specs
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The shards of a checkpoint folder, from its index; raises FormatError for missing ones and for names that leave the folder."""
+def read_index(folder: Path) -> dict | None:
+    """The index of a checkpoint folder, None without one; raises FormatError for names of files that leave the folder."""
     if not (folder / INDEX).exists():
-        return [folder / WHOLE]
-    names = read_json(folder / INDEX).get("weight_map")
+        return None
+    index = read_json(folder / INDEX)
+    names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise FormatError(f"{folder / INDEX}: weight_map: need an object of file names; the file is damaged, copy it again")
-    files = sorted(set(names.values()))
-    for name in files:
+    for name in set(names.values()):
         if not _SHARD.fullmatch(name):
-            raise FormatError(f"{folder / INDEX}: weight_map names {shorten(name, 200)}, need the plain name of a .safetensors file beside it")
-    return [folder / name for name in files]
+            raise FormatError(f"{folder / INDEX}: weight_map names {shorten(name, 200)}, need the plain name of a .safetensors file "
+                              "beside it")
+    return index
+
+
+def tensor_files(folder: Path, index: dict | None) -> list[Path]:
+    """The shards that an index names; without one there is a single file."""
+    return [folder / name for name in sorted(set(index["weight_map"].values()))] if index else [folder / WHOLE]
 
 
 def read_headers(files: list[Path]) -> dict[str, Entry]:
@@ -201,8 +213,8 @@ def check_tensors(entries: dict[str, Entry], expected: dict[str, tuple[tuple[int
             check_tensor(entries, name, shape, dtype, where)
     for name, entry in entries.items():
         if name not in expected:
-            raise FormatError(f"{entry.file}: tensor {shorten(name, 200)} belongs to no layer of the model; the file and config.json do not fit "
-                              "together")
+            raise FormatError(f"{entry.file}: tensor {shorten(name, 200)} belongs to no layer of the model; the file and config.json do "
+                              "not fit together")
 
 
 def check_tensor(entries: dict[str, Entry], name: str, shape: tuple[int, ...], dtype: str, where: str) -> None:

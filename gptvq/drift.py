@@ -7,7 +7,6 @@ but for W* = W + D (H + damping)^-1, the weight that gets nearest to the dense m
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from . import ops
 from .config import Recipe
 from .errors import ConfigError, NumericalError
-from .hessian import Hessian, borrow
+from .hessian import Hessian
 from .model import Block, InputCollector, Stop, dense_weight, identity, in_list
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -125,10 +124,7 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: l
             for state in hidden:
                 block(state.to(device))
                 inputs.next_sample()
-        hessians = {name: inputs.hessian(name) for name in linears}
-        for alike in _experts(block, linears):
-            borrow(list({id(hessians[name]): hessians[name] for name in alike}.values()))
-        return Inputs(hessians)
+        return Inputs(inputs.finish(block))
     leader = stage.names[0]
     rows, cols = dense_weight(linears[leader]).shape
     hessian = Hessian(cols, device)
@@ -148,15 +144,6 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: l
         if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
             ops.cross(drift, change, _rows(x))
     return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
-
-
-def _experts(block: Block, linears: dict[str, nn.Module]) -> list[list[str]]:
-    """Linears that are the same matrix of several members of a ModuleList in the block, of one shape; those that share an input, once."""
-    alike: dict[tuple, list[str]] = {}
-    for name, linear in linears.items():
-        if in_list(block, name):
-            alike.setdefault((re.sub(r"\.\d+\.", ".*.", name.removeprefix(block.name)), dense_weight(linear).shape), []).append(name)
-    return [names for names in alike.values() if len(names) > 1]
 
 
 def _rows(x: Tensor) -> Tensor:

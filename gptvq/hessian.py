@@ -102,7 +102,9 @@ class HessianFactor:
             return torch.eye(len(H), dtype=H.dtype, device=H.device)
         if self.repair == DIAGONAL:
             return torch.diag(diagonal)
-        return H + self.damp * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device) if self.repair.startswith("damping") else H
+        if self.repair.startswith("damping"):
+            return H + self.damp * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        return H
 
 
 def borrow(hessians: Sequence[Hessian]) -> None:

@@ -66,7 +66,7 @@ class GptvqQuantizer(HfQuantizer):
         specs = self.quantization_config.specs()
         files = [Path(file) for file in checkpoint_files or ()]
         entries = checkpoint.read_headers(files)
-        if files and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent)):
+        if files and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent, checkpoint.read_index(files[0].parent))):
             raise FormatError(f"{files[0].parent}: the tensor files are not those that {checkpoint.INDEX} names; copy the checkpoint again")
         prefix = model.base_model_prefix + "."
         modules = dict(model.named_modules())
@@ -81,8 +81,8 @@ class GptvqQuantizer(HfQuantizer):
                     raise FormatError(f"quantization_config: {name!r} is no fused experts module of {type(model).__name__}; use the "
                                       "transformers version that the checkpoint was made with")
                 if files and modules[name].down_proj.shape[0] > len(entries):
-                    raise FormatError(f"{files[0].parent}: {name}: config.json asks for {modules[name].down_proj.shape[0]} experts, the files "
-                                      f"hold {len(entries)} tensors; the files do not fit together")
+                    raise FormatError(f"{files[0].parent}: {name}: config.json asks for {modules[name].down_proj.shape[0]} experts, the "
+                                      f"files hold {len(entries)} tensors; the files do not fit together")
                 model.set_submodule(name, unfuse(modules[name]))
             modules = dict(model.named_modules())
             for full, spec in specs.items():

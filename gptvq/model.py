@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .errors import ConfigError, NumericalError
 from .experts import is_fused, unfuse
-from .hessian import Hessian
+from .hessian import Hessian, borrow
 
 #: Last name of a mixture-of-experts router; its few weights decide where tokens go and stay as they are.
 ROUTERS = ("gate", "wg", "router", "shared_expert_gate")
@@ -193,6 +194,15 @@ def in_list(block: Block, name: str) -> bool:
                if inner and isinstance(module, nn.ModuleList))
 
 
+def alike_experts(block: Block, linears: dict[str, nn.Module]) -> list[list[str]]:
+    """Linears that are the same matrix, of one shape, of several members of a ModuleList in the block."""
+    alike: dict[tuple, list[str]] = {}
+    for name, linear in linears.items():
+        if in_list(block, name):
+            alike.setdefault((re.sub(r"\.\d+\.", ".*.", name.removeprefix(block.name)), dense_weight(linear).shape), []).append(name)
+    return [names for names in alike.values() if len(names) > 1]
+
+
 def identity(x: Tensor) -> tuple:
     """Equal for two calls on one tensor that was not changed in between, as long as it is kept."""
     return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version
@@ -230,6 +240,13 @@ class InputCollector:
             self.hessians[name] = Hessian(dense_weight(self.linears[name]).shape[1], self.device)
             self.leader[name] = name
         return self.hessians[self.leader[name]]
+
+    def finish(self, block: Block) -> dict[str, Hessian]:
+        """The Hessians of all linears; experts that saw few tokens borrow from the others, once all that there are have been added."""
+        found = {name: self.hessian(name) for name in self.linears}
+        for alike in alike_experts(block, self.linears):
+            borrow(list({id(found[name]): found[name] for name in alike}.values()))
+        return found
 
     def _add(self, name: str, x: Tensor) -> None:
         # The tensor is kept with its key: a freed one's address would be given out again.

@@ -20,6 +20,7 @@ from .errors import FormatError, GptvqError
 from .machine import environment
 from .spec import QuantSpec
 from .storage import write_text
+from .tensorfile import check_kinds
 
 if TYPE_CHECKING:
     from .solver import LayerRecord
@@ -125,7 +126,7 @@ class Report:
                          values["totals"]["dense_bytes"], values["totals"]["other_bytes"], times["seconds"], times.get("stages", {}),
                          values["warnings"], times.get("environment", {}), values.get("job", {}), values.get("check", {}),
                          values.get("redone", {}), folder=Path(folder))
-            _check_kinds(report)
+            check_kinds(report)
         except (GptvqError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise FormatError(f"{path}: not a report of this version ({type(error).__name__}: {error}); quantize again") from error
         return report
@@ -235,9 +236,7 @@ def layer_table(report: Report):
         table.add_column(name, justify="left" if name == "linear" else "right", no_wrap=True)
     for layer in report.layers:
         spec = layer.spec
-        layout = f"{spec.dim}d K{spec.codewords}" + (f" s{spec.scale_block}" if spec.scale_block else "") + (
-            f" svd{spec.svd_rank}" if spec.svd_rank else "")
-        table.add_row(layer.name, f"{layer.rows} x {layer.cols}", layout, f"{spec.group_rows} x {spec.group_cols}",
+        table.add_row(layer.name, f"{layer.rows} x {layer.cols}", spec.label, f"{spec.group_rows} x {spec.group_cols}",
                       f"{layer.nbytes:,}", f"{layer.bits_per_value:.3f}", f"{100 * layer.error:.3f}", f"{layer.snr_db:.2f}")
     return table
 
@@ -273,16 +272,5 @@ def record_of(values: dict) -> LayerRecord:
 
     known = [f.name for f in dataclasses.fields(LayerRecord) if f.name in values or f.default is dataclasses.MISSING is f.default_factory]
     record = LayerRecord(**{**{name: values[name] for name in known}, "spec": QuantSpec.from_dict(values["spec"])})
-    _check_kinds(record)
+    check_kinds(record)
     return record
-
-
-def _check_kinds(record) -> None:
-    """TypeError unless the fields of a dataclass read from a file hold what their annotations say; a whole number is a float, too."""
-    for field_ in dataclasses.fields(record):
-        name, value = field_.type.partition("[")[0], getattr(record, field_.name)
-        kinds = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}.get(name, object)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise TypeError(f"{field_.name}: got {type(value).__name__}, need {name}")
-        if name in ("int", "float"):
-            float(value)                                # whatever shows it may take it for a float

@@ -36,7 +36,7 @@ class QuantSpec:
         for name, value in vars(self).items():
             least = 0 if name in ("scale_block", "svd_rank") else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
-                raise ConfigError(f"{name} must be an integer from {least} to 2147483647, got {value!r}")
+                raise ConfigError(f"{name} must be an integer >= {least} below 2**31, got {value!r}")
         if (self.dim, self.index_bits) not in FORMATS:
             raise ConfigError(f"no kernel decodes dim={self.dim} with index_bits={self.index_bits}; legal (dim, index_bits): "
                               f"{sorted(FORMATS)}")
@@ -123,6 +123,12 @@ class QuantSpec:
         table = self.svd_rank or self.codewords * self.dim
         return (self.index_bits + table * 8 / (self.group_rows * self.group_cols)
                 + (4 / self.scale_block if self.scale_block else 0))
+
+    @property
+    def label(self) -> str:
+        """For instance "2d K16 s64"."""
+        return f"{self.dim}d K{self.codewords}" + (f" s{self.scale_block}" if self.scale_block else "") + (
+            f" svd{self.svd_rank}" if self.svd_rank else "")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -5,12 +5,12 @@ before the safetensors library opens the file; memory stays below twice the file
 """
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FormatError
@@ -27,7 +27,7 @@ _MOST_DIMS, _LARGEST = 16, 1 << 62
 _CHUNK = 1 << 20                # bytes read at once
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """Where a tensor is stored, and as what; `begin` counts from the start of the file."""
 
@@ -83,7 +83,7 @@ def read_json(path: Path, largest: int = LEAST_JSON) -> dict:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error}); the checkpoint is incomplete, quantize or copy it again") from error
+        raise FormatError(f"{path}: cannot be read ({error.strerror or error}); copy it again") from error
     return _object(data, str(path))
 
 
@@ -97,8 +97,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             most = max(LEAST_JSON, size // JSON_SHARE)
             if length > min(size - 8, most):
-                raise FormatError(f"{where}: its header claims {length} bytes, at most {min(size - 8, most)} are possible in a file of {size}; "
-                                  "copy it again")
+                raise FormatError(f"{where}: its header claims {length} bytes, at most {min(size - 8, most)} are possible in a file of "
+                                  f"{size}; copy it again")
             data = file.read(length)
     except OSError as error:
         raise FormatError(f"{where} ({error.strerror or error}); copy it again") from error
@@ -113,8 +113,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
     for name, entry in entries.items():
         if entry.begin != end:
-            raise FormatError(f"{path}: tensor {shorten(name, 200)} starts at byte {entry.begin}, the one before ends at {end}; they may neither overlap "
-                              "nor leave a hole. Copy the file again")
+            raise FormatError(f"{path}: tensor {shorten(name, 200)} starts at byte {entry.begin}, the one before ends at {end}; "
+                              "they may neither overlap nor leave a hole. Copy the file again")
         end += entry.nbytes
     if end != size:
         raise FormatError(f"{where}: its tensors end at byte {end}, the file at {size}; copy it again")
@@ -180,3 +180,14 @@ def shorten(value, most: int = 60) -> str:
     except RecursionError:
         text = f"a nested {type(value).__name__}"
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def check_kinds(record) -> None:
+    """TypeError unless the fields of a dataclass read from a file hold what their annotations say; a whole number is a float, too."""
+    for field_ in dataclasses.fields(record):
+        name, value = field_.type.partition("[")[0], getattr(record, field_.name)
+        kinds = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}.get(name, object)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{field_.name}: got {type(value).__name__}, need {name}")
+        if name in ("int", "float"):
+            float(value)                                # whatever shows it may take it for a float

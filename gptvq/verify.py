@@ -99,13 +99,14 @@ def read_structure(folder: Path) -> Structure:
     config = checkpoint.read_json(where)
     settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise FormatError(f"{where}: quantization_config: need an object whose quant_method is {METHOD!r}; not a gptvq checkpoint, or damaged")
+        raise FormatError(f"{where}: quantization_config: need an object whose quant_method is {METHOD!r}; not a gptvq checkpoint, "
+                          "or damaged")
     if unknown := set(settings) - {"quant_method", "layout_version", "layers", *checkpoint.SETTINGS}:
         raise FormatError(f"{where}: unknown settings {shorten(sorted(unknown), 200)}; config.json is damaged or of a newer gptvq")
-    specs, files = checkpoint.layer_specs(settings, str(where)), checkpoint.tensor_files(folder)
-    entries, sha256 = checkpoint.read_headers(files), {}
-    if (folder / INDEX).exists():
-        sha256 = _check_index(folder / INDEX, files, entries)
+    specs, index = checkpoint.layer_specs(settings, str(where)), checkpoint.read_index(folder)
+    files = checkpoint.tensor_files(folder, index)
+    entries = checkpoint.read_headers(files)
+    sha256 = {} if index is None else _check_index(folder / INDEX, index, files, entries)
     for layer, spec in specs.items():
         for buffer, (shape, dtype) in spec.buffer_shapes().items():
             checkpoint.check_tensor(entries, f"{layer}.{buffer}", shape, dtype, str(folder))
@@ -117,15 +118,14 @@ def read_structure(folder: Path) -> Structure:
                 raise FormatError(f"{entry.file}: tensor {shorten(name, 200)}: the packed layer has no such tensor; quantize again")
             checkpoint.check_tensor(entries, name, (spec.rows,), ANY_FLOAT, str(folder))
     stated, bits = settings["bits_per_value"], 8 * sum(s.nbytes for s in specs.values()) / sum(s.rows * s.cols for s in specs.values())
-    if not math.isclose(stated, bits, rel_tol=1e-6):
+    if not 0 < stated < 100 or not math.isclose(stated, bits, rel_tol=1e-6):      # the first for numbers that are no float
         raise FormatError(f"{where}: bits_per_value: got {stated}, the layers' formats make it {bits}; the file is damaged")
     count_blocks(config, entries, str(where))
     return Structure(config, specs, entries, files, sha256)
 
 
-def _check_index(path: Path, files: list[Path], entries: dict[str, Entry]) -> dict[str, str]:
-    values = checkpoint.read_json(path)
-    weight_map, metadata = values["weight_map"], values.get("metadata", {})
+def _check_index(path: Path, index: dict, files: list[Path], entries: dict[str, Entry]) -> dict[str, str]:
+    weight_map, metadata = index["weight_map"], index.get("metadata", {})
     for name, file in weight_map.items():
         if name not in entries or entries[name].file.name != file:
             raise FormatError(f"{path}: tensor {shorten(name, 200)} is not in {file}; the files do not fit together, copy them again")
@@ -133,7 +133,8 @@ def _check_index(path: Path, files: list[Path], entries: dict[str, Entry]) -> di
         name = next(name for name in entries if name not in weight_map)
         raise FormatError(f"{path}: tensor {shorten(name, 200)} of {entries[name].file.name} is missing; the files do not fit together")
     sha256 = metadata.get("sha256", {}) if isinstance(metadata, dict) else None
-    if not isinstance(sha256, dict) or not all(isinstance(v, str) for v in sha256.values()) or sha256 and set(sha256) != {f.name for f in files}:
+    good = isinstance(sha256, dict) and all(isinstance(v, str) for v in sha256.values())
+    if not good or sha256 and set(sha256) != {f.name for f in files}:
         raise FormatError(f"{path}: metadata: sha256: need an object with a hash of every tensor file; the file is damaged, copy it again")
     return sha256
 

@@ -77,14 +77,14 @@ def check_values(buffers: dict[str, Tensor], where: str = "weight") -> None:
     """Raises FormatError unless whatever `buffers` (those of SCALES, in their shapes) decode to is finite; any code is below K."""
     for name, tensor in buffers.items():
         if name in SCALES and not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{where}.{name}: holds {int((~torch.isfinite(tensor)).sum())} values that are not finite; the file is damaged, "
-                              "copy it again")
+            raise FormatError(f"{where}.{name}: holds {int((~torch.isfinite(tensor)).sum())} values that are not finite; the file is "
+                              "damaged, copy it again")
     largest = 127 * buffers["gs"].float().abs().max()
     if "sz" in buffers:
         largest = largest * scale_table(buffers["sz"]).max()
     if not bool(torch.isfinite(largest)):
-        raise FormatError(f"{where}.{'sz' if 'sz' in buffers else 'gs'}: the scales are so large that weights overflow; the file is damaged, "
-                          "copy it again")
+        raise FormatError(f"{where}.{'sz' if 'sz' in buffers else 'gs'}: the scales are so large that weights overflow; the file is "
+                          "damaged, copy it again")
 
 
 def codebook(spec: QuantSpec, buffers: dict[str, Tensor]) -> Tensor:

@@ -27,9 +27,9 @@ LAYERS = [
     {"solver"},
     {"linear"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",
-     "redo", "parts", "plan", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor"},
+     "redo", "parts", "plan", "mixed", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor"},
     {"quantize"},
-    {"cli", "cli_job", "cli_plan", "demo", "__main__"},
+    {"cli_job", "cli_plan", "cli", "demo", "__main__"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -15,6 +15,8 @@ ONE, TWO, THREE = (f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3))
 INDEX = "model.safetensors.index.json"
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.0.mlp.up_proj"
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+ENDLESS = "x" * 5000 + ".safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +182,7 @@ CASES = {
     "tensors of one file exchanged": (header(Q + ".idx", exchanged), Q + ".idx", "bytes"),
     # ---- which tensors there are
     "tensor renamed": (header(Q + ".gs", lambda a, o: a.update({Q + ".gx": a.pop(Q + ".gs")})), Q + ".gs"),
-    "tensor of the dense layer as well": (header(Q + ".gs", lambda a, o: a.update({Q + ".weight": {"dtype": "U8", "shape": [0],
-                                                                                                  "data_offsets": [0, 0]}})), Q + ".weight"),
+    "tensor of the dense layer as well": (header(Q + ".gs", lambda a, o: a.update({Q + ".weight": EMPTY})), Q + ".weight"),
     "bias of two dimensions": (entry(Q + ".bias", shape=[1, 16]), Q + ".bias", "(1, 16)", "(16,)"),
     "layer gone from the settings": (settings(lambda q: q["layers"].pop(UP)), "bits_per_value"),
     "index names another file": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": THREE})), INDEX, Q + ".gs"),
@@ -191,7 +192,7 @@ CASES = {
     "index leads to the root": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": "/dev/zero"})), INDEX, "/dev/zero"),
     "index leads into a folder": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": "a/b.safetensors"})), INDEX, "plain name"),
     "index with a zero byte": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": "\0.safetensors"})), INDEX, "plain name"),
-    "index with an endless name": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": "x" * 5000 + ".safetensors"})), INDEX, "plain name"),
+    "index with an endless name": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": ENDLESS})), INDEX, "plain name"),
     "index of pickles": (edited(INDEX, lambda v: v["weight_map"].update({Q + ".gs": "model.bin"})), INDEX, "model.bin"),
     "index without a map": (edited(INDEX, lambda v: v.pop("weight_map")), INDEX, "weight_map"),
     "index of nothing": (edited(INDEX, lambda v: v.update(weight_map={})), INDEX, "weight_map"),
@@ -212,6 +213,8 @@ CASES = {
     "setting unknown": (settings(lambda q: q.update(surprise=1)), "surprise"),
     "experts a number": (settings(lambda q: q.update(experts=7)), "experts"),
     "bits per value of another model": (settings(lambda q: q.update(bits_per_value=1.5)), "bits_per_value"),
+    "experts that are no names": (settings(lambda q: q.update(experts=[7])), "experts"),
+    "bits per value beyond any float": (settings(lambda q: q.update(bits_per_value=10**400)), "bits_per_value"),
     "bits per value a string": (settings(lambda q: q.update(bits_per_value="2")), "bits_per_value"),
     "rows of another layer": (spec(rows=32), Q),
     "rows 2**31": (spec(rows=2**31), Q, "rows"),

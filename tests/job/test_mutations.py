@@ -8,6 +8,7 @@ from gptvq import FormatError
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)               # half a minute on an idle core
 def test_random_damage_is_refused_or_harmless(tmp_path):
     mutations.main(["--count", "20000", "--json", str(tmp_path / "found.json")])
     rows = {row["damage"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}

@@ -2,6 +2,7 @@
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,8 +73,9 @@ def test_the_report_must_be_of_this_checkpoint(copy):
     values = json.loads((copy / "report.json").read_text())
     for change, says in ((lambda v: v["layers"].pop(), "no record"), (lambda v: v["layers"][0]["spec"].update(group_rows=8), "do not fit"),
                          (lambda v: v["layers"].append({**v["layers"][0], "name": "stranger"}), "'stranger'"),
-                         (lambda v: v["layers"][0].update(sha256="0" * 64), "sha256"), (lambda v: v["layers"][0].update(error=None), "error"),
-                         (lambda v: v.update(layers={"a": 1}), "not a report"), (lambda v: v["config"].update(group_size=10**400), "report")):
+                         (lambda v: v["layers"][0].update(sha256="0" * 64), "sha256"),
+                         (lambda v: v["layers"][0].update(error=None), "error"), (lambda v: v.update(layers={"a": 1}), "not a report"),
+                         (lambda v: v["config"].update(group_size=10**400), "report")):
         changed = json.loads(json.dumps(values))
         change(changed)
         (copy / "report.json").write_text(json.dumps(changed))
@@ -110,8 +112,11 @@ def peak(file):
     return most, raised
 
 
+MANY = b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(30_000)) + b"}"
+
+
 @pytest.mark.parametrize("header", [b'{"a":' + b"[" * 10**6, b'{"a":[' + b"[]," * 300_000 + b"0]}", b'{"a":"' + b"x" * 2_000_000 + b'"}',
-                                    b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(30_000)) + b"}"],
+                                    MANY],
                          ids=["nested", "lists", "string", "tensors"])
 def test_memory_of_a_hostile_header(header, tmp_path):
     """It stays below a fixed amount in a small file, and below twice the size of a large one, of which the header may be a fiftieth."""
@@ -131,6 +136,26 @@ def test_a_claimed_size_is_not_believed(claim, tmp_path):
         file.write_bytes(data)
         most, raised = peak(file)
         assert most < 1_000_000 and "model.safetensors" in raised
+
+
+def test_transformers_by_itself_meets_the_same_checks(copy, tmp_path):
+    """No index leads out of the folder, and experts that no file holds are not built one by one."""
+    from transformers import AutoModelForCausalLM
+
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    first = min(index["weight_map"].values())
+    shutil.move(copy / first, tmp_path / first)
+    index["weight_map"] = {name: f"../{file}" if file == first else file for name, file in index["weight_map"].items()}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="plain name|names"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    shutil.copytree(Path(__file__).parents[1] / "golden" / "v1" / "mixtral", tmp_path / "mixtral")
+    config = json.loads((tmp_path / "mixtral" / "config.json").read_text())
+    (tmp_path / "mixtral" / "config.json").write_text(json.dumps({**config, "num_local_experts": 5000}))
+    with pytest.raises(FormatError, match="asks for 5000 experts"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")
+    with pytest.raises(FormatError, match="num_local_experts: got 5000"):
+        gptvq.load(tmp_path / "mixtral", device="cpu")
 
 
 def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):

@@ -162,7 +162,7 @@ def test_unknown_presets_list_the_known_ones(label):
 
 
 def test_errors_name_the_layer():
-    with pytest.raises(ConfigError, match=r"model\.7\.up \[0, 8\]: rows must be an integer >= 1, got 0"):
+    with pytest.raises(ConfigError, match=r"model\.7\.up \[0, 8\]: rows must be an integer >= 1 below 2..31, got 0"):
         VQConfig().spec(0, 8, "model.7.up")
     assert issubclass(ConfigError, GptvqError) and issubclass(ConfigError, ValueError)
 

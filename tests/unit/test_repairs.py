@@ -26,8 +26,9 @@ def checked(weight, hessian, spec, recipe=QUICK):
 
 
 @settings(max_examples=60)
-@given(cols=st.integers(1, 24), tokens=st.integers(0, 40), rank=st.integers(0, 24), seed=st.integers(0, 9999), exponent=st.integers(-30, 30),
-       duplicates=st.booleans(), dead=st.booleans(), skew=st.sampled_from([0, 0, 0.3]), bad=st.sampled_from([None, "nan", "inf", "-inf"]),
+@given(cols=st.integers(1, 24), tokens=st.integers(0, 40), rank=st.integers(0, 24), seed=st.integers(0, 9999),
+       exponent=st.integers(-30, 30), duplicates=st.booleans(), dead=st.booleans(), skew=st.sampled_from([0, 0, 0.3]),
+       bad=st.sampled_from([None, "nan", "inf", "-inf"]),
        batches=st.sampled_from([1, 200]), recipe=st.sampled_from([QUICK, PAPER]),
        changes=st.sampled_from([{}, {"scale_block": 16}, {"dim": 1, "svd_rank": 2}, {"dim": 4}]))
 def test_any_inputs_end_in_finite_weights_or_a_named_error(cols, tokens, rank, seed, exponent, duplicates, dead, skew, bad, batches, recipe,
@@ -59,7 +60,7 @@ def test_any_inputs_end_in_finite_weights_or_a_named_error(cols, tokens, rank, s
     if not skew:
         assert record.dead >= len(set(gone)) and record.tokens == batches * tokens
         assert ("unweighted" in record.repair) == (not hessian.matrix().any())
-        assert not any(word in record.repair for word in ("damping", "diagonal", "symmetrized"))      # a true Gram matrix needs none of these
+        assert not any(word in record.repair for word in ("damping", "diagonal", "symmetrized"))      # a true Gram matrix needs none
 
 
 @settings(max_examples=40)

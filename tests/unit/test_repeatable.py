@@ -19,8 +19,8 @@ from gptvq.solver import solve
 from gptvq.weight import decode_tables
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = ("pack_codes", "unpack_codes", "dequantize", "linear", "matmul", "submatmul", "gram", "cross", "fit", "column_block", "descent_block",
-             "decode", "collect")
+OPERATORS = ("pack_codes", "unpack_codes", "dequantize", "linear", "matmul", "submatmul", "gram", "cross", "fit", "column_block",
+             "descent_block", "decode", "collect")
 IN_PLACE = ("submatmul", "gram", "cross")
 
 
@@ -42,7 +42,8 @@ def calls():
         x = torch.randn(300, 320)
         hessian = Hessian(320)
         hessian.add(x)
-        vq, _ = solve(W, hessian, VQConfig(dim=2, index_bits=3, group_size=2048, scale_block=16).spec(96, 320), Recipe(em_iterations=5, passes=2))
+        spec = VQConfig(dim=2, index_bits=3, group_size=2048, scale_block=16).spec(96, 320)
+        vq, _ = solve(W, hessian, spec, Recipe(em_iterations=5, passes=2))
         vq.codes()
         vq.dequantize()
         ops.cross(torch.zeros(96, 320), x[:, :96], x)
@@ -80,7 +81,8 @@ def surroundings() -> dict:
     return {"torch": torch.get_rng_state().tolist(), "numpy": np.random.get_state()[1].tolist(), "environment": dict(os.environ),
             "default": str(torch.get_default_dtype()), "gradient": torch.is_grad_enabled(), "threads": torch.get_num_threads(),
             "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-            "precision": torch.get_float32_matmul_precision(), "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)}
+            "precision": torch.get_float32_matmul_precision(),
+            "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)}
 
 
 JOB = """
@@ -108,8 +110,8 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     """Whatever the hash seed, the random state and the folder's name; the report alone holds times."""
     digests = []
     for name in ("one", "two"):
-        done = subprocess.run([sys.executable, "-c", JOB, str(tmp_path / name), str(ROOT), str(ROOT / "tests"), str(len(name) + len(digests))],
-                              capture_output=True, text=True, cwd=tmp_path,
+        words = [sys.executable, "-c", JOB, str(tmp_path / name), str(ROOT), str(ROOT / "tests"), str(len(name) + len(digests))]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path,
                               env={**os.environ, "PYTHONHASHSEED": str(len(digests)), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)})
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout.splitlines()[-1]) == []       # what it changed of the caller's

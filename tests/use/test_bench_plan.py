@@ -1,0 +1,25 @@
+"""bench.plan on a tiny model: both commands run as processes of their own, and every prediction has its outcome."""
+import json
+
+from bench_runs import bench
+
+from bench import plan
+
+
+def test_predictions_and_outcomes(my_model, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert bench(plan, "--model", my_model, "--calibration", my_model.parent / "calibration.txt", "--samples", 4, "--sequence-length", 64,
+                 "--json", file) == 0
+    printed, values = capsys.readouterr().out, json.loads(file.read_text())
+    rows = {row["quantity"]: row for row in values["rows"]}
+    assert rows["bits per value"]["predicted"] == rows["bits per value"]["taken"]
+    assert 0.9 < rows["tensor files, bytes"]["ratio"]["taken"] < 1          # beside the tensors a file holds its header
+    assert 0.5 < rows["peak RAM, bytes"]["ratio"]["taken"] < 2
+    assert {f"seconds, {stage}" for stage in ("load", "embed", "forward", "hessians", "solve")} <= set(rows)
+    assert all(row["taken"] > 0 and f"| {name} " in printed for name, row in rows.items() if "taken" in row)
+    assert rows["process: quantize"]["cpu_seconds"] > 0 and values["settings"]["samples"] == 4
+
+
+def test_a_command_that_fails_is_an_error(my_model, tmp_path, capsys):
+    assert bench(plan, "--model", tmp_path / "absent", "--calibration", my_model.parent / "calibration.txt") == 1
+    assert "gptvq plan: exit code 1" in capsys.readouterr().err
