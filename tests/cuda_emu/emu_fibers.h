@@ -61,6 +61,8 @@ struct Site {
   }
 };
 
+#define EMU_HERE emu::Site::here()
+
 enum class State : std::uint8_t { run, barrier, collective, done };
 enum class Order { forward, reverse, round_robin, random };
 
@@ -315,7 +317,8 @@ class Block {
   bool run_warp(int warp) {
     const int first = warp * 32, n = std::min(n_ - first, 32);
     bool any = false, ran = true;
-    std::uint64_t left = order_ == Order::random ? 1 + random() % 256 : order_ == Order::round_robin ? static_cast<std::uint64_t>(n) : ~0ull;
+    std::uint64_t left = order_ == Order::random ? 1 + random() % 256 : ~0ull;
+    if (order_ == Order::round_robin) left = static_cast<std::uint64_t>(n);
     while (ran && left) {
       ran = false;
       const int turn = order_ == Order::random ? static_cast<int>(random() % static_cast<std::uint64_t>(n)) : 0;
