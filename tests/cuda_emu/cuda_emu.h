@@ -16,7 +16,7 @@
 #include <cuda_fp16.h>
 #include <vector_functions.h>
 
-#include "emu_fibers.h"
+#include "emu_block.h"
 
 #include <tuple>
 

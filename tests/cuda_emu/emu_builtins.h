@@ -3,7 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "emu_fibers.h"
+#include "emu_block.h"
 
 #define threadIdx (emu::Block::current->me->tid)
 #define blockIdx (emu::Block::current->id)
