@@ -1,66 +1,76 @@
 #!/usr/bin/env bash
-# One call on a machine with a GPU: build, all tests, compute-sanitizer over the GPU tests, every bench; a summary at the end.
-# The results go to $OUT, by default bench/results.  PYTHON: the interpreter, with torch and the build tools installed.
-# MODEL, CALIBRATION and TEXT (a model and two texts) are for bench.quality, which is skipped without the texts; MODEL also for
-# bench.decode.  Both take the demo's model where it is not set.
-# It ends with 1 if something failed; what cannot run here, for want of a GPU or a file, is skipped and said so.
+# Everything there is to do on an NVIDIA GPU, in one call and without network: build, tests, compute-sanitizer, benches.
+#
+#   bench/gpu.sh [STEP ...]      all steps, or those named: build tests ptx memcheck racecheck synccheck initcheck
+#                                gemv gemv-8 gemm quantize-70b quantize-7b decode-eager decode-graph decode-compile
+#
+# Each step has its own time limit and its own result file, bench/results/<gpu>-<step>.json, which a bench rewrites after every row: what
+# was measured stays when a later step fails.  What the steps print goes to build/gpu/<step>.log.  PYTHON names the interpreter.
+# Needs nvcc, cmake, ninja, pybind11, torch with CUDA, transformers and pytest; nothing is downloaded.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-python="${PYTHON:-python3}"
-out="${OUT:-bench/results}"
-failed=0
-summary=()
-mkdir -p "$out" || exit 1
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+gpu_name() {
+  "$PYTHON" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))' || echo no-gpu
+}
+NAME=${NAME:-$(gpu_name)}
+RESULTS=${RESULTS:-bench/results}
+LOGS=build/gpu
+mkdir -p "$RESULTS" "$LOGS"
+export PYTHONPATH=. HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+WANTED=" ${*:-${GPTVQ_GPU_STEPS:-all}} "
+FAILED=()
 
-step() { # NAME COMMAND...: runs it, keeps its output in NAME.log
-    local name="$1" began=$SECONDS verdict=ok code
-    shift
-    echo "== $name: $*"
-    "$@" 2>&1 | tee "$out/$name.log"
-    code=${PIPESTATUS[0]}
-    if [ "$code" -ne 0 ]; then
-        verdict="FAILED (exit code $code)"
-        failed=1
-    fi
-    summary+=("$(printf '%-20s %-24s %5d s' "$name" "$verdict" "$((SECONDS - began))")")
+# step NAME SECONDS COMMAND...: runs it within the limit, says how it ended, and goes on.
+step() {
+  local name=$1 limit=$2
+  shift 2
+  [[ ${GPTVQ_GPU_STEPS:-} != none && $WANTED != " all " && $WANTED != *" $name "* ]] && return
+  echo "== $name"
+  local began=$SECONDS code=0
+  timeout -k 10 "$limit" "$@" > "$LOGS/$name.log" 2>&1 || code=$?
+  tail -n 25 "$LOGS/$name.log" | sed 's/^/   /'
+  if ((code == 124 || code == 137)); then
+    echo "   $name: took longer than $limit s"
+  elif ((code)); then
+    echo "   $name: exit code $code"
+  else
+    echo "   $name: done in $((SECONDS - began)) s"
+  fi
+  ((code)) && FAILED+=("$name")
+  return 0
 }
 
-skip() { # NAME REASON
-    summary+=("$(printf '%-20s skipped: %s' "$1" "$2")")
+finish() {
+  ((${#FAILED[@]})) || { echo "all steps done; results: $RESULTS/$NAME-*.json"; return 0; }
+  echo "failed: ${FAILED[*]}; their output is in $LOGS"
+  return 1
 }
 
-gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>/dev/null | tail -n 1)"
-step build "$python" -m pip install -q --no-build-isolation --no-deps -e .
-step tests "$python" -m pytest -q -rs
-if [ -z "$gpu" ]; then
-    skip sanitizer "no CUDA device"
-elif ! command -v compute-sanitizer >/dev/null; then
-    skip sanitizer "compute-sanitizer is not installed"
-elif ! "$python" -m pytest -q --collect-only -m gpu 2>/dev/null | grep '::' >/dev/null; then # not -q: it would break the pipe
-    skip sanitizer "there are no GPU tests"
-else
-    for tool in memcheck racecheck synccheck initcheck; do
-        step "$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 "$python" -m pytest -q -m gpu
-    done
-fi
-model=()
-[ -z "${MODEL:-}" ] || model=(--model "$MODEL")
-step dequantize "$python" -m bench.dequantize --json "$out/dequantize.json"
-step quantize "$python" -m bench.quantize --json "$out/quantize.json"
-step gemv "$python" -m bench.gemv --json "$out/gemv-cpu.json"
-step gemv-m "$python" -m bench.gemv --shapes 4096x4096,576x1536 --m 2,4,8,16,32,64,128 --cache cold --json "$out/gemv-cpu-m.json"
-step decode "$python" -m bench.decode "${model[@]}" --json "$out/decode-cpu.json"
-if [ -n "${CALIBRATION:-}" ] && [ -n "${TEXT:-}" ]; then
-    step quality-layers "$python" -m bench.quality --layers "${model[@]}" --calibration "$CALIBRATION" --heldout "$TEXT" \
-        --json "$out/quality-layers.json"
-    step quality-perplexity "$python" -m bench.quality --perplexity "${model[@]}" --calibration "$CALIBRATION" --text "$TEXT" \
-        --json "$out/quality-perplexity.json"
-else
-    skip quality "CALIBRATION and TEXT name no files"
-fi
+bench() { echo "$PYTHON -m bench.$1 --json $RESULTS/$NAME-$2.json"; }
 
-echo
-echo "== summary"
-if [ -n "$gpu" ]; then echo "GPU: $gpu"; else echo "NO CUDA DEVICE: nothing above ran on a GPU"; fi
-printf '%s\n' "${summary[@]}"
-exit "$failed"
+# Without torch's caching of memory, so that the end of a tensor is the end of an allocation; initcheck needs to see all that writes.
+sanitizer() {
+  local only="--kernel-name kernel_substring=gptvq"
+  [[ $1 == initcheck ]] && only=""
+  step "$1" 900 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --target-processes all --error-exitcode 9 $only \
+    "$PYTHON" -m pytest -q -x -m gpu -p no:cacheprovider tests/cuda_emu --deselect tests/cuda_emu/test_pipeline.py
+}
+
+if [[ ${GPTVQ_GPU_STEPS:-} != none ]]; then
+  nvidia-smi || true
+  step build 900 env GPTVQ_CUDA=ON "$PYTHON" setup.py -q build_ext --inplace
+  step doctor 60 "$PYTHON" -c 'from gptvq.doctor import diagnose; [print(f"{topic}: {text}") for topic, text in diagnose().items()]'
+  step ptx 300 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/cuda_emu/test_ptx.py
+  step tests 1200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
+  step gemv 600 $(bench gemv gemv) --device cuda --dtype float16 --activations a16
+  step gemv-8 600 $(bench gemv gemv-8) --device cuda --dtype float16 --activations a16 --m 2,8 --repeats 7
+  step quantize-70b 600 $(bench quantize quantize-70b) --device cuda --shape llama2-70b-layer --samples 128
+  step quantize-7b 600 $(bench quantize quantize-7b) --device cuda --shape llama2-7b --samples 128
+  step decode-eager 600 $(bench decode decode-eager) --device cuda --shape llama2-7b --modes eager
+  step decode-graph 600 $(bench decode decode-graph) --device cuda --shape llama2-7b --modes graph
+  step decode-compile 900 $(bench decode decode-compile) --device cuda --shape llama2-7b --modes compile --repeats 5
+  step gemm 600 $(bench gemv gemm) --device cuda --dtype float16 --activations a16 --m 16,64,256,2048 --repeats 5
+  for tool in memcheck racecheck synccheck initcheck; do sanitizer "$tool"; done
+  finish
+fi
