@@ -14,14 +14,14 @@ void launch(const ColumnPlan& plan, const ColumnArgs& args, std::uint64_t stream
 }
 
 template <bool kDescend>
-void run(const Columns& c, const ColumnStrides& strides, const float* from, const float* factor, const float* roots,
+void run(const Columns& c, const ColumnStrides& strides, const float* from, const float* factor, const float* roots, const float* start,
          std::uint8_t* index, float* result, int device, std::uint64_t stream) {
   const ColumnPlan plan = column_plan(c);
   if (c.rows == 0 || c.n == 0) return;
   const auto size = [](std::int64_t value) { return static_cast<int>(value); };
   const ColumnArgs args{size(c.rows), size(c.n), size(c.k), size(c.groups), size(c.strips), size(c.group_rows),
-                        plan.tile, plan.tile_groups, plan.per, c.stale,
-                        from, factor, roots, c.centroids, c.scale, strides.from, strides.factor, strides.scale, c.strip, index, result};
+                        plan.tile, plan.tile_groups, plan.per, from, factor, roots, c.centroids, c.scale, start,
+                        strides.from, strides.factor, strides.scale, strides.start, c.strip, index, result};
   GPTVQ_DEVICE(device);
   const auto kernel = c.d == 1 ? launch<1, kDescend> : c.d == 2 ? launch<2, kDescend> : launch<4, kDescend>;
   kernel(plan, args, stream);
@@ -56,13 +56,13 @@ ColumnPlan column_plan(const Columns& c) {
 }
 
 void cuda_column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
-                       std::uint8_t* index, float* E, int device, std::uint64_t stream) {
-  run<false>(c, strides, W, U, roots, index, E, device, stream);
+                       const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream) {
+  run<false>(c, strides, W, U, roots, start, index, E, device, stream);
 }
 
 void cuda_descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
                         float* change, int device, std::uint64_t stream) {
-  run<true>(c, strides, R, H, nullptr, index, change, device, stream);
+  run<true>(c, strides, R, H, nullptr, nullptr, index, change, device, stream);
 }
 
 }  // namespace gptvq

@@ -23,9 +23,9 @@ constexpr int kEntries = 512;                       // centroids of a tile, all 
 struct ColumnArgs {
   int rows, n, k, groups, strips, group_rows;
   int tile, tile_groups, per;                       // rows and row groups of a tile at most, centroids of a lane
-  bool stale;
   const float *from, *factor, *roots, *centroids, *scale;
-  std::int64_t from_stride, factor_stride, scale_stride;
+  const float* start;                               // column_block: assigns these weights instead of what is left of them
+  std::int64_t from_stride, factor_stride, scale_stride, start_stride;
   const std::int64_t* strip;
   std::uint8_t* index;
   float* result;
@@ -246,9 +246,9 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
           const int before = __shfl_sync(kAll, code[m], turn, kTeam);
           q[m] = s.book[half][first[m] - lane + before % a.per * kTeam + before / a.per];
           y = times<D>(x[m], s.other[i]);
-        } else if (a.stale && a.scale && live[m]) {
+        } else if (a.start && live[m]) {
 #pragma unroll
-          for (int b = 0; b < D; ++b) y.v[b] = a.from[row[m] * a.from_stride + i * D + b];
+          for (int b = 0; b < D; ++b) y.v[b] = a.start[row[m] * a.start_stride + i * D + b];
         }
         if (a.scale)
 #pragma unroll

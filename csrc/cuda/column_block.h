@@ -19,13 +19,16 @@ struct ColumnPlan {
 // Throws std::invalid_argument where no kernel takes the block: n d over 128, k over 256 or sizes past 31 bits.
 ColumnPlan column_plan(const Columns& c);
 
-// gptvq.backends.reference.column_block and descent_block on device pointers, for n d <= 128.  The rows of W, U, R, H and of the
-// scale are as many elements apart as given; all else is contiguous, centroids and results are aligned to a vector.
+// Between the rows of W or R, of U or H, of the scale and of the weights at the start of the block, in elements.
 struct ColumnStrides {
-  std::int64_t from, factor, scale;
+  std::int64_t from, factor, scale, start;
 };
+
+// gptvq.backends.reference.column_block and descent_block on device pointers, for n d <= 128.  The rows of W, U, R, H, scale and start
+// are apart as given; all else is contiguous, centroids and results are aligned to a vector.  `start`, if not null, is assigned
+// in the place of W, which is what `stale` means.
 void cuda_column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
-                       std::uint8_t* index, float* E, int device, std::uint64_t stream);
+                       const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream);
 void cuda_descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
                         float* change, int device, std::uint64_t stream);
 
