@@ -65,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
   bind_quantize(m);
   m.def("cuda_info", &cuda, "{available, device_count, runtime, driver, why}: what CUDA offers to this build here");
 #ifdef GPTVQ_WITH_CUDA
+  py::module_ kernels = m.def_submodule("cuda");
+  bind_cuda(kernels);
   m.attr("built_with_cuda") = true;
 #else
   m.attr("built_with_cuda") = false;

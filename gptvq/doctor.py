@@ -9,7 +9,7 @@ import sys
 import torch
 
 from . import ops
-from .backends import native
+from .backends import cuda, native
 from .checkpoint import VERSION
 
 
@@ -32,7 +32,9 @@ def diagnose() -> dict[str, str]:
     found["CUDA in torch"] = (f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                               f"no device (torch built with CUDA {torch.version.cuda})" if torch.version.cuda else "torch is a CPU build")
     found["CUDA in gptvq"] = native.cuda_text()
-    found["GPU layers"] = "packed layers on a GPU are unpacked on every call; there are no kernels for them yet"
+    gpu = torch.device("cuda")
+    found["CUDA kernels"] = (f"run on {torch.cuda.get_device_name()}{_forced('GPTVQ_BACKEND')}" if cuda.serves(gpu) else
+                             f"none: {cuda.why_not(gpu)}; packed layers on a GPU are unpacked on every call")
     found["triton"] = _version("triton")
     return found
 

@@ -38,7 +38,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
             x, order = x[..., 0].masked_fill(weight <= 0, torch.inf).sort(1, stable=True)
             x, weight = x.unsqueeze(-1), weight.gather(1, order)
             scratch = cuda_call.empty(groups, 2, x.shape[1] + 1, dtype=torch.float64, device=x.device)
-        centroids = cuda_call.empty(groups, k, d, device=x.device)
+        centroids = cuda_call.empty(groups, k, d, dtype=torch.float32, device=x.device)
         call("fit_1d", x, metric, weight, seeds.contiguous(), [tuple(r) for r in rounds], centroids, scratch)
         return centroids
     tried = seeds.clone(memory_format=torch.contiguous_format)
@@ -61,7 +61,7 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
         index = cuda_call.empty(len(W), at.stop - at.start, dtype=torch.uint8, device=W.device)
-        E = cuda_call.empty(len(W), cols.stop - cols.start, device=W.device)
+        E = cuda_call.empty(len(W), cols.stop - cols.start, dtype=torch.float32, device=W.device)
         call("column_block", _in_rows(left), _in_rows(U[cols, cols]), roots[at], centroids, strip[at].contiguous(),
              None if scale is None else _in_rows(scale[:, at]), group_rows,
              _in_rows(W[:, cols]) if stale and scale is not None else None, index, E)
@@ -78,7 +78,7 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
         codes = cuda_call.empty(len(R), at.stop - at.start, dtype=torch.uint8, device=R.device).copy_(index[:, at])
-        change = cuda_call.empty(len(R), cols.stop - cols.start, device=R.device)
+        change = cuda_call.empty(len(R), cols.stop - cols.start, dtype=torch.float32, device=R.device)
         call("descent_block", _in_rows(left), _in_rows(H[cols, cols]), centroids, strip[at].contiguous(),
              None if scale is None else _in_rows(scale[:, at]), group_rows, codes, change)
         return codes, change

@@ -81,11 +81,16 @@ def instruction_sets() -> list[str]:
     return _C.instruction_sets()
 
 
+def cuda_info() -> dict:
+    """{available, device_count, runtime, driver, why}: what CUDA offers to this build here."""
+    return _C.cuda_info()
+
+
 def cuda_text() -> str:
     """One clause on what CUDA offers to this build here."""
     if _C is None:
         return "gptvq._C is missing"
-    info = _C.cuda_info()
+    info = cuda_info()
     return f"{info['device_count']} devices, runtime {info['runtime']}, driver {info['driver']}" if info["available"] else info["why"]
 
 

@@ -16,7 +16,7 @@
 #include <cuda_fp16.h>
 #include <vector_functions.h>
 
-#include "emu_fibers.h"
+#include "emu_block.h"
 
 #include <tuple>
 
@@ -84,7 +84,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::
 
 #define GPTVQ_DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(emu::Block::current->dynamic_memory())
 #define GPTVQ_SHARED(T, name, n) \
-  T(&name)[n] = *reinterpret_cast<T(*)[n]>(emu::Block::current->static_memory(#name, sizeof(T) * (n), emu::Site::here()))
+  T(&name)[n] = *reinterpret_cast<T(*)[n]>(emu::Block::current->static_memory(#name, sizeof(T) * (n), EMU_HERE))
 #define GPTVQ_LAUNCH(kernel, grid, block, smem, stream, ...) \
   ((void)(stream), emu::launch(#kernel, kernel, grid, block, smem, __VA_ARGS__))
 #define GPTVQ_DEVICE(device) (void)(device)

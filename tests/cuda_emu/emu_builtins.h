@@ -3,7 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "emu_fibers.h"
+#include "emu_block.h"
 
 #define threadIdx (emu::Block::current->me->tid)
 #define blockIdx (emu::Block::current->id)
@@ -11,11 +11,11 @@
 #define gridDim (emu::Block::current->grid)
 #define warpSize 32
 
-inline void __syncthreads(emu::Site at = emu::Site::here()) { emu::Block::current->barrier(false, "__syncthreads", at); }
-inline int __syncthreads_count(int p, emu::Site at = emu::Site::here()) { return emu::Block::current->barrier(p != 0, "__syncthreads_count", at); }
-inline int __syncthreads_or(int p, emu::Site at = emu::Site::here()) { return emu::Block::current->barrier(p != 0, "__syncthreads_or", at) != 0; }
-inline int __syncthreads_and(int p, emu::Site at = emu::Site::here()) { return emu::Block::current->barrier(p == 0, "__syncthreads_and", at) == 0; }
-inline void __syncwarp(std::uint32_t mask = 0xffffffffu, emu::Site at = emu::Site::here()) {
+inline void __syncthreads(emu::Site at = EMU_HERE) { emu::Block::current->barrier(false, "__syncthreads", at); }
+inline int __syncthreads_count(int p, emu::Site at = EMU_HERE) { return emu::Block::current->barrier(p != 0, "__syncthreads_count", at); }
+inline int __syncthreads_or(int p, emu::Site at = EMU_HERE) { return emu::Block::current->barrier(p != 0, "__syncthreads_or", at) != 0; }
+inline int __syncthreads_and(int p, emu::Site at = EMU_HERE) { return emu::Block::current->barrier(p == 0, "__syncthreads_and", at) == 0; }
+inline void __syncwarp(std::uint32_t mask = 0xffffffffu, emu::Site at = EMU_HERE) {
   emu::Block::current->exchange(mask, nullptr, 0, "__syncwarp", at);
 }
 inline void __threadfence() {}
@@ -59,37 +59,37 @@ T reduce(std::uint32_t mask, T value, const char* what, Site at, F f) {
 }  // namespace emu
 
 template <class T>
-T __shfl_sync(std::uint32_t mask, T v, int from, int width = 32, emu::Site at = emu::Site::here()) {
+T __shfl_sync(std::uint32_t mask, T v, int from, int width = 32, emu::Site at = EMU_HERE) {
   const int l = emu::lane();
   return emu::shuffle(mask, v, (l & emu::segment(width, "__shfl_sync", at)) + (from & (width - 1)), "__shfl_sync", at);
 }
 template <class T>
-T __shfl_xor_sync(std::uint32_t mask, T v, int x, int width = 32, emu::Site at = emu::Site::here()) {
+T __shfl_xor_sync(std::uint32_t mask, T v, int x, int width = 32, emu::Site at = EMU_HERE) {
   const int l = emu::lane(), from = l ^ x, s = emu::segment(width, "__shfl_xor_sync", at);
   return emu::shuffle(mask, v, from > 31 || (from & s) > (l & s) ? l : from, "__shfl_xor_sync", at);
 }
 template <class T>
-T __shfl_down_sync(std::uint32_t mask, T v, unsigned by, int width = 32, emu::Site at = emu::Site::here()) {
+T __shfl_down_sync(std::uint32_t mask, T v, unsigned by, int width = 32, emu::Site at = EMU_HERE) {
   const int l = emu::lane(), s = emu::segment(width, "__shfl_down_sync", at), from = l + static_cast<int>(by);
   return emu::shuffle(mask, v, (from ^ l) & s ? l : from, "__shfl_down_sync", at);
 }
 template <class T>
-T __shfl_up_sync(std::uint32_t mask, T v, unsigned by, int width = 32, emu::Site at = emu::Site::here()) {
+T __shfl_up_sync(std::uint32_t mask, T v, unsigned by, int width = 32, emu::Site at = EMU_HERE) {
   const int l = emu::lane(), s = emu::segment(width, "__shfl_up_sync", at), from = l - static_cast<int>(by);
   return emu::shuffle(mask, v, from < (l & s) ? l : from, "__shfl_up_sync", at);
 }
-inline std::uint32_t __ballot_sync(std::uint32_t mask, int p, emu::Site at = emu::Site::here()) {
+inline std::uint32_t __ballot_sync(std::uint32_t mask, int p, emu::Site at = EMU_HERE) {
   const std::uint32_t mine = p ? 1u << emu::lane() : 0u;
   return emu::reduce(mask, mine, "__ballot_sync", at, [](std::uint32_t a, std::uint32_t b) { return a | b; });
 }
-inline int __any_sync(std::uint32_t mask, int p, emu::Site at = emu::Site::here()) {
+inline int __any_sync(std::uint32_t mask, int p, emu::Site at = EMU_HERE) {
   return emu::reduce(mask, static_cast<int>(p != 0), "__any_sync", at, [](int a, int b) { return a | b; });
 }
-inline int __all_sync(std::uint32_t mask, int p, emu::Site at = emu::Site::here()) {
+inline int __all_sync(std::uint32_t mask, int p, emu::Site at = EMU_HERE) {
   return emu::reduce(mask, static_cast<int>(p != 0), "__all_sync", at, [](int a, int b) { return a & b; });
 }
 template <class T>
-std::uint32_t __match_any_sync(std::uint32_t mask, T v, emu::Site at = emu::Site::here()) {
+std::uint32_t __match_any_sync(std::uint32_t mask, T v, emu::Site at = EMU_HERE) {
   const auto values = emu::Block::current->exchange(mask, &v, sizeof(T), "__match_any_sync", at);
   std::uint32_t r = 0;
   for (int l = 0; l < 32; ++l)
@@ -97,11 +97,11 @@ std::uint32_t __match_any_sync(std::uint32_t mask, T v, emu::Site at = emu::Site
   return r;
 }
 #define EMU_REDUCE(name, expression)                                                                                  \
-  inline unsigned __reduce_##name##_sync(std::uint32_t mask, unsigned v, emu::Site at = emu::Site::here()) {                   \
+  inline unsigned __reduce_##name##_sync(std::uint32_t mask, unsigned v, emu::Site at = EMU_HERE) {                   \
     return emu::reduce(mask, v, "__reduce_" #name "_sync", at, [](unsigned a, unsigned b) { return expression; });    \
   }
 #define EMU_REDUCE_INT(name, expression)                                                                              \
-  inline int __reduce_##name##_sync(std::uint32_t mask, int v, emu::Site at = emu::Site::here()) {                             \
+  inline int __reduce_##name##_sync(std::uint32_t mask, int v, emu::Site at = EMU_HERE) {                             \
     return emu::reduce(mask, v, "__reduce_" #name "_sync", at, [](int a, int b) { return expression; });              \
   }
 EMU_REDUCE(add, a + b)
@@ -154,9 +154,9 @@ T load(const T* p, const char* what, Site at) {
   return *p;
 }
 }  // namespace emu
-template <class T> T __ldg(const T* p, emu::Site at = emu::Site::here()) { return emu::load(p, "__ldg", at); }
-template <class T> T __ldcs(const T* p, emu::Site at = emu::Site::here()) { return emu::load(p, "__ldcs", at); }
-template <class T> T __ldcg(const T* p, emu::Site at = emu::Site::here()) { return emu::load(p, "__ldcg", at); }
+template <class T> T __ldg(const T* p, emu::Site at = EMU_HERE) { return emu::load(p, "__ldg", at); }
+template <class T> T __ldcs(const T* p, emu::Site at = EMU_HERE) { return emu::load(p, "__ldcs", at); }
+template <class T> T __ldcg(const T* p, emu::Site at = EMU_HERE) { return emu::load(p, "__ldcg", at); }
 
 // ---- integers
 inline int __popc(std::uint32_t x) { return __builtin_popcount(x); }

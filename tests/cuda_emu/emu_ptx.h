@@ -16,9 +16,9 @@ inline void copy(void* to, const void* from, int bytes, int valid, emu::Site at)
 }
 }  // namespace emulated
 
-inline void cp_async16(void* to, const void* from, emu::Site at = emu::Site::here()) { emulated::copy(to, from, 16, 16, at); }
-inline void cp_async16_zfill(void* to, const void* from, int valid, emu::Site at = emu::Site::here()) { emulated::copy(to, from, 16, valid, at); }
-inline void cp_async4(void* to, const void* from, emu::Site at = emu::Site::here()) { emulated::copy(to, from, 4, 4, at); }
+inline void cp_async16(void* to, const void* from, emu::Site at = EMU_HERE) { emulated::copy(to, from, 16, 16, at); }
+inline void cp_async16_zfill(void* to, const void* from, int valid, emu::Site at = EMU_HERE) { emulated::copy(to, from, 16, valid, at); }
+inline void cp_async4(void* to, const void* from, emu::Site at = EMU_HERE) { emulated::copy(to, from, 4, 4, at); }
 inline void cp_async_commit() {
   emu::Fiber* f = emu::Block::current->me;
   f->committed.push_back(std::move(f->open));
@@ -52,8 +52,8 @@ void ldmatrix(std::uint32_t (&r)[N], const void* row, const char* what, emu::Sit
 }
 }  // namespace emulated
 
-inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, emu::Site at = emu::Site::here()) { emulated::ldmatrix(r, row, "ldmatrix.x4", at); }
-inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row, emu::Site at = emu::Site::here()) { emulated::ldmatrix(r, row, "ldmatrix.x2", at); }
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, emu::Site at = EMU_HERE) { emulated::ldmatrix(r, row, "ldmatrix.x4", at); }
+inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row, emu::Site at = EMU_HERE) { emulated::ldmatrix(r, row, "ldmatrix.x2", at); }
 
 // ---- matrix multiplications of a warp, d += a b, with the registers' layout of the PTX ISA
 namespace emulated {
@@ -77,20 +77,20 @@ void mma(Sum (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], 
 }
 }  // namespace emulated
 
-inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], emu::Site at = emu::Site::here()) {
+inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], emu::Site at = EMU_HERE) {
   emulated::mma<16>(d, a, b, "mma.m16n8k16.f16", at, [](const unsigned char* reg, int i) {
     __half_raw h;
     std::memcpy(&h.x, reg + 2 * i, 2);
     return __half2float(__half(h));
   });
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], emu::Site at = emu::Site::here()) {
+inline void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], emu::Site at = EMU_HERE) {
   emulated::mma<16>(d, a, b, "mma.m16n8k16.bf16", at, [](const unsigned char* reg, int i) {
     std::uint32_t bits = static_cast<std::uint32_t>(reg[2 * i]) << 16 | static_cast<std::uint32_t>(reg[2 * i + 1]) << 24;
     return emu::bits<float>(bits);
   });
 }
-inline void mma_m16n8k32_s8(std::int32_t (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], emu::Site at = emu::Site::here()) {
+inline void mma_m16n8k32_s8(std::int32_t (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], emu::Site at = EMU_HERE) {
   emulated::mma<32>(d, a, b, "mma.m16n8k32.s8", at,
                     [](const unsigned char* reg, int i) { return static_cast<int>(static_cast<std::int8_t>(reg[i])); });
 }
@@ -114,8 +114,8 @@ std::uint32_t lop3(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
     if (Table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return r;
 }
-inline uint4 load_stream(const uint4* p, emu::Site at = emu::Site::here()) { return emu::load(p, "load_stream", at); }
-inline uint2 load_stream(const uint2* p, emu::Site at = emu::Site::here()) { return emu::load(p, "load_stream", at); }
-inline std::uint32_t load_stream(const std::uint32_t* p, emu::Site at = emu::Site::here()) { return emu::load(p, "load_stream", at); }
+inline uint4 load_stream(const uint4* p, emu::Site at = EMU_HERE) { return emu::load(p, "load_stream", at); }
+inline uint2 load_stream(const uint2* p, emu::Site at = EMU_HERE) { return emu::load(p, "load_stream", at); }
+inline std::uint32_t load_stream(const std::uint32_t* p, emu::Site at = EMU_HERE) { return emu::load(p, "load_stream", at); }
 
 }  // namespace gptvq
