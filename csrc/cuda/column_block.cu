@@ -10,7 +10,8 @@ namespace {
 template <int D, bool kDescend>
 void launch(const ColumnPlan& plan, const ColumnArgs& args, std::uint64_t stream) {
   const unsigned blocks = static_cast<unsigned>((args.rows + plan.tile - 1) / plan.tile);
-  GPTVQ_LAUNCH((column_kernel<D, kDescend>), dim3(blocks), dim3(static_cast<unsigned>(plan.threads)), static_cast<std::size_t>(plan.shared_bytes), stream, args);
+  GPTVQ_LAUNCH((column_kernel<D, kDescend>), dim3(blocks), dim3(static_cast<unsigned>(plan.threads)),
+               static_cast<std::size_t>(plan.shared_bytes), stream, args);
 }
 
 template <bool kDescend>
@@ -38,7 +39,8 @@ ColumnPlan column_plan(const Columns& c) {
   const auto refuse = [](const std::string& what) { throw std::invalid_argument(what); };
   if (c.d != 1 && c.d != 2 && c.d != 4) refuse("d: got " + std::to_string(c.d) + ", need 1, 2 or 4");
   if (c.k < 1 || c.k > 256) refuse("k: got " + std::to_string(c.k) + ", need 1 to 256 centroids");
-  if (c.n * c.d > kBlockCols) refuse("n: got a block of " + std::to_string(c.n * c.d) + " columns, need at most " + std::to_string(kBlockCols));
+  if (c.n * c.d > kBlockCols)
+    refuse("n: got a block of " + std::to_string(c.n * c.d) + " columns, need at most " + std::to_string(kBlockCols));
   constexpr std::int64_t most = std::int64_t{1} << 31;
   if (c.rows >= most - kTileRows || c.group_rows >= most || c.groups >= most || c.strips >= most / (4 * kEntries))
     refuse("rows, groups, strips: got sizes past what one launch takes");

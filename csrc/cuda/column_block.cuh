@@ -150,7 +150,7 @@ struct Load {
 template <int D, bool kSame>
 __device__ __forceinline__ void scan(const ColumnShared<D>& s, int half, int per, const int (&first)[kTeamRows],
                                      const Vec<D> (&pull)[kTeamRows], float (&best)[kTeamRows], int (&at)[kTeamRows]) {
-#pragma unroll 4
+#pragma unroll 2
   for (int j = 0; j < per; ++j) {
     Vec<D> c = s.book[half][first[0] + j * kTeam];
     float square = s.square[half][first[0] + j * kTeam];

@@ -3,7 +3,7 @@
 //   unit = P points (x, one below the other) of one vector column, hence of one metric M: a thread computes c^T M c once for
 //   all of them, and each distance is a chain of D fused steps on -2 M x.  Centroids are read four at a time from shared
 //   memory: the minimum of the four is compared with the best so far, and which one of them it was is found afterwards by
-//   computing them again, bit by bit the same: so the first of equals wins.
+//   computing them again.  Strictly less both times, so the first of equals wins.
 //
 // Sums per centroid are 64-bit integers (values scaled by a power of two that the largest one fits into), as two 32-bit words
 // with native shared atomics: exact, whatever the order, so they are kept from one iteration to the next, and only points
@@ -129,6 +129,16 @@ struct Group {
     }
   }
 
+  // f(M, n) for every point n with weight.
+  template <class F>
+  __device__ __forceinline__ void each_point(F&& f) const {
+    each([&](const Form<D>& form, int first) {
+#pragma unroll 2
+      for (int j = 0; j < P; ++j)
+        if (exists(first + j * metrics)) f(form, first + j * metrics);
+    });
+  }
+
   __device__ __forceinline__ bool exists(int n) const { return n < points && weight[n] > 0.f; }
 
   // Squared distance of a point to c, not by the difference of large numbers.
@@ -195,22 +205,39 @@ __device__ __forceinline__ void e_step(const EmShared<D>& s, const EmArgs& a, co
         at[j] = less ? k : at[j];
       }
     }
+    std::uint64_t groups_of_four = 0;
 #pragma unroll
+    for (int j = 0; j < P; ++j) groups_of_four |= static_cast<std::uint64_t>(at[j]) << 8 * j;
+    unsigned moving = 0;                            // points of the unit whose index changed, and what it was
+    std::uint64_t was = 0;
+#pragma unroll(D == 2 ? 2 : 1)
     for (int j = 0; j < P; ++j) {
       const int n = first + j * a.metrics;
       if (!group.exists(n)) continue;
-      int code = at[j] + 3;
+      const Vec<D> y = form.pull(group.x[n]);
+      const int from = static_cast<int>(groups_of_four >> 8 * j & 255);
+      float least = INFINITY;
+      int code = from;
 #pragma unroll
-      for (int q = 2; q >= 0; --q) {
-        const Vec<D> c = book[at[j] + q];
-        if (score<D>(pull[j], c, form.square(c)) == best[j]) code = at[j] + q;
+      for (int q = 0; q < 4; ++q) {
+        const Vec<D> c = book[from + q];
+        const float value = score<D>(y, c, form.square(c));
+        if (value < least) code = from + q;
+        least = fminf(value, least);
       }
       code = code < a.k ? code : a.k - 1;
       const int before = all ? -1 : s.index[n];
       if (code == before) continue;
       s.index[n] = static_cast<std::uint8_t>(code);
-      move_point<D>(s, a, form, pull[j], group.weight[n], code, before, moment, mass);
-      ++moved;
+      moving |= 1u << j;
+      was |= static_cast<std::uint64_t>(before & 255) << 8 * j;
+    }
+    moved += __popc(moving);
+#pragma unroll 1
+    for (; moving != 0; moving &= moving - 1) {     // few but for the first iteration: one copy of the code for all
+      const int j = __ffs(static_cast<int>(moving)) - 1, n = first + j * a.metrics;
+      move_point<D>(s, a, form, form.pull(group.x[n]), group.weight[n], s.index[n], all ? -1 : static_cast<int>(was >> 8 * j & 255),
+                    moment, mass);
     }
   });
   if (moved > 0) atomicAdd(changed, moved);
@@ -263,14 +290,10 @@ __device__ __forceinline__ void reseed(const EmShared<D>& s, const EmArgs& a, co
   for (int c = 0; c < a.k; ++c) {
     if (!s.empty[c]) continue;
     std::uint64_t farthest = 0;
-    group.each([&](const Form<D>& form, int first) {
-      for (int j = 0; j < P; ++j) {
-        const int n = first + j * a.metrics;
-        if (!group.exists(n)) continue;
-        const float distance = group.distance(form, n, book[s.index[n]]);
-        const std::uint64_t key = static_cast<std::uint64_t>(__float_as_uint(distance)) << 32 | ~static_cast<unsigned>(n);
-        if (distance > 0.f && key < last && key > farthest) farthest = key;
-      }
+    group.each_point([&](const Form<D>& form, int n) {
+      const float distance = group.distance(form, n, book[s.index[n]]);
+      const std::uint64_t key = static_cast<std::uint64_t>(__float_as_uint(distance)) << 32 | ~static_cast<unsigned>(n);
+      if (distance > 0.f && key < last && key > farthest) farthest = key;
     });
     last = block_max(farthest, s.reduce);
     if (last == 0) break;
@@ -280,7 +303,7 @@ __device__ __forceinline__ void reseed(const EmShared<D>& s, const EmArgs& a, co
 }
 
 template <int D, int P>
-__global__ void __launch_bounds__(kEmThreads) em_kernel(const EmArgs a) {
+__global__ void __launch_bounds__(kEmThreads, 1) em_kernel(const EmArgs a) {
   GPTVQ_DYN_SMEM(unsigned char, memory);
   const EmShared<D> s(memory, a);
   const int g = static_cast<int>(blockIdx.x) / a.starts, start = static_cast<int>(blockIdx.x) % a.starts;
@@ -292,16 +315,12 @@ __global__ void __launch_bounds__(kEmThreads) em_kernel(const EmArgs a) {
   for (int f = tid; f < 2 * kSums<D> * a.k * a.replicas; f += threads) s.low[f] = 0;
   if (tid < 4) s.count[tid] = 0;
   float most_moment = 0.f, most_mass = 0.f;         // of the entries of weight M x and of weight M
-  group.each([&](const Form<D>& form, int first) {
-    for (int j = 0; j < P; ++j) {
-      const int n = first + j * a.metrics;
-      if (!group.exists(n)) continue;
-      const Vec<D> pull = form.pull(group.x[n]);
+  group.each_point([&](const Form<D>& form, int n) {
+    const Vec<D> pull = form.pull(group.x[n]);
 #pragma unroll
-      for (int b = 0; b < D; ++b) most_moment = fmaxf(most_moment, 0.5f * group.weight[n] * fabsf(pull.v[b]));
+    for (int b = 0; b < D; ++b) most_moment = fmaxf(most_moment, 0.5f * group.weight[n] * fabsf(pull.v[b]));
 #pragma unroll
-      for (int f = 0; f < Form<D>::size; ++f) most_mass = fmaxf(most_mass, group.weight[n] * fabsf(form.m[f]));
-    }
+    for (int f = 0; f < Form<D>::size; ++f) most_mass = fmaxf(most_mass, group.weight[n] * fabsf(form.m[f]));
   });
   const int bits = 30 + __clz(a.points);            // points times the largest value stay below 2^62
   const Scale moment(block_max(most_moment, s.reduce), bits), mass(block_max(most_mass, s.reduce), bits);
@@ -315,10 +334,7 @@ __global__ void __launch_bounds__(kEmThreads) em_kernel(const EmArgs a) {
     const bool last = i + 1 == a.iterations, settled = i > 0 && s.count[i & 1] == 0;
     if ((last || settled) && a.loss) {
       double loss = 0;
-      group.each([&](const Form<D>& form, int first) {
-        for (int j = 0; j < P; ++j)
-          if (group.exists(first + j * a.metrics)) loss += group.distance(form, first + j * a.metrics, book[s.index[first + j * a.metrics]]);
-      });
+      group.each_point([&](const Form<D>& form, int n) { loss += group.distance(form, n, book[s.index[n]]); });
       loss = block_sum(loss, s.reduce);
       if (tid == 0) a.loss[static_cast<std::int64_t>(start) * a.groups + g] = loss;
     }

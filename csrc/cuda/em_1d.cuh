@@ -221,8 +221,8 @@ struct Em1dShared {
   int *cut, *order;           // [warps, k], [starts]: the starts that are left, best first
 
   __host__ __device__ static std::int64_t bytes(const Em1dArgs& a, int warps) {
-    return 8 * (a.starts + std::int64_t{2} * warps + std::int64_t{2} * warps * a.k + (a.size > 0 ? 2 * (a.points + std::int64_t{1}) + a.size : 0)) +
-           4 * (std::int64_t{a.starts} * a.k + std::int64_t{warps} * a.k + a.starts);
+    const std::int64_t starts = a.starts, k = a.k, sorted = a.size > 0 ? 2 * (std::int64_t{a.points} + 1) + a.size : 0;
+    return 8 * (starts + 2 * warps + 2 * warps * k + sorted) + 4 * (starts * k + warps * k + starts);
   }
   __device__ Em1dShared(unsigned char* from, const Em1dArgs& a, int warps) {
     loss = reinterpret_cast<double*>(from);
@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, 2) em_1d_kernel(const Em1dArg
   }
   points.points = points.below(FLT_MAX);
   prefix_sums(points, s.totals);
-  for (int t = tid; t < a.starts * a.k; t += threads) s.tried[t] = a.seeds[(t / a.k * static_cast<std::int64_t>(a.groups) + g) * a.k + t % a.k];
+  for (int t = tid; t < a.starts * a.k; t += threads)
+    s.tried[t] = a.seeds[(t / a.k * static_cast<std::int64_t>(a.groups) + g) * a.k + t % a.k];
   for (int t = tid; t < a.starts; t += threads) s.order[t] = t;
   int left = a.starts;
   for (int round = 0; round < a.rounds; ++round) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from . import cuda_call, reference
 from .cuda_call import call
 
@@ -30,12 +31,15 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
         return reference.fit(x, metric, weight, seeds, rounds)
     starts, groups, k, d = seeds.shape
     x, metric, weight = _aligned(x), metric.contiguous(), weight.contiguous()
-    large = cuda_call.kernels.fit_plan(groups, x.shape[1], d, k, starts, len(metric))["scratch"]
+    try:
+        large = cuda_call.kernels.fit_plan(groups, x.shape[1], d, k, starts, len(metric))["scratch"]
+    except ValueError as error:
+        raise ConfigError(f"fit: {error}") from None
     if d == 1:
         scratch = None
         if large:
             weight = weight * metric.flatten().repeat(x.shape[1] // len(metric))
-            x, order = x[..., 0].masked_fill(weight <= 0, torch.inf).sort(1, stable=True)
+            x, order = x[..., 0].masked_fill(weight <= 0, torch.inf).sort(dim=1, stable=True)
             x, weight = x.unsqueeze(-1), weight.gather(1, order)
             scratch = cuda_call.empty(groups, 2, x.shape[1] + 1, dtype=torch.float64, device=x.device)
         centroids = cuda_call.empty(groups, k, d, dtype=torch.float32, device=x.device)
@@ -57,40 +61,41 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
                  group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
         return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
-    d, roots, centroids = roots.shape[1], roots.contiguous(), _aligned(centroids)
+    roots, centroids = roots.contiguous(), _aligned(centroids)
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
-        index = cuda_call.empty(len(W), at.stop - at.start, dtype=torch.uint8, device=W.device)
-        E = cuda_call.empty(len(W), cols.stop - cols.start, dtype=torch.float32, device=W.device)
+        index = cuda_call.empty(len(W), len(strip[at]), dtype=torch.uint8, device=W.device)
+        E = cuda_call.empty(*left.shape, dtype=torch.float32, device=W.device)
         call("column_block", _in_rows(left), _in_rows(U[cols, cols]), roots[at], centroids, strip[at].contiguous(),
              None if scale is None else _in_rows(scale[:, at]), group_rows,
              _in_rows(W[:, cols]) if stale and scale is not None else None, index, E)
         return index, E
 
-    return _in_parts(W, U, d, part)
+    return _in_parts(W, U, roots.shape[1], part)
 
 
 def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
                   group_rows: int) -> tuple[Tensor, Tensor]:
     if not _all_float32(R, H, centroids, scale):
         return reference.descent_block(R, H, index, centroids, strip, scale, group_rows)
-    d, centroids = centroids.shape[3], _aligned(centroids)
+    centroids = _aligned(centroids)
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
-        codes = cuda_call.empty(len(R), at.stop - at.start, dtype=torch.uint8, device=R.device).copy_(index[:, at])
-        change = cuda_call.empty(len(R), cols.stop - cols.start, dtype=torch.float32, device=R.device)
+        before = index[:, at]
+        codes = cuda_call.empty(*before.shape, dtype=torch.uint8, device=R.device).copy_(before)
+        change = cuda_call.empty(*left.shape, dtype=torch.float32, device=R.device)
         call("descent_block", _in_rows(left), _in_rows(H[cols, cols]), centroids, strip[at].contiguous(),
              None if scale is None else _in_rows(scale[:, at]), group_rows, codes, change)
         return codes, change
 
-    return _in_parts(R, H, d, part)
+    return _in_parts(R, H, centroids.shape[3], part)
 
 
 def _in_parts(left: Tensor, factor: Tensor, d: int, part) -> tuple[Tensor, Tensor]:
     """part(vectors, columns, what is left of them) -> (codes, change) over all columns, each change taken from all later ones."""
     cols = left.shape[1]
     if cols <= BLOCK_COLS:
-        return part(slice(0, cols // d), slice(0, cols), left)
+        return part(slice(None), slice(None), left)
     left, results = left.clone(), []
     for first in range(0, cols, BLOCK_COLS):
         at = slice(first, min(first + BLOCK_COLS, cols))
