@@ -217,14 +217,19 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
 
   for (int slot = 0; slot * kTeam < a.n; ++slot) {
     const int mine = slot * kTeam + lane;           // the vector of this slot that the lane holds
-    float size[kTeamRows];
-    int code[kTeamRows];
+    float size[kTeamRows], inverse[kTeamRows];
+    int code[kTeamRows];                            // at first the entry of the code that was
 #pragma unroll
     for (int m = 0; m < kTeamRows; ++m) {
       const bool exists = live[m] && mine < a.n;
       size[m] = exists && a.scale ? a.scale[row[m] * a.scale_stride + mine] : 1.f;
-      code[m] = kDescend && exists ? a.index[static_cast<std::int64_t>(row[m]) * a.n + mine] : 0;
-      if (code[m] >= a.k) code[m] = a.k - 1;
+      inverse[m] = 1.f / size[m];
+      code[m] = 0;
+      if (kDescend && exists) {
+        const int before = a.index[static_cast<std::int64_t>(row[m]) * a.n + mine];
+        code[m] = before < a.k ? before : a.k - 1;
+        code[m] = code[m] % a.per * kTeam + code[m] / a.per;
+      }
     }
     for (int turn = 0; turn < kTeam && slot * kTeam + turn < a.n; ++turn) {
       const int i = slot * kTeam + turn, half = i & 1;
@@ -243,16 +248,17 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
         scale[m] = a.scale ? __shfl_sync(kAll, size[m], turn, kTeam) : 1.f;
         Vec<D> y = x[m];
         if (kDescend) {
-          const int before = __shfl_sync(kAll, code[m], turn, kTeam);
-          q[m] = s.book[half][first[m] - lane + before % a.per * kTeam + before / a.per];
+          q[m] = s.book[half][first[m] - lane + __shfl_sync(kAll, code[m], turn, kTeam)];
           y = times<D>(x[m], s.other[i]);
         } else if (a.start && live[m]) {
 #pragma unroll
           for (int b = 0; b < D; ++b) y.v[b] = a.start[row[m] * a.start_stride + i * D + b];
         }
-        if (a.scale)
+        if (a.scale) {
+          const float over = __shfl_sync(kAll, inverse[m], turn, kTeam);
 #pragma unroll
-          for (int b = 0; b < D; ++b) y.v[b] /= scale[m];
+          for (int b = 0; b < D; ++b) y.v[b] *= over;
+        }
         if (kDescend)
 #pragma unroll
           for (int b = 0; b < D; ++b) y.v[b] += q[m].v[b];

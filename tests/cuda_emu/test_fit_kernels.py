@@ -91,6 +91,12 @@ def test_em_settles_where_every_centroid_is_the_mean_of_its_points(machine, clou
         torch.testing.assert_close(got.double(), again, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_em_stops_when_no_index_changed(machine, d):
+    x, metric, weight, seeds = to(machine, *Cloud(d, 8, 12, 5).build(starts=2))
+    assert torch.equal(ops.fit(x, metric, weight, seeds, ((1 << 40, 1),)), ops.fit(x, metric, weight, seeds, ((60, 1),)))
+
+
 @pytest.mark.parametrize("case", GENERIC + DEGENERATE, ids=ids)
 def test_fit_of_the_cases_is_as_good_as_the_reference(machine, case):
     problem, _, _, metric, _, _ = inputs(case)
