@@ -18,15 +18,9 @@ std::int64_t row_stride(const char* name, const TensorArg& t, std::int64_t rows,
   return t.strides[0];
 }
 
-void require_aligned(const char* name, const TensorArg& t, std::int64_t d) {
-  if (t.address % static_cast<std::uintptr_t>(4 * d))
-    throw std::invalid_argument(std::string(name) + ": got an address that no vector of " + std::to_string(d) +
-                                " floats begins at; clone the tensor");
-}
-
 struct Block {
   Columns columns;
-  ColumnStrides strides;
+  cuda::ColumnStrides strides;
 };
 
 Block block(const TensorArg& from, const TensorArg& factor, const TensorArg& centroids, const TensorArg& strip,
@@ -37,8 +31,8 @@ Block block(const TensorArg& from, const TensorArg& factor, const TensorArg& cen
   b.strides.from = row_stride(names[0], from, c.rows, c.n * c.d);
   b.strides.factor = row_stride(names[1], factor, c.n * c.d, c.n * c.d);
   result.require(names[2], "float32", {c.rows, c.n * c.d});
-  require_aligned(names[2], result, c.d);
-  require_aligned("centroids", centroids, c.d);
+  require_aligned(names[2], result, 4 * c.d);
+  require_aligned("centroids", centroids, 4 * c.d);
   if (scale_arg) {
     const TensorArg scale = tensor(*scale_arg);
     b.strides.scale = row_stride("scale", scale, c.rows, c.n);
@@ -60,8 +54,8 @@ void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, cons
     start = t.data<const float>();
   }
   without_gil([&] {
-    cuda_column_block(b.columns, b.strides, W.data<const float>(), U.data<const float>(), roots.data<const float>(), start,
-                      index.data<std::uint8_t>(), E.data<float>(), device, stream);
+    cuda::column_block(b.columns, b.strides, W.data<const float>(), U.data<const float>(), roots.data<const float>(), start,
+                       index.data<std::uint8_t>(), E.data<float>(), device, stream);
   });
 }
 
@@ -71,14 +65,14 @@ void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_ar
   const TensorArg R = tensor(R_arg), H = tensor(H_arg), index = tensor(index_arg), change = tensor(change_arg);
   const Block b = block(R, H, tensor(centroids_arg), tensor(strip_arg), scale_arg, group_rows, index, change, {"R", "H", "change"});
   without_gil([&] {
-    cuda_descent_block(b.columns, b.strides, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(),
-                       change.data<float>(), device, stream);
+    cuda::descent_block(b.columns, b.strides, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(),
+                        change.data<float>(), device, stream);
   });
 }
 
 py::dict describe_columns(std::int64_t rows, std::int64_t n, std::int64_t d, std::int64_t groups, std::int64_t strips, std::int64_t k,
                           std::int64_t group_rows) {
-  const ColumnPlan plan = column_plan({rows, n, d, groups, strips, k, group_rows, nullptr, nullptr, nullptr});
+  const cuda::ColumnPlan plan = cuda::column_plan({rows, n, d, groups, strips, k, group_rows, nullptr, nullptr, nullptr});
   py::dict out;
   out["text"] = plan.text();
   out["tile"] = plan.tile;
@@ -87,7 +81,7 @@ py::dict describe_columns(std::int64_t rows, std::int64_t n, std::int64_t d, std
 }
 
 py::dict describe_fit(std::int64_t groups, std::int64_t points, std::int64_t d, std::int64_t k, std::int64_t starts, std::int64_t metrics) {
-  const EmPlan plan = em_plan({groups, points, d, k, starts, metrics, nullptr, nullptr, nullptr});
+  const cuda::EmPlan plan = cuda::em_plan({groups, points, d, k, starts, metrics, nullptr, nullptr, nullptr});
   py::dict out;
   out["text"] = plan.text();
   out["scratch"] = plan.scratch;
@@ -98,8 +92,8 @@ void fit_round(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_arg, c
                const std::optional<Arg>& loss_arg, const std::optional<Arg>& scratch_arg, int device, std::uint64_t stream) {
   const TensorArg x = tensor(x_arg), tried = tensor(tried_arg);
   const Points p = point_shapes(x, tensor(metric_arg), tensor(weight_arg), tried);
-  require_aligned("x", x, p.d);
-  require_aligned("tried", tried, p.d);
+  require_aligned("x", x, 4 * p.d);
+  require_aligned("tried", tried, 4 * p.d);
   double* loss = nullptr;
   std::uint8_t* scratch = nullptr;
   if (loss_arg) {
@@ -112,7 +106,7 @@ void fit_round(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_arg, c
     t.require("scratch", "uint8", {p.groups, p.starts, p.points});
     scratch = t.data<std::uint8_t>();
   }
-  without_gil([&] { cuda_fit_round(p, tried.data<float>(), iterations, loss, scratch, device, stream); });
+  without_gil([&] { cuda::fit_round(p, tried.data<float>(), iterations, loss, scratch, device, stream); });
 }
 
 void fit_1d(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_arg, const Arg& seeds_arg,
@@ -128,7 +122,7 @@ void fit_1d(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_arg, cons
     t.require("scratch", "float64", {p.groups, 2, p.points + 1});
     scratch = t.data<double>();
   }
-  without_gil([&] { cuda_fit_1d(p, seeds.data<const float>(), rounds, centroids.data<float>(), scratch, device, stream); });
+  without_gil([&] { cuda::fit_1d(p, seeds.data<const float>(), rounds, centroids.data<float>(), scratch, device, stream); });
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 #include "cuda/column_block.cuh"
 
-namespace gptvq {
+namespace gptvq::cuda {
 namespace {
 
 template <int D, bool kDescend>
@@ -57,14 +57,14 @@ ColumnPlan column_plan(const Columns& c) {
   return {tile, groups, per, kBlockCols, static_cast<int>(bytes)};
 }
 
-void cuda_column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
-                       const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream) {
+void column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
+                  const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream) {
   run<false>(c, strides, W, U, roots, start, index, E, device, stream);
 }
 
-void cuda_descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
-                        float* change, int device, std::uint64_t stream) {
+void descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
+                   float* change, int device, std::uint64_t stream) {
   run<true>(c, strides, R, H, nullptr, nullptr, index, change, device, stream);
 }
 
-}  // namespace gptvq
+}  // namespace gptvq::cuda

@@ -4,7 +4,7 @@
 
 #include "cpu/quantize.h"
 
-namespace gptvq {
+namespace gptvq::cuda {
 
 // How the rows of a block of columns are shared out: chosen by column_plan, and data rather than branches.
 struct ColumnPlan {
@@ -27,9 +27,9 @@ struct ColumnStrides {
 // gptvq.backends.reference.column_block and descent_block on device pointers, for n d <= 128.  The rows of W, U, R, H, scale and start
 // are apart as given; all else is contiguous, centroids and results are aligned to a vector.  `start`, if not null, is assigned
 // in the place of W, which is what `stale` means.
-void cuda_column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
-                       const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream);
-void cuda_descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
-                        float* change, int device, std::uint64_t stream);
+void column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
+                  const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream);
+void descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
+                   float* change, int device, std::uint64_t stream);
 
-}  // namespace gptvq
+}  // namespace gptvq::cuda

@@ -5,7 +5,7 @@
 #include "cuda/em.cuh"
 #include "cuda/em_1d.cuh"
 
-namespace gptvq {
+namespace gptvq::cuda {
 namespace {
 
 constexpr std::int64_t kShared = 160 * 1024;        // that devices from sm_80 on give a thread block
@@ -83,8 +83,8 @@ EmPlan em_plan(const Points& p) {
   return p.d == 1 ? plan_sorted(p) : p.d == 2 ? plan_vectors<2>(p) : plan_vectors<4>(p);
 }
 
-void cuda_fit_round(const Points& p, float* tried, std::int64_t iterations, double* loss, std::uint8_t* scratch, int device,
-                    std::uint64_t stream) {
+void fit_round(const Points& p, float* tried, std::int64_t iterations, double* loss, std::uint8_t* scratch, int device,
+               std::uint64_t stream) {
   const EmPlan plan = em_plan(p);
   if (p.d == 1) throw std::invalid_argument("fit_round: got points of dimension 1, need 2 or 4");
   if (iterations < 1) throw std::invalid_argument("iterations: got " + std::to_string(iterations) + ", need at least 1");
@@ -97,8 +97,8 @@ void cuda_fit_round(const Points& p, float* tried, std::int64_t iterations, doub
   (p.d == 4 ? launch_round<4, 8> : plan.rows == 8 ? launch_round<2, 8> : launch_round<2, 4>)(plan, args, stream);
 }
 
-void cuda_fit_1d(const Points& p, const float* seeds, const std::vector<Round>& rounds, float* centroids, double* scratch, int device,
-                 std::uint64_t stream) {
+void fit_1d(const Points& p, const float* seeds, const std::vector<Round>& rounds, float* centroids, double* scratch, int device,
+            std::uint64_t stream) {
   const EmPlan plan = em_plan(p);
   if (p.d != 1) throw std::invalid_argument("fit_1d: got points of dimension " + std::to_string(p.d) + ", need 1");
   if (rounds.empty() || rounds.size() > kRounds)
@@ -124,4 +124,4 @@ void cuda_fit_1d(const Points& p, const float* seeds, const std::vector<Round>& 
   (plan.scratch ? launch_1d<true> : launch_1d<false>)(plan, args, stream);
 }
 
-}  // namespace gptvq
+}  // namespace gptvq::cuda

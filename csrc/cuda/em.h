@@ -5,7 +5,7 @@
 
 #include "cpu/quantize.h"
 
-namespace gptvq {
+namespace gptvq::cuda {
 
 // How the points of a group are shared out among the threads of a block: chosen by em_plan, and data rather than branches.
 struct EmPlan {
@@ -22,12 +22,12 @@ EmPlan em_plan(const Points& p);
 
 // All iterations of one round for d = 2 or 4 on device pointers: tried [starts, groups, k, d] in and out, loss [starts, groups]
 // before the last step, or null; scratch [groups, starts, points] where the plan asks for it.  x is aligned to a vector.
-void cuda_fit_round(const Points& p, float* tried, std::int64_t iterations, double* loss, std::uint8_t* scratch, int device,
-                    std::uint64_t stream);
+void fit_round(const Points& p, float* tried, std::int64_t iterations, double* loss, std::uint8_t* scratch, int device,
+               std::uint64_t stream);
 
 // gptvq.backends.reference.fit for d = 1, all rounds: seeds [starts, groups, k] -> centroids [groups, k].  Where the plan asks for
 // scratch [groups, 2, points + 1], x is ascending in each group and `weight` whole, with points of no weight at +infinity.
-void cuda_fit_1d(const Points& p, const float* seeds, const std::vector<Round>& rounds, float* centroids, double* scratch, int device,
-                 std::uint64_t stream);
+void fit_1d(const Points& p, const float* seeds, const std::vector<Round>& rounds, float* centroids, double* scratch, int device,
+            std::uint64_t stream);
 
-}  // namespace gptvq
+}  // namespace gptvq::cuda

@@ -6,19 +6,13 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import cuda_call, reference
-from .cuda_call import call
+from .cuda_call import call, dense
 
 BLOCK_COLS = 128        # columns that one launch takes; wider blocks are taken in parts
 
 
 def _all_float32(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """`t` contiguous, and where a vector of four floats may begin: a view may begin anywhere."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t
 
 
 def _in_rows(t: Tensor | None) -> Tensor | None:
@@ -30,7 +24,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
     if not _all_float32(x, metric, weight, seeds):
         return reference.fit(x, metric, weight, seeds, rounds)
     starts, groups, k, d = seeds.shape
-    x, metric, weight = _aligned(x), metric.contiguous(), weight.contiguous()
+    x, metric, weight = dense(x, 16), dense(metric), dense(weight)
     try:
         large = cuda_call.kernels.fit_plan(groups, x.shape[1], d, k, starts, len(metric))["scratch"]
     except ValueError as error:
@@ -43,7 +37,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
             x, weight = x.unsqueeze(-1), weight.gather(1, order)
             scratch = cuda_call.empty(groups, 2, x.shape[1] + 1, dtype=torch.float64, device=x.device)
         centroids = cuda_call.empty(groups, k, d, dtype=torch.float32, device=x.device)
-        call("fit_1d", x, metric, weight, seeds.contiguous(), [tuple(r) for r in rounds], centroids, scratch)
+        call("fit_1d", x, metric, weight, dense(seeds), [tuple(r) for r in rounds], centroids, scratch)
         return centroids
     tried = seeds.clone(memory_format=torch.contiguous_format)
     for iterations, keep in rounds:
@@ -61,12 +55,12 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
                  group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
         return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
-    roots, centroids = roots.contiguous(), _aligned(centroids)
+    roots, centroids = dense(roots), dense(centroids, 16)
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
         index = cuda_call.empty(len(W), len(strip[at]), dtype=torch.uint8, device=W.device)
         E = cuda_call.empty(*left.shape, dtype=torch.float32, device=W.device)
-        call("column_block", _in_rows(left), _in_rows(U[cols, cols]), roots[at], centroids, strip[at].contiguous(),
+        call("column_block", _in_rows(left), _in_rows(U[cols, cols]), roots[at], centroids, dense(strip[at]),
              None if scale is None else _in_rows(scale[:, at]), group_rows,
              _in_rows(W[:, cols]) if stale and scale is not None else None, index, E)
         return index, E
@@ -78,13 +72,13 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
                   group_rows: int) -> tuple[Tensor, Tensor]:
     if not _all_float32(R, H, centroids, scale):
         return reference.descent_block(R, H, index, centroids, strip, scale, group_rows)
-    centroids = _aligned(centroids)
+    centroids = dense(centroids, 16)
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
         before = index[:, at]
         codes = cuda_call.empty(*before.shape, dtype=torch.uint8, device=R.device).copy_(before)
         change = cuda_call.empty(*left.shape, dtype=torch.float32, device=R.device)
-        call("descent_block", _in_rows(left), _in_rows(H[cols, cols]), centroids, strip[at].contiguous(),
+        call("descent_block", _in_rows(left), _in_rows(H[cols, cols]), centroids, dense(strip[at]),
              None if scale is None else _in_rows(scale[:, at]), group_rows, codes, change)
         return codes, change
 

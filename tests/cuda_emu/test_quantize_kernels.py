@@ -6,11 +6,9 @@ import torch
 from cases import DEGENERATE, GENERIC, ids
 from quantize_cases import check_column_block, check_descent_block, in_orders, inputs, rows_alike, to
 
-from gptvq import ops, solver
+from gptvq import ops
 from gptvq.backends import cuda_call, cuda_quantize, reference
-from gptvq.config import Recipe
 from gptvq.errors import ConfigError
-from gptvq.hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -130,20 +128,6 @@ def test_numbers_that_only_the_device_sees_are_never_addresses(machine):
     index, E = in_orders(machine, lambda: [t.nan_to_num() for t in ops.column_block(*args)])
     check_column_block(index[2:], E[2:], W[2:], U, roots, centroids[1:], strips[1], None, 2)
     assert int(index.max()) < 16
-
-
-@pytest.mark.parametrize("method", ["gptvq", "paper"])
-@pytest.mark.parametrize("case", [GENERIC[1], GENERIC[4], GENERIC[6], GENERIC[8]], ids=ids)
-def test_a_layer_gets_the_codes_of_the_reference(machine, case, method, monkeypatch):
-    exact = machine.emulator is not None                        # a GPU draws other starts and factors H in another order
-    recipe = Recipe.paper(em_iterations=8) if method == "paper" else Recipe(em_iterations=8, em_starts=2 if exact else 1, passes=2, sweeps=1)
-    W, H = case.build(torch.float32)
-    packed, record = solver.solve(*to(machine, W), Hessian.from_matrix(H.to(machine.device)), case.spec, recipe)
-    monkeypatch.setenv("GPTVQ_BACKEND", "reference")
-    want, expected = solver.solve(W, Hessian.from_matrix(H), case.spec, recipe)
-    assert record.error == pytest.approx(expected.error, rel=1e-4 if exact else 0.05)
-    codes, others = (ops.unpack_codes(v.buffers["idx"].cpu(), case.spec) for v in (packed, want))
-    assert (codes == others).float().mean() > (0.99 if exact else 0.8)
 
 
 @pytest.mark.parametrize("d, k, group_rows, tile, groups", [(2, 16, 4, 32, 8), (1, 16, 1, 32, 32), (4, 256, 256, 32, 1),
