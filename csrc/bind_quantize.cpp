@@ -1,9 +1,8 @@
 // The kernels of quantization as gptvq._C has them; every argument is checked again here, whatever Python checked before.
 #include <algorithm>
 
-#include "bind.h"
+#include "bind_columns.h"
 #include "cpu/matmul.h"
-#include "cpu/quantize.h"
 
 namespace py = pybind11;
 
@@ -25,17 +24,9 @@ void require_strips(const TensorArg& strip, const Columns& c) {
     if (c.strip[i] < 0 || c.strip[i] >= c.strips) throw std::invalid_argument("strip: got a number that is not a strip's");
 }
 
-// Shapes from centroids [groups, strips, k, d] and index [rows, n]; everything else is checked against them.
 Columns columns(const TensorArg& centroids, const TensorArg& index, const TensorArg& strip, const std::optional<Arg>& scale_arg,
                 std::int64_t group_rows) {
-  if (centroids.shape.size() != 4 || index.shape.size() != 2) throw std::invalid_argument("centroids, index: need 4 and 2 dimensions");
-  const Dims& c = centroids.shape;
-  Columns out{index.shape[0], index.shape[1], c[3], c[0], c[1], c[2], group_rows, centroids.data<const float>(),
-              strip.data<const std::int64_t>(), nullptr};
-  if ((out.d != 1 && out.d != 2 && out.d != 4) || out.k < 1 || out.k > 256)
-    throw std::invalid_argument("centroids: got another shape, need [row groups, strips, 1 to 256, 1, 2 or 4]");
-  centroids.require("centroids", "float32", {c[0], c[1], c[2], c[3]});
-  index.require("index", "uint8", {out.rows, out.n});
+  Columns out = column_shapes(centroids, index, strip, group_rows);
   require_strips(strip, out);
   if (scale_arg) {
     const TensorArg scale = tensor(*scale_arg);
@@ -105,23 +96,9 @@ void fit_codebooks(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_ar
                    const std::vector<std::pair<std::int64_t, std::int64_t>>& rounds_arg, const Arg& centroids_arg, int threads) {
   const TensorArg x = tensor(x_arg), metric = tensor(metric_arg), weight = tensor(weight_arg), seeds = tensor(seeds_arg),
                   centroids = tensor(centroids_arg);
-  if (x.shape.size() != 3 || metric.shape.size() != 3 || seeds.shape.size() != 4)
-    throw std::invalid_argument("x, metric, seeds: need 3, 3 and 4 dimensions");
-  const Points p{x.shape[0], x.shape[1], x.shape[2], seeds.shape[2], seeds.shape[0], metric.shape[0], x.data<const float>(),
-                 metric.data<const float>(), weight.data<const float>()};
-  if ((p.d != 1 && p.d != 2 && p.d != 4) || p.k < 1 || p.starts < 1 || p.points < 1)
-    throw std::invalid_argument("x, seeds: need points of dimension 1, 2 or 4, a centroid and a start");
-  if (p.metrics < 1 || p.points % p.metrics) throw std::invalid_argument("metric: got a number of them that does not divide the points");
-  x.require("x", "float32", {p.groups, p.points, p.d});
-  metric.require("metric", "float32", {p.metrics, p.d, p.d});
-  weight.require("weight", "float32", {p.groups, p.points});
-  seeds.require("seeds", "float32", {p.starts, p.groups, p.k, p.d});
+  const Points p = point_shapes(x, metric, weight, seeds);
   centroids.require("centroids", "float32", {p.groups, p.k, p.d});
-  std::vector<Round> rounds;
-  for (const auto& [iterations, keep] : rounds_arg) {
-    if (iterations < 1 || keep < 1) throw std::invalid_argument("rounds: got 0, need an iteration and a start that stays");
-    rounds.push_back({iterations, keep});
-  }
+  const std::vector<Round> rounds = checked_rounds(rounds_arg);
   without_gil([&] { fit(p, seeds.data<const float>(), rounds, centroids.data<float>(), threads); });
 }
 

@@ -9,6 +9,8 @@ FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem !
 MOST_REGISTERS = {
     "packing": {"pack_kernel": 32, "unpack_kernel": 32, "dequantize_kernel": 48},
     "centroids": {"decode_kernel": 24, "collect_kernel": 48},
+    "column_block": {"column_kernel": 160},
+    "em": {"em_kernel": 128, "em_1d_kernel": 96},
 }
 
 
