@@ -27,6 +27,13 @@ inline TensorArg tensor(const char* name, const std::optional<Arg>& a) {
   return tensor(*a);
 }
 
+// For what a kernel reads several numbers at a time.
+inline void require_aligned(const char* name, const TensorArg& t, std::int64_t bytes) {
+  if (t.address % static_cast<std::uintptr_t>(bytes))
+    throw std::invalid_argument(std::string(name) + ": got an address that is not a multiple of " + std::to_string(bytes) +
+                                " bytes, need one (a copy has it)");
+}
+
 inline Spec checked_spec(const SpecArg& f) {
   const Spec spec{f[0], f[1], f[2], f[3], f[4], f[5], f[6]};
   spec.check();

@@ -1,14 +1,18 @@
 """The CUDA kernels of gptvq on tensors of an NVIDIA GPU of compute capability 8.0 or newer."""
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import cuda_call, native
+from ..spec import QuantSpec
+from . import cuda_call, native, reference
+from .cuda_call import call, dense
 from .cuda_linear import linear, prepare_linear  # noqa: F401
 from .cuda_quantize import column_block, descent_block, fit  # noqa: F401
-from .reference import collect, cross, decode, dequantize, gram, matmul, pack_codes, submatmul, unpack_codes  # noqa: F401
 
 LEAST = 8, 0                    # compute capability: what the kernels are compiled for
 
@@ -37,3 +41,108 @@ def why_not(device: torch.device) -> str:
         return f"torch sees no NVIDIA GPU (torch built with CUDA {torch.version.cuda})"
     have, need = (".".join(map(str, version)) for version in (_capability(device), LEAST))
     return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need} or newer"
+
+
+# ---- packed weights
+def _spec(spec: QuantSpec) -> tuple[int, ...]:
+    return spec.rows, spec.cols, spec.dim, spec.index_bits, spec.group_rows, spec.group_cols, spec.scale_block
+
+
+def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
+    idx = cuda_call.empty(spec.tiles, spec.blocks, spec.block_bytes, dtype=torch.uint8, device=codes.device)
+    call("pack_codes", dense(codes), idx, _spec(spec))
+    return idx
+
+
+def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
+    codes = cuda_call.empty(spec.rows, spec.vectors, dtype=torch.uint8, device=idx.device)
+    call("unpack_codes", dense(idx, 4), codes, _spec(spec))
+    return codes
+
+
+def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
+               dtype: torch.dtype) -> Tensor:
+    out = cuda_call.empty(spec.rows, spec.cols, dtype=dtype, device=idx.device)
+    call("dequantize", dense(idx, 4), *map(dense, (cb, gs, sc, table)), out, _spec(spec))
+    return out
+
+
+# ---- while solving
+def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
+    d = centroids.shape[3]
+    if not _all_float32(centroids, scale):
+        return reference.decode(index, centroids, strip, scale, group_rows)
+    Q = cuda_call.empty(len(index), index.shape[1] * d, dtype=torch.float32, device=index.device)
+    call("decode", dense(index), dense(centroids, 4 * d), dense(strip), dense(scale), group_rows, Q)
+    return Q
+
+
+def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
+    f = values.shape[2]
+    if not _all_float32(values) or shape[2] * f > MOST_SUMS:
+        return reference.collect(index, values, strip, group_rows, shape)
+    sums = cuda_call.empty(*shape, f, dtype=torch.float64, device=index.device)
+    call("collect", dense(index), dense(values), *_columns_by_strip(strip, shape[1]), group_rows, sums)
+    return sums
+
+
+MOST_SUMS = 96 * 1024 // 8          # of a codebook, in the shared memory of one block of threads
+_by_strip = WeakTensorKeyDictionary()
+
+
+def _columns_by_strip(strip: Tensor, strips: int) -> tuple[Tensor, Tensor]:
+    """(columns sorted by strip, where each strip's begin [strips + 1]); kept, since a layer asks for one again and again."""
+    known = _by_strip.get(strip)
+    if known is None or known[0] != (strips, strip._version):
+        order = torch.argsort(strip, stable=True)
+        bounds = torch.searchsorted(strip[order], torch.arange(strips + 1, device=strip.device))
+        known = _by_strip[strip] = (strips, strip._version), order, bounds
+    return known[1:]
+
+
+# ---- products: those of cuBLAS, in full precision
+def _all_float32(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+@contextlib.contextmanager
+def _no_tf32():
+    """float32 products in float32, whatever precision the caller chose for the model."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    with _no_tf32():
+        return A @ B
+
+
+def submatmul(C: Tensor, A: Tensor, B: Tensor) -> None:
+    with _no_tf32():
+        C.addmm_(A, B, alpha=-1)
+
+
+def gram(total: Tensor, x: Tensor) -> None:
+    """By panels of rows, each from the diagonal on: little more than half of the whole product."""
+    cols = x.shape[1]
+    panel = max(512, -(-cols // 1024) * 128)
+    for at in range(0, cols, panel):
+        cross(total[at : at + panel, at:], x[:, at : at + panel], x[:, at:])
+
+
+def cross(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """In tensor cores where both are of one 16-bit type: their products are exact in float32, in which they are summed."""
+    if total.dtype == torch.float32 and a.dtype == b.dtype and a.device.type == "cuda" and (a.dtype == torch.bfloat16 or (
+            a.dtype == torch.float16 and not torch.backends.cuda.matmul.allow_fp16_accumulation)):
+        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+    else:
+        with _no_tf32():
+            reference.cross(total, a, b)

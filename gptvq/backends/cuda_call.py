@@ -17,6 +17,13 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+def dense(t: Tensor | None, alignment: int = 1) -> Tensor | None:
+    """`t`, or a copy of it, contiguous and with an address that is a multiple of `alignment` bytes."""
+    if t is None or t.is_contiguous() and t.data_ptr() % alignment == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def call(name: str, *args):
     """kernels.name(*args, device, stream), tensors as (address, dtype, shape, strides in elements), on the device of the first of them.
 
