@@ -1,6 +1,7 @@
 #include "cuda/linear.h"
 
 #include <algorithm>
+#include <string>
 
 #include "cuda/linear_exact.cuh"
 #include "cuda/linear_launch.h"
@@ -14,11 +15,11 @@ constexpr std::int64_t kCtasPerProcessor = 2;
 std::int64_t padded(std::int64_t bytes) { return Spec::ceil_div(bytes, kAlign) * kAlign; }
 
 // Warps of a CTA for `work` pieces, so that all have nearly as many.
-int warps_for(std::int64_t work) { return static_cast<int>(Spec::ceil_div(work, Spec::ceil_div(work, kLinearWarps))); }
+int warps_for(std::int64_t work, int most) { return static_cast<int>(Spec::ceil_div(work, Spec::ceil_div(work, most))); }
 
 bool by_group(const Spec& s) { return s.codewords() == 256; }
 
-LinearLayer layer_of(const Linear& layer, void* y) {
+LinearLayer layer_of(const Linear& layer, void* y, int most_warps) {
   const Spec& s = layer.spec();
   const Packed& p = layer.weight();
   LinearLayer w{};
@@ -39,7 +40,7 @@ LinearLayer layer_of(const Linear& layer, void* y) {
     w.scale_pairs = static_cast<int>(Spec::ceil_div(s.scale_blocks(), 2));
     w.scale_shift = s.scale_block == 64 ? 6 : s.scale_block == 32 ? 5 : 4;
   }
-  w.warps = warps_for(by_group(s) ? w.group_tiles : w.chunks);
+  w.warps = warps_for(by_group(s) ? w.group_tiles : w.chunks, most_warps);
   w.turn = by_group(s) ? 1 : w.warps;
   w.turn_strips = w.turn / w.strip_chunks;
   w.turn_subs = w.turn % w.strip_chunks;
@@ -52,16 +53,21 @@ int grain_of(const Spec& s) { return s.scale_block == 0 ? 256 : s.scale_block ==
 struct Launch {
   std::size_t first, last;
   LinearBatch batch{};
-  int warps = 1, ctas = 0;
+  int warps = 1, ctas = 0, grain;
   std::int64_t step_at = 0, partial_at = 0, bytes = 0;      // in the scratch memory
 
   Launch(const std::vector<const Linear*>& layers, const std::vector<void*>& y, std::size_t from, std::int64_t tokens, int device)
-      : first(from), last(from) {
+      : first(from), last(from), grain(grain_of(layers[from]->spec())) {
     const Spec& s = layers[from]->spec();
+    const bool several = tokens > 1 && grain != 16;           // those of 16 or 32 columns take one token at a time
+    int cta_tiles = 1;
+    if (several) with_format(s, [&](auto format) { cta_tiles = tiles_per_cta<decltype(format)::bits, decltype(format)::dim>(grain); });
     std::int64_t parts = 0;
-    const auto parts_of = [&](const LinearLayer& w) { return by_group(s) ? w.row_groups * Spec::ceil_div(w.group_tiles, w.warps) : w.tiles; };
+    const auto parts_of = [&](const LinearLayer& w) {
+      return by_group(s) ? w.row_groups * Spec::ceil_div(w.group_tiles, w.warps) : Spec::ceil_div(w.tiles, cta_tiles);
+    };
     for (; last < layers.size() && last - first < kMostLayers && joins(s, *layers[last]); ++last) {
-      LinearLayer& w = batch.layer[last - first] = layer_of(*layers[last], y.empty() ? nullptr : y[last]);
+      LinearLayer& w = batch.layer[last - first] = layer_of(*layers[last], y.empty() ? nullptr : y[last], several ? kTokensWarps : kLinearWarps);
       w.first_row = batch.total_rows;
       batch.total_rows += w.rows;
       warps = std::max(warps, w.warps);
@@ -75,7 +81,6 @@ struct Launch {
       batch.layer[l].first_cta = ctas;
       ctas += static_cast<int>(parts_of(batch.layer[l])) * batch.splits;
     }
-    const int grain = grain_of(s);
     batch.block_bytes = static_cast<int>(s.block_bytes());
     batch.book_bytes = static_cast<int>(s.codewords() * s.dim);
     batch.x_bytes = 2 * kChunk;
@@ -92,6 +97,18 @@ struct Launch {
            (s.group_cols == o.group_cols || (s.strips() == 1 && o.strips() == 1));
   }
 };
+
+void launch_exact(const Linear& layer, const void* x, int type, std::int64_t tokens, void* y, std::uint64_t stream) {
+  const Spec& s = layer.spec();
+  const Packed& p = layer.weight();
+  const ExactArgs args{p.idx, p.cb, p.gs, p.sc, p.scale_table, layer.bias(), x, y, static_cast<int>(s.rows), static_cast<int>(s.cols),
+                       static_cast<int>(s.blocks()), static_cast<int>(s.strips()), static_cast<int>(s.group_rows), static_cast<int>(s.group_cols),
+                       static_cast<int>(s.scale_block), static_cast<int>(Spec::ceil_div(s.scale_blocks(), 2)), static_cast<int>(tokens), type};
+  const dim3 grid(static_cast<unsigned>(Spec::ceil_div(s.rows, kExactWarps)), static_cast<unsigned>(Spec::ceil_div(tokens, kExactTokens)));
+  with_format(s, [&](auto format) {
+    GPTVQ_LAUNCH((linear_exact_kernel<decltype(format)::bits, decltype(format)::dim>), grid, dim3(32 * kExactWarps), 0, stream, args);
+  });
+}
 
 bool integers(const Linear& layer, Activations activations) { return activations != Activations::fp32 && layer.fast(); }
 
@@ -152,9 +169,14 @@ void linear(const std::vector<const Linear*>& layers, const void* x, OutType typ
         b.partial = reinterpret_cast<float*>(memory + launch.partial_at);
         const Inputs in{x, reinterpret_cast<std::int8_t*>(memory), reinterpret_cast<float*>(memory + launch.step_at), b.tokens, b.type,
                         static_cast<int>(s.cols), limit, s.scale_block ? static_cast<int>(s.scale_block) : kChunk};
-        launch_of(s)({in, b, launch.ctas, launch.warps, stream});
+        with_format(s, [&](auto format) {
+          launch_linear<decltype(format)::bits, decltype(format)::dim>({in, b, launch.ctas, launch.warps, stream}, launch.grain);
+        });
+        if (b.splits > 1)
+          GPTVQ_LAUNCH(linear_sum_kernel, dim3(static_cast<unsigned>(Spec::ceil_div(b.total_rows, 256)), static_cast<unsigned>(tokens)), dim3(256), 0,
+                       stream, b);
       },
-      [&](std::size_t i) { linear_exact(*layers[i], x, type, tokens, y[i], stream); });
+      [&](std::size_t i) { launch_exact(*layers[i], x, static_cast<int>(type), tokens, y[i], stream); });
 }
 
 }  // namespace gptvq::cuda

@@ -33,7 +33,7 @@ constexpr std::int64_t kMostTokens = 64;      // of a call
 std::int64_t linear_scratch(const std::vector<const Linear*>& layers, std::int64_t tokens, Activations activations, int device);
 
 // y[i] [tokens, rows of i] = x [tokens, cols] times the weight of each layer (all with the same cols) transposed, plus its bias;
-// x and y of `type`, scratch aligned to 256 bytes.  The same bits on every call.
+// x and y of `type`, scratch aligned to 16 bytes.  The same bits on every call.
 void linear(const std::vector<const Linear*>& layers, const void* x, OutType type, std::int64_t tokens, const std::vector<void*>& y,
             Activations activations, void* scratch, int device, std::uint64_t stream);
 

@@ -19,6 +19,16 @@ struct LinearLayer {
   int first_cta, first_row;         // among all layers of the launch
 };
 
+// Activations on their way to integers.
+struct Inputs {
+  const void* x;                    // [tokens, cols] of `type`
+  std::int8_t* planes;              // see LinearBatch
+  float* step;
+  int tokens, type, cols, limit;    // limit: the largest integer, 127 or 254 * 127 + 126
+  int span;                         // columns with a common step: 256, 64, 32 or 16
+};
+
+constexpr int kLinearWarps = 16, kTokensWarps = 8;      // of a CTA, for one token and for several
 constexpr int kMostLayers = 8;      // of a launch: the parameters of a kernel have 4 KB
 
 struct LinearBatch {

@@ -121,7 +121,7 @@ struct Table<F, Lookup::registers> {
       }
     } else {
       const std::uint32_t w = codes.row(i, 0, r);
-      const std::uint32_t low = w & 0x77777777u, high = lop3<0xea>(opaque(0x32103210u), w >> 1, opaque(0x44444444u));   // c | w & m
+      const std::uint32_t low = w & 0x77777777u, high = lop3<0xf8>(opaque(0x32103210u), w >> 1, opaque(0x44444444u));   // a | b & c
       if constexpr (F::dim == 1) {
         a[0][0] = find16(book, low, high);
         a[0][1] = find16(book, low >> 16, high >> 16);

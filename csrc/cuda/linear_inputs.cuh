@@ -1,4 +1,4 @@
-// Before and after the products: activations to integers, and the sums of several CTAs to outputs.
+// Before the products: activations to integers.
 #pragma once
 #include "cuda/linear_args.cuh"
 
@@ -6,14 +6,6 @@ namespace gptvq {
 
 constexpr int kQuantizeWarps = 4;
 constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero, lest 1 / step overflow
-
-struct Inputs {
-  const void* x;                    // [tokens, cols] of `type`
-  std::int8_t* planes;              // see LinearBatch
-  float* step;
-  int tokens, type, cols, limit;    // limit: the largest integer, 127 or 254 * 127 + 126
-  int span;                         // columns with a common step: 256, 64, 32 or 16
-};
 
 // A warp per token and chunk.  Lane l reads columns 8 l .. 8 l + 7 to find the spans' peaks, and writes bytes 8 l .. of both planes.
 // A span with a NaN or infinity gets the step NaN, so that the outputs are NaN.
@@ -48,19 +40,6 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps) linear_inputs_kernel(Inpu
   uint2* planes = reinterpret_cast<uint2*>(in.planes + to * 2 * kChunk) + l;
   planes[0] = make_uint2(high[0], high[1]);
   planes[kChunk / 8] = make_uint2(low[0], low[1]);
-}
-
-// One thread per token and row of all layers.
-__global__ void __launch_bounds__(256) linear_sum_kernel(const __grid_constant__ LinearBatch batch) {
-  const int at = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
-  if (at >= batch.total_rows) return;
-  int l = 0;
-  while (l + 1 < batch.layers && at >= batch.layer[l + 1].first_row) ++l;
-  const LinearLayer& w = batch.layer[l];
-  const int row = at - w.first_row;
-  float sum = 0;
-  for (int s = 0; s < batch.splits; ++s) sum += batch.partial[(static_cast<std::int64_t>(s) * batch.tokens + token) * batch.total_rows + at];
-  store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, sum + (w.bias ? w.bias[row] : 0.f));
 }
 
 }  // namespace gptvq

@@ -13,8 +13,6 @@
 
 namespace gptvq {
 
-constexpr int kLinearWarps = 16;
-
 // Which span the columns of step s belong to on lane t, and how x gets there.
 template <class F, int Grain>
 struct Spans {
@@ -146,6 +144,14 @@ __device__ __forceinline__ void add_lanes(float (&sum)[2]) {
   }
 }
 
+// table: 64 centroids, two bytes each; by the whole warp.
+template <class F>
+__device__ __forceinline__ void fill_pairs(const std::int8_t* book, std::uint32_t* table) {
+  const auto* pairs = reinterpret_cast<const std::uint16_t*>(book) + threadIdx.x % 32;
+  table[threadIdx.x % 32] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
+  __syncwarp();
+}
+
 // One CTA per tile of 16 rows, whose warps take turns at the chunks.
 template <class F, int Grain>
 __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const __grid_constant__ LinearBatch batch) {
@@ -170,9 +176,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
     codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), at.live_blocks(w) * (32 / F::unit) - t);
     const std::int8_t* const book[2] = {ahead(lane.book[0], at.strip, batch.book_bytes), ahead(lane.book[F::books - 1], at.strip, batch.book_bytes)};
     if constexpr (warp_table) {
-      const auto* pairs = reinterpret_cast<const std::uint16_t*>(book[0]) + threadIdx.x % 32;
-      tables[32 * turn + threadIdx.x % 32] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
-      __syncwarp();
+      fill_pairs<F>(book[0], tables + 32 * turn);
       table.table = shared_address(tables + 32 * turn);
       turn ^= 1;                    // a lane may still look something up in the last chunk's
     } else {
