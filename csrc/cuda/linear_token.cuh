@@ -147,8 +147,8 @@ __device__ __forceinline__ void add_lanes(float (&sum)[2]) {
 // table: 64 centroids, two bytes each; by the whole warp.
 template <class F>
 __device__ __forceinline__ void fill_pairs(const std::int8_t* book, std::uint32_t* table) {
-  const auto* pairs = reinterpret_cast<const std::uint16_t*>(book) + threadIdx.x % 32;
-  table[threadIdx.x % 32] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
+  const auto* pairs = reinterpret_cast<const std::uint16_t*>(book) + lane_id();
+  table[lane_id()] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
   __syncwarp();
 }
 
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   constexpr bool warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_SHARED(float, partial, kLinearWarps * 16);
   GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kLinearWarps * 32 : 1);
-  const int warp = uniform(threadIdx.x / 32), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, token = blockIdx.y;
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = blockIdx.x - w.first_cta;
   const LanePointers<F, Grain> lane(batch, w, tile, token, g, t);
@@ -206,7 +206,7 @@ template <class F, int Grain>
 __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(const __grid_constant__ LinearBatch batch) {
   static_assert(F::lookup == Lookup::cta_table && F::codewords == 256, "a table of 32 KB");
   GPTVQ_SHARED(uint4, entries, 256 * 8);
-  const int warp = uniform(threadIdx.x / 32), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, token = blockIdx.y;
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const GroupPart part(batch, w, blockIdx.x - w.first_cta);
   const int tile = part.tile + warp;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(cons
   float sum[2] = {0, 0};
   Table<F> table;
   table.table = reinterpret_cast<const unsigned char*>(entries);
-  table.bank = 4 * (threadIdx.x % 32);
+  table.bank = 4 * l;
 #pragma unroll 1
   for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
     Codes<F> codes;

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
   constexpr bool warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_DYN_SMEM(float, sums);                  // [warp][token tile][slot][lane]
   GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kTokensWarps * 32 : 1);
-  const int warp = uniform(threadIdx.x / 32), l = threadIdx.x % 32, g = l / 4, t = l % 4;
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = (blockIdx.x - w.first_cta) * tiles, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
   const int warp_sums = token_tiles * Shape::slots * 32;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_group_tokens_kern
   using Shape = TokensShape<F, Grain>;
   GPTVQ_DYN_SMEM(float, sums);
   GPTVQ_SHARED(uint4, entries, 256 * 8);
-  const int warp = uniform(threadIdx.x / 32), l = threadIdx.x % 32, g = l / 4, t = l % 4;
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const GroupPart part(batch, w, blockIdx.x - w.first_cta);
   const int tile = part.tile + warp, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;

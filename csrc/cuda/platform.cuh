@@ -123,6 +123,11 @@ __device__ __forceinline__ std::uint32_t lop3(std::uint32_t a, std::uint32_t b, 
   asm("lop3.b32 %0, %1, %2, %3, %4;\n" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(Table));
   return r;
 }
+__device__ __forceinline__ int lane_id() {
+  int r;
+  asm("mov.u32 %0, %%laneid;\n" : "=r"(r));
+  return r;
+}
 // v, of which the compiler then knows nothing: a constant stays in a register, a product with 0 or 1 stays a product.
 __device__ __forceinline__ std::uint32_t opaque(std::uint32_t v) {
   std::uint32_t r;

@@ -116,6 +116,7 @@ std::uint32_t lop3(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
     if (Table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return r;
 }
+inline int lane_id() { return emu::lane(); }
 inline std::uint32_t opaque(std::uint32_t v) { return v; }
 template <class T>
 const T* ahead(const T* from, int count, int bytes) {
