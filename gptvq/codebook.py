@@ -43,10 +43,24 @@ def seed(x: Tensor, weight: Tensor, k: int) -> Tensor:
 
 def draw(x: Tensor, weight: Tensor, k: int, starts: int) -> Tensor:
     """Random seeding: k points of each group of x [G, N, d], drawn by weight [G, N], always the same -> [starts, G, k, d]."""
-    generator = torch.Generator(x.device).manual_seed(0)
-    picked = torch.multinomial(weight.float(), starts * k, replacement=True, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    if x.device.type == "cpu":
+        picked = torch.multinomial(weight.float(), starts * k, replacement=True, generator=generator)
+    else:
+        picked = pick(weight, torch.rand(len(x), starts * k, dtype=torch.float64, generator=generator).to(x.device))
     seeds = x.gather(1, picked.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return seeds.unflatten(1, (starts, k)).transpose(0, 1)
+
+
+def pick(weight: Tensor, uniform: Tensor) -> Tensor:
+    """weight [G, N], uniform [G, n] float64 in [0, 1) -> n points of each group, drawn by weight, long [G, n].
+
+    The weights are summed as integers: on a GPU the order of a sum of floats, and with it the last point, could change from run to run.
+    """
+    peak = weight.amax(1, keepdim=True).double().clamp_min(torch.finfo(torch.float64).tiny)
+    upto = (weight.double() / peak * 2 ** 28).round().long().cumsum(1)
+    at = (uniform * upto[:, -1:]).long().minimum(upto[:, -1:] - 1)
+    return torch.searchsorted(upto, at, right=True).clamp_max(weight.shape[1] - 1)
 
 
 def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int, starts: int = 1) -> Tensor:

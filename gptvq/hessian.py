@@ -11,7 +11,7 @@ from . import ops
 from .errors import NumericalError
 
 DAMP_STEPS = (1, 2, 5, 10, 100)     # repair ladder: multiples of the asked damping
-_LEAF = 96                          # rows that are factorized at once
+_LEAF = {"cpu": 96, "cuda": 2048}    # rows that are factorized at once
 
 
 class Hessian:
@@ -126,7 +126,7 @@ def _inverse_upper(A: Tensor) -> Tensor | None:
 
 def _inverse_lower(A: Tensor) -> Tensor | None:
     """L^-1 of A = L L^T, by halves, so that nearly all of it is products; None where A is not positive definite."""
-    if len(A) <= _LEAF:
+    if len(A) <= _LEAF.get(A.device.type, 2048):
         L, info = torch.linalg.cholesky_ex(A)
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
         return None if int(info) else torch.linalg.solve_triangular(L, eye, upper=False)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ def backend(device: torch.device):
     if choice != "reference" and not BACKENDS[choice].serves(device):
         raise BackendUnavailable(f"GPTVQ_BACKEND={choice}, but {BACKENDS[choice].why_not(device)}; unset it to use another backend")
     return BACKENDS[choice]
+
+
+def require_memory(device: torch.device, need: int, what: str, fits: Callable[[int], str]) -> None:
+    """Raises BackendUnavailable where `device` is a GPU with less than `need` bytes free; fits(free bytes) says what would fit."""
+    if device.type == "cuda" or cuda.serves(device):
+        cuda.require_memory(device, need, what, fits)
 
 
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:

@@ -9,6 +9,20 @@ from .scaling import fit_scales, scales_of
 from .spec import QuantSpec
 
 
+def solving_bytes(rows: int, spec: QuantSpec) -> int:
+    """Most memory that solving `rows` rows of a layer takes beside its Hessian's sum: factorization, or the codebook update."""
+    n = spec.vectors * spec.dim
+    return 4 * max(9 * n * n + 2 * rows * n, 4 * n * n + (6 + spec.dim) * rows * n)
+
+
+def solvable(spec: QuantSpec, free: int) -> str:
+    """What fits into `free` bytes of a GPU, as advice."""
+    n = spec.vectors * spec.dim
+    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 4 * n * n) // ((6 + spec.dim) * n))
+    smaller = f"{rows} rows of {spec.cols} columns would fit" if rows > 0 else f"no layer of {spec.cols} columns would fit"
+    return f"{smaller}; free memory, use a larger GPU, or device='cpu'"
+
+
 class Problem:
     """Weights W [rows, n] and Hessian H [n, n] of a layer, n = vectors * dim (columns past the layer's are zero).
 

@@ -15,7 +15,7 @@ from .codebook import Codebooks
 from .config import Recipe, VQConfig
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian, HessianFactor, pad
-from .problem import Problem
+from .problem import Problem, solvable, solving_bytes
 from .refine import adam_codebook, coordinate_descent, svd_codebook, update_codebook
 from .spec import QuantSpec
 from .weight import VQWeight
@@ -79,6 +79,8 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     """Quantizes one layer to `spec` -> the packed weight and its record."""
     start = time.perf_counter()
     hessian = hessian if isinstance(hessian, Hessian) else Hessian.from_matrix(hessian)
+    ops.require_memory(weight.device, solving_bytes(spec.rows, spec), f"{name}: solving {spec.rows} x {spec.cols} weights",
+                       lambda free: solvable(spec, free))
     problem = _problem(weight, hessian, spec, recipe, name)
     order = _visiting_order(problem, recipe)
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()

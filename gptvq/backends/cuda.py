@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import BackendUnavailable
 from ..spec import QuantSpec
 from . import cuda_call, native, reference
 from .cuda_call import call, dense
@@ -41,6 +43,23 @@ def why_not(device: torch.device) -> str:
         return f"torch sees no NVIDIA GPU (torch built with CUDA {torch.version.cuda})"
     have, need = (".".join(map(str, version)) for version in (_capability(device), LEAST))
     return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need} or newer"
+
+
+def free_bytes(device: torch.device) -> tuple[int, int] | None:
+    """(free, total) bytes of its memory, what torch keeps for reuse counted as free; None where it is not a GPU's."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def require_memory(device: torch.device, need: int, what: str, fits: Callable[[int], str]) -> None:
+    """Raises BackendUnavailable unless `need` bytes are free; fits(free bytes) says what would fit."""
+    have = free_bytes(device)
+    if have is not None and need > have[0]:
+        free, total = (number / 1e9 for number in have)
+        raise BackendUnavailable(f"{what}: needs {need / 1e9:.3g} GB on {device}, where {free:.3g} of {total:.3g} GB are free; "
+                                 f"{fits(have[0])}")
 
 
 # ---- packed weights

@@ -1,0 +1,37 @@
+"""No kernel spills registers or uses a stack, and none takes more registers than its table says."""
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from machine_code import ARCHITECTURES, ROOT, compiled, resources
+
+FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem != "runtime")
+#: most registers of a thread by file and kernel; a block's threads times these, rounded up to 8, must fit into 65,536
+MOST_REGISTERS = {
+    "packing": {"pack_kernel": 32, "unpack_kernel": 32, "dequantize_kernel": 48},
+    "centroids": {"decode_kernel": 24, "collect_kernel": 48},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_compiled():
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(lambda job: compiled(*job), [(name, architecture) for name in FILES for architecture in ARCHITECTURES]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", FILES)
+def test_registers(name, architecture):
+    found = resources(name, architecture)
+    assert found
+    table = MOST_REGISTERS.get(name, {})
+    for kernel, used in found.items():
+        most = table.get(kernel.split("<")[0])
+        assert most is not None, f"{kernel} is new: give it a line in MOST_REGISTERS['{name}']"
+        assert used["registers"] <= most and used["stack"] == used["spills"] == 0, (kernel, used)
+    assert set(table) == {kernel.split("<")[0] for kernel in found}
+
+
+def test_every_kernel_file_is_built():
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    assert not [name for name in FILES if f"csrc/cuda/{name}.cu" not in listed]
