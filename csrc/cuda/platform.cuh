@@ -48,6 +48,12 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+inline int multiprocessors(int device) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the number of multiprocessors");
+  return count;
+}
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::size_t dynamic_bytes, std::uint64_t stream, A&&... args) {
   if (dynamic_bytes > 48 * 1024)
@@ -117,6 +123,31 @@ __device__ __forceinline__ std::uint32_t lop3(std::uint32_t a, std::uint32_t b, 
   asm("lop3.b32 %0, %1, %2, %3, %4;\n" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(Table));
   return r;
 }
+__device__ __forceinline__ int lane_id() {
+  int r;
+  asm("mov.u32 %0, %%laneid;\n" : "=r"(r));
+  return r;
+}
+// v, of which the compiler then knows nothing: a constant stays in a register, a product with 0 or 1 stays a product.
+__device__ __forceinline__ std::uint32_t opaque(std::uint32_t v) {
+  std::uint32_t r;
+  asm("mov.b32 %0, %1;\n" : "=r"(r) : "r"(v));
+  return r;
+}
+// from + count * bytes: one instruction of the multiplier.
+template <class T>
+__device__ __forceinline__ const T* ahead(const T* from, int count, int bytes) {
+  const T* r;
+  asm("mad.wide.s32 %0, %1, %2, %3;\n" : "=l"(r) : "r"(count), "r"(bytes), "l"(from));
+  return r;
+}
+// What lies at an address in shared memory (`shared_address`), so that the address can be made up of bits.
+using SharedAddress = std::uint32_t;
+__device__ __forceinline__ std::uint32_t load_shared16(SharedAddress at) {
+  std::uint32_t r;
+  asm volatile("{ .reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h; }\n" : "=r"(r) : "r"(at) : "memory");
+  return r;
+}
 // Memory that this kernel only reads, and reads once: past the L1.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;
@@ -126,6 +157,13 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
 __device__ __forceinline__ uint2 load_stream(const uint2* p) {
   uint2 v;
   asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+// Zeros unless `valid`.
+__device__ __forceinline__ uint2 load_stream_if(bool valid, const uint2* p) {
+  uint2 v;
+  asm("{ .reg .pred q; setp.ne.b32 q, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; @q ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2]; }\n"
+      : "=&r"(v.x), "=&r"(v.y) : "l"(p), "r"(static_cast<int>(valid)));
   return v;
 }
 __device__ __forceinline__ std::uint32_t load_stream(const std::uint32_t* p) {

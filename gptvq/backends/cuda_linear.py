@@ -1,2 +1,68 @@
 """y = W x by CUDA kernels that read the packed weight."""
-from .reference import linear, prepare_linear  # noqa: F401
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import ACTIVATIONS
+from ..errors import BackendUnavailable, ConfigError
+from ..spec import QuantSpec
+from . import cuda_call
+from .cuda_call import call, dense
+from .prepared import Remembered
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_ALIGNMENT = 16                     # bytes, of the tensors that kernels read
+
+
+class PreparedLinear:
+    """f(x, activations) on a GPU: keeps the packed tensors alive and the kernels' view of them.
+
+    A call queues kernels on torch's current stream and allocates nothing but its outputs and scratch memory, so that a CUDA graph can
+    capture it.  Up to `most_tokens` tokens at once are multiplied with the packed weight, more with the weight unpacked.
+    """
+
+    def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec):
+        self.spec, self.rows, self.device = spec, spec.rows, idx.device
+        self.fields = tuple(spec.to_dict().values())[:7]
+        self.packed = [dense(None if t is None else t.detach(), _ALIGNMENT) for t in (idx, cb, gs, sc, table)]
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.kernel = call("Linear", *self.packed, self.bias, self.fields)
+
+    def __call__(self, x: Tensor, activations: str) -> Tensor:
+        if x.numel() > self.spec.cols * cuda_call.kernels.most_tokens:
+            self._check(x)
+            weight = cuda_call.empty(self.rows, self.spec.cols, dtype=x.dtype, device=self.device)
+            call("dequantize", *self.packed, weight, self.fields)
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self.together([], x, activations)[0]
+
+    def together(self, others: list[PreparedLinear], x: Tensor, activations: str) -> list[Tensor]:
+        """The outputs of this layer and of others with as many columns for a few tokens x, in as few launches as their formats allow."""
+        layers = [self, *others]
+        for layer in layers:
+            layer._check(x)
+        x, device, kernels = x.contiguous(), self.device, cuda_call.kernels
+        tokens, mode, index = x.numel() // self.spec.cols, _MODES[activations], device.index or 0
+        handles = [layer.kernel for layer in layers]
+        try:
+            size = kernels.linear_scratch(handles, tokens, mode, index)
+            scratch = cuda_call.empty(size, dtype=torch.uint8, device=device)
+            outputs = [cuda_call.empty(*x.shape[:-1], layer.rows, dtype=x.dtype, device=device) for layer in layers]
+            kernels.linear(handles, x.data_ptr(), _TYPES[x.dtype], tokens, [y.data_ptr() for y in outputs], mode, scratch.data_ptr(), size, index,
+                           cuda_call.stream(device))
+        except ValueError as error:
+            raise ConfigError(f"linear: {error}") from None
+        except RuntimeError as error:
+            raise BackendUnavailable(f"linear on {device}: {error}") from None
+        return outputs
+
+    def _check(self, x: Tensor) -> None:
+        if x.device != self.device:
+            raise ConfigError(f"linear: got x on {x.device} and a weight on {self.device}, need both on one device")
+
+
+prepare_linear = PreparedLinear
+linear = Remembered(PreparedLinear)

@@ -4,6 +4,8 @@
 
 namespace gptvq {
 
+inline int multiprocessors(int) { return 4; }
+
 // ---- cp.async: a copy is kept aside and lands at the wait, so that a missing wait reads poison
 namespace emulated {
 inline void copy(void* to, const void* from, int bytes, int valid, emu::Site at) {
@@ -113,6 +115,18 @@ std::uint32_t lop3(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   for (int i = 0; i < 8; ++i)
     if (Table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return r;
+}
+inline int lane_id() { return emu::lane(); }
+inline std::uint32_t opaque(std::uint32_t v) { return v; }
+template <class T>
+const T* ahead(const T* from, int count, int bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + static_cast<std::int64_t>(count) * bytes);
+}
+using SharedAddress = std::uintptr_t;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<SharedAddress>(p); }
+inline std::uint32_t load_shared16(SharedAddress at) { return *reinterpret_cast<const std::uint16_t*>(at); }
+inline uint2 load_stream_if(bool valid, const uint2* p, emu::Site at = EMU_HERE) {
+  return valid ? emu::load(p, "load_stream_if", at) : make_uint2(0, 0);
 }
 inline uint4 load_stream(const uint4* p, emu::Site at = EMU_HERE) { return emu::load(p, "load_stream", at); }
 inline uint2 load_stream(const uint2* p, emu::Site at = EMU_HERE) { return emu::load(p, "load_stream", at); }

@@ -1,0 +1,245 @@
+// y = W x for one token (or a few, one after the other in blockIdx.y).
+//
+// Weights and activations meet as integers in mma.m16n8k32 s8, exact in int32 over the 256 columns of a chunk.  Its 8 output columns
+// separate the spans of columns that have scales of their own: the fragment of x is block-diagonal, column 2 n + p of it holds plane p
+// (high, low) of the activations where the lane's columns belong to span n, and zeros elsewhere.  So
+//
+//   lane 4 g + t:   c0, c1 = high and low sums of row 2 g over span t      c2, c3 = of row 2 g + 1
+//
+// and each lane scales and adds what it holds.  Spans of 64 columns (Grain) take one accumulator, those of 16 or 32 four.  Without block
+// scales (Grain = 256) all four column pairs hold the same.
+#pragma once
+#include "cuda/linear_args.cuh"
+
+namespace gptvq {
+
+// Which span the columns of step s belong to on lane t, and how x gets there.
+template <class F, int Grain>
+struct Spans {
+  static constexpr int count = kChunk / Grain, tiles = Grain == 16 ? 4 : 1;
+  static __device__ constexpr int tile(int s) { return Grain != 16 ? 0 : F::unit == 32 ? s / 4 * 2 + s % 4 / 2 : s / 2; }
+  // The span whose sums lane t finds in accumulator `tile`.
+  static __device__ constexpr int span(int tile, int t) {
+    return Grain == 256 ? 0 : Grain == 16 && F::unit == 32 ? 8 * (tile / 2) + 2 * t + tile % 2 : 4 * tile + t;
+  }
+
+  // Steps are dealt to `kinds` kinds of lanes; to lanes of the other kinds, and to idle lanes for all of them, their x is zero.
+  static constexpr int kinds = Grain == 64 ? (F::unit == 32 ? 2 : 4) : Grain == 16 && F::unit == 8 ? 2 : 1, own = kSteps / kinds;
+  static __device__ constexpr int kind(int s) { return kinds == 1 ? 0 : Grain == 64 ? s / own : s % 2; }
+  static __device__ constexpr int turn(int s) { return kinds == 1 ? s : Grain == 64 ? s % own : s / 2; }
+  static __device__ constexpr int kind_of_lane(int g) { return kinds == 1 ? 0 : g / 2 * kinds / 4; }
+  static __device__ constexpr bool idle(int g, int t) {
+    if (Grain == 256 || (Grain == 64 && F::unit != 32)) return false;
+    return Grain == 16 && F::unit != 8 ? g / 2 != t : g / 2 % 2 != t / 2;
+  }
+};
+
+// The lane's part of the block-diagonal x.
+template <class F, int Grain>
+struct Diagonal {
+  using S = Spans<F, Grain>;
+  std::uint32_t own[S::own][2];
+
+  // x: the lane's words in the chunk, see `place`.
+  __device__ __forceinline__ void load(const std::int8_t* x, bool idle) {
+    if constexpr (Grain == 16 && F::unit == 8) {
+#pragma unroll
+      for (int k = 0; k < S::own; ++k) {
+        const uint2 v = idle ? make_uint2(0, 0) : __ldg(reinterpret_cast<const uint2*>(x + 64 * k));
+        own[k][0] = v.x, own[k][1] = v.y;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < S::own; k += 2) {
+        const uint4 v = idle ? make_uint4(0, 0, 0, 0) : __ldg(reinterpret_cast<const uint4*>(x + 32 * k));
+        own[k][0] = v.x, own[k][1] = v.y, own[k + 1][0] = v.z, own[k + 1][1] = v.w;
+      }
+    }
+  }
+  static __device__ __forceinline__ int place(int g, int t) {
+    return g % 2 * kChunk + 16 * t + S::kind_of_lane(g) * (Grain == 64 ? 32 * S::own : 8);
+  }
+};
+
+// A lane's place: pointers to its rows (2 g and 2 g + 1 of the tile) in strip 0 or chunk 0, and to its part of x.
+template <class F, int Grain>
+struct LanePointers {
+  static constexpr int books = F::books, book_bytes = F::codewords * F::dim;
+  const std::uint8_t *idx, *sc;
+  const std::int8_t *book[books], *x;
+  const std::uint16_t* gs[books];
+  const float* step;
+
+  __device__ __forceinline__ LanePointers(const LinearBatch& batch, const LinearLayer& w, int tile, int token, int g, int t)
+      : idx(w.idx + static_cast<std::int64_t>(tile) * w.blocks * F::block_bytes + 8 * g + 64 * F::words * t),
+        sc(w.sc + static_cast<std::int64_t>(tile) * w.scale_pairs * 16 + 2 * g),
+        x(batch.x + static_cast<std::int64_t>(token) * w.chunks * 2 * kChunk + Diagonal<F, Grain>::place(g, t)),
+        step(batch.step + static_cast<std::int64_t>(token) * w.chunks * Spans<F, Grain>::count) {
+#pragma unroll
+    for (int r = 0; r < books; ++r) {
+      const int group = min((16 * tile + 2 * g + r) / w.group_rows, w.row_groups - 1);
+      gs[r] = w.gs + static_cast<std::int64_t>(group) * w.strips;
+      book[r] = w.cb + static_cast<std::int64_t>(group) * w.strips * book_bytes;
+    }
+  }
+};
+
+// The products of one chunk, added to the lane's sums of rows 2 g and 2 g + 1.
+template <class F, int Grain>
+__device__ __forceinline__ void add_chunk(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LanePointers<F, Grain>& lane,
+                                          const Codes<F>& codes, const Table<F>& table, const Diagonal<F, Grain>& x,
+                                          const std::uint32_t (&mask)[Spans<F, Grain>::kinds], int t, float (&sum)[2]) {
+  using S = Spans<F, Grain>;
+  std::int32_t c[S::tiles][4];
+#pragma unroll
+  for (int i = 0; i < S::tiles; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0;
+#pragma unroll
+  for (int i = 0; i < F::rounds; ++i) {
+    std::uint32_t even[F::steps][2], odd[F::steps][2];
+    table.decode(codes, i, 0, even);
+    table.decode(codes, i, 1, odd);
+#pragma unroll
+    for (int j = 0; j < F::steps; ++j) {
+      const int s = i * F::steps + j;
+      const std::uint32_t a[4] = {even[j][0], odd[j][0], even[j][1], odd[j][1]};
+      std::uint32_t b[2] = {x.own[S::turn(s)][0], x.own[S::turn(s)][1]};
+      if constexpr (S::kinds > 1) b[0] *= mask[S::kind(s)], b[1] *= mask[S::kind(s)];      // the multiplier's pipe has nothing else to do
+      mma_m16n8k32_s8(c[S::tile(s)], a, b);
+    }
+  }
+  const float group[2] = {bfloat(__ldg(ahead(lane.gs[0], at.strip, batch.gs_bytes))),
+                          bfloat(__ldg(ahead(lane.gs[F::books - 1], at.strip, batch.gs_bytes)))};
+  const float* steps = ahead(lane.step, at.chunk, batch.step_bytes);
+#pragma unroll
+  for (int i = 0; i < S::tiles; ++i) {
+    const float step = __ldg(steps + S::span(i, t));
+    float factor[2] = {group[0] * step, group[1] * step};
+    if constexpr (Grain != 256) {
+      // Past the columns, where activations are 0, the row's last.
+      const int block = min((at.block(w) * 32 + Grain * S::span(i, t)) >> w.scale_shift, w.scale_blocks - 1);
+      const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(lane.sc + block / 2 * 16)) >> 4 * (block & 1);
+      const float* scales = w.scale_table + 16 * block;
+      factor[0] *= __ldg(scales + (both & 15));
+      factor[1] *= __ldg(scales + (both >> 8 & 15));
+    }
+    sum[0] = fmaf(static_cast<float>(c[i][0] * batch.high_weight + c[i][1]), factor[0], sum[0]);
+    sum[1] = fmaf(static_cast<float>(c[i][2] * batch.high_weight + c[i][3]), factor[1], sum[1]);
+  }
+}
+
+template <class F, int Grain>
+__device__ __forceinline__ void masks_of(int g, std::uint32_t (&mask)[Spans<F, Grain>::kinds]) {
+#pragma unroll
+  for (int k = 0; k < Spans<F, Grain>::kinds; ++k) mask[k] = opaque(Spans<F, Grain>::kind_of_lane(g) == k);
+}
+
+// Over the lanes of a row, where they hold different spans.
+template <int Grain>
+__device__ __forceinline__ void add_lanes(float (&sum)[2]) {
+  if constexpr (Grain != 256) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int d = 1; d < 4; d *= 2) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
+  }
+}
+
+// table: 64 centroids, two bytes each; by the whole warp.
+template <class F>
+__device__ __forceinline__ void fill_pairs(const std::int8_t* book, std::uint32_t* table) {
+  const auto* pairs = reinterpret_cast<const std::uint16_t*>(book) + lane_id();
+  table[lane_id()] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
+  __syncwarp();
+}
+
+// One CTA per tile of 16 rows, whose warps take turns at the chunks.
+template <class F, int Grain>
+__global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const __grid_constant__ LinearBatch batch) {
+  static_assert(F::lookup != Lookup::cta_table, "a table for one tile");
+  constexpr bool warp_table = F::lookup == Lookup::warp_table;
+  GPTVQ_SHARED(float, partial, kLinearWarps * 16);
+  GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kLinearWarps * 32 : 1);
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
+  const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
+  const int tile = blockIdx.x - w.first_cta;
+  const LanePointers<F, Grain> lane(batch, w, tile, token, g, t);
+  std::uint32_t mask[Spans<F, Grain>::kinds];
+  masks_of<F, Grain>(g, mask);
+  const bool idle = Spans<F, Grain>::idle(g, t);
+
+  float sum[2] = {0, 0};
+  Table<F> table;
+  int turn = warp * 2;
+#pragma unroll 1
+  for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
+    Codes<F> codes;
+    codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), at.live_blocks(w) * (32 / F::unit) - t);
+    const std::int8_t* const book[2] = {ahead(lane.book[0], at.strip, batch.book_bytes), ahead(lane.book[F::books - 1], at.strip, batch.book_bytes)};
+    if constexpr (warp_table) {
+      fill_pairs<F>(book[0], tables + 32 * turn);
+      table.table = shared_address(tables + 32 * turn);
+      turn ^= 1;                    // a lane may still look something up in the last chunk's
+    } else {
+      table.load(book);
+    }
+    Diagonal<F, Grain> x;
+    x.load(ahead(lane.x, at.chunk, batch.x_bytes), idle);
+    add_chunk<F, Grain>(batch, w, at, lane, codes, table, x, mask, t, sum);
+  }
+  add_lanes<Grain>(sum);
+  if (t == 0) {
+    partial[warp * 16 + 2 * g] = sum[0];
+    partial[warp * 16 + 2 * g + 1] = sum[1];
+  }
+  __syncthreads();
+  const int row = 16 * tile + threadIdx.x;
+  if (threadIdx.x < 16 && row < w.rows) {
+    float total = partial[threadIdx.x];
+    for (int i = 1; i < w.warps; ++i) total += partial[i * 16 + threadIdx.x];
+    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, total + (w.bias ? w.bias[row] : 0.f));
+  }
+}
+
+// Formats with a table for the whole CTA: one CTA per up to 16 tiles of a row group, a tile for each warp, that walks along the chunks of
+// its split.  Sums of several splits go to `partial`.
+template <class F, int Grain>
+__global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(const __grid_constant__ LinearBatch batch) {
+  static_assert(F::lookup == Lookup::cta_table && F::codewords == 256, "a table of 32 KB");
+  GPTVQ_SHARED(uint4, entries, 256 * 8);
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
+  const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
+  const GroupPart part(batch, w, blockIdx.x - w.first_cta);
+  const int tile = part.tile + warp;
+  const bool works = warp < w.warps && tile < part.tile_end;
+  const LanePointers<F, Grain> lane(batch, w, works ? tile : part.tile, token, g, t);
+  std::uint32_t mask[Spans<F, Grain>::kinds];
+  masks_of<F, Grain>(g, mask);
+  const bool idle = Spans<F, Grain>::idle(g, t);
+
+  float sum[2] = {0, 0};
+  Table<F> table;
+  table.table = reinterpret_cast<const unsigned char*>(entries);
+  table.bank = 4 * l;
+#pragma unroll 1
+  for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
+    Codes<F> codes;
+    codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), works ? at.live_blocks(w) * (32 / F::unit) - t : 0);
+    if (at.sub == 0 || at.chunk == part.chunk) {
+      __syncthreads();
+      fill_table<F>(ahead(lane.book[0], at.strip, batch.book_bytes), entries);
+      __syncthreads();
+    }
+    if (!works) continue;
+    Diagonal<F, Grain> x;
+    x.load(ahead(lane.x, at.chunk, batch.x_bytes), idle);
+    add_chunk<F, Grain>(batch, w, at, lane, codes, table, x, mask, t, sum);
+  }
+  add_lanes<Grain>(sum);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = 16 * tile + 2 * g + r;
+    if (works && t == 0 && row < w.rows) put_sum(batch, w, part.split, token, row, sum[r]);
+  }
+}
+
+}  // namespace gptvq

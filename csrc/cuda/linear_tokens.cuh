@@ -1,0 +1,205 @@
+// y = W x for 2 to 64 tokens: each chunk is decoded once into fragments, which all tokens then use, 8 at a time.
+//
+// The 8 output columns of an mma are 4 tokens, column 2 k + p plane p (high, low) of token k; lane 4 g + t scales and adds rows 2 g and
+// 2 g + 1 of token t.  Where a step's columns lie in two scale blocks (3 bits a weight, blocks of 64), it is done twice, for either half
+// of the lanes' columns.  Sums of a lane are kept in shared memory, where no other lane touches them, until all chunks are done.
+#pragma once
+#include "cuda/linear_token.cuh"
+
+namespace gptvq {
+
+constexpr int kTokenTile = 8;
+
+template <class F, int Grain>
+struct TokensShape {
+  static constexpr int tiles = F::lookup == Lookup::cta_table || Grain != 256 ? 1 : 2;      // of 16 rows, that a warp decodes for one reading of x
+  static constexpr int halves = Grain == 64 && F::unit == 32 ? 2 : 1;
+  static constexpr int pairs = Grain == 256 ? 4 : 2 / (F::unit == 32 ? 1 : 2);              // of steps, between two scalings
+  static constexpr int slots = 2 * tiles * 2;       // sums of a lane in a token tile: [4 tokens][tile][row]
+};
+
+template <class F>
+struct Fragments {
+  std::uint32_t a[kSteps][4];
+
+  __device__ __forceinline__ void decode(const Codes<F>& codes, const Table<F>& table) {
+#pragma unroll
+    for (int i = 0; i < F::rounds; ++i) {
+      std::uint32_t even[F::steps][2], odd[F::steps][2];
+      table.decode(codes, i, 0, even);
+      table.decode(codes, i, 1, odd);
+#pragma unroll
+      for (int j = 0; j < F::steps; ++j) {
+        std::uint32_t(&to)[4] = a[i * F::steps + j];
+        to[0] = even[j][0], to[1] = odd[j][0], to[2] = even[j][1], to[3] = odd[j][1];
+      }
+    }
+  }
+};
+
+// Scales of a lane's two rows: the group's, times those of the chunk's scale blocks.
+template <class F, int Grain>
+struct RowScales {
+  float by[kChunk / Grain][2];
+
+  __device__ __forceinline__ void load(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LanePointers<F, Grain>& lane) {
+    const float group[2] = {bfloat(__ldg(ahead(lane.gs[0], at.strip, batch.gs_bytes))),
+                            bfloat(__ldg(ahead(lane.gs[F::books - 1], at.strip, batch.gs_bytes)))};
+#pragma unroll
+    for (int k = 0; k < kChunk / Grain; ++k) {
+      by[k][0] = group[0], by[k][1] = group[1];
+      if constexpr (Grain != 256) {
+        const int block = min((at.block(w) * 32 + Grain * k) >> w.scale_shift, w.scale_blocks - 1);
+        const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(lane.sc + block / 2 * 16)) >> 4 * (block & 1);
+        by[k][0] *= __ldg(w.scale_table + 16 * block + (both & 15));
+        by[k][1] *= __ldg(w.scale_table + 16 * block + (both >> 8 & 15));
+      }
+    }
+  }
+};
+
+// Adds the chunk's products with all tokens to the lane's sums, [token tile][slot][lane].
+template <class F, int Grain, int Tiles>
+__device__ __forceinline__ void add_tokens(const LinearBatch& batch, const LinearLayer& w, const Place& at, const Fragments<F> (&fragments)[Tiles],
+                                           const RowScales<F, Grain> (&scales)[Tiles], int g, int t, float* sums) {
+  using Shape = TokensShape<F, Grain>;
+  constexpr int spans = kChunk / Grain;
+  std::uint32_t half[2] = {opaque(t / 2 == 0), opaque(t / 2 == 1)};
+#pragma unroll 1
+  for (int first = 0; first < batch.tokens; first += kTokenTile, sums += 32 * Shape::slots) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int x_token = min(first + 4 * n + g / 2, batch.tokens - 1), my_token = min(first + 4 * n + t, batch.tokens - 1);
+      const std::int8_t* x = batch.x + (static_cast<std::int64_t>(x_token) * w.chunks + at.chunk) * 2 * kChunk + g % 2 * kChunk + 16 * t;
+      const float* step = batch.step + (static_cast<std::int64_t>(my_token) * w.chunks + at.chunk) * spans;
+      float sum[Tiles][2];
+#pragma unroll
+      for (int p = 0; p < Tiles; ++p) sum[p][0] = sum[p][1] = 0;
+#pragma unroll
+      for (int q = 0; q < kSteps / 2; q += Shape::pairs) {
+        std::int32_t c[Shape::halves][Tiles][4] = {};
+#pragma unroll
+        for (int k = q; k < q + Shape::pairs; ++k) {
+          const uint4 v = __ldg(reinterpret_cast<const uint4*>(x + 64 * k));
+#pragma unroll
+          for (int h = 0; h < Shape::halves; ++h) {
+            std::uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+            if constexpr (Shape::halves == 2) b[0][0] *= half[h], b[0][1] *= half[h], b[1][0] *= half[h], b[1][1] *= half[h];
+#pragma unroll
+            for (int p = 0; p < Tiles; ++p) {
+              mma_m16n8k32_s8(c[h][p], fragments[p].a[2 * k], b[0]);
+              mma_m16n8k32_s8(c[h][p], fragments[p].a[2 * k + 1], b[1]);
+            }
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < Shape::halves; ++h) {
+          const int span = Grain == 256 ? 0 : q + h;
+          const float by = __ldg(step + span);
+#pragma unroll
+          for (int p = 0; p < Tiles; ++p)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              sum[p][r] = fmaf(static_cast<float>(c[h][p][2 * r] * batch.high_weight + c[h][p][2 * r + 1]), by * scales[p].by[span][r], sum[p][r]);
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < Tiles; ++p)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sums[32 * ((n * Tiles + p) * 2 + r)] += sum[p][r];
+    }
+  }
+}
+
+// One CTA per `tiles` tiles of 16 rows, whose warps take turns at the chunks.
+template <class F, int Grain>
+__global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kernel(const __grid_constant__ LinearBatch batch) {
+  using Shape = TokensShape<F, Grain>;
+  constexpr int tiles = Shape::tiles;
+  constexpr bool warp_table = F::lookup == Lookup::warp_table;
+  GPTVQ_DYN_SMEM(float, sums);                  // [warp][token tile][slot][lane]
+  GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kTokensWarps * 32 : 1);
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
+  const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
+  const int tile = (blockIdx.x - w.first_cta) * tiles, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
+  const int warp_sums = token_tiles * Shape::slots * 32;
+  for (int i = 0; i < token_tiles * Shape::slots; ++i) sums[warp * warp_sums + 32 * i + l] = 0;
+
+  int turn = 2 * warp;
+#pragma unroll 1
+  for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
+    Fragments<F> fragments[tiles];
+    RowScales<F, Grain> scales[tiles];
+#pragma unroll
+    for (int p = 0; p < tiles; ++p) {
+      const LanePointers<F, Grain> lane(batch, w, min(tile + p, w.tiles - 1), 0, g, t);
+      Codes<F> codes;
+      codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), at.live_blocks(w) * (32 / F::unit) - t);
+      scales[p].load(batch, w, at, lane);
+      const std::int8_t* const book[2] = {ahead(lane.book[0], at.strip, batch.book_bytes), ahead(lane.book[F::books - 1], at.strip, batch.book_bytes)};
+      Table<F> table;
+      if constexpr (warp_table) {
+        fill_pairs<F>(book[0], tables + 32 * turn);
+        table.table = shared_address(tables + 32 * turn);
+        turn ^= 1;
+      } else {
+        table.load(book);
+      }
+      fragments[p].decode(codes, table);
+    }
+    add_tokens<F, Grain, tiles>(batch, w, at, fragments, scales, g, t, sums + warp * warp_sums + l);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < batch.tokens * 16 * tiles; i += blockDim.x) {
+    const int in_tiles = i % (16 * tiles), token = i / (16 * tiles), row = 16 * tile + in_tiles;
+    if (row >= w.rows) continue;
+    const int slot = (token % kTokenTile / 4 * tiles + in_tiles / 16) * 2 + in_tiles % 2;
+    const float* from = sums + (token / kTokenTile * Shape::slots + slot) * 32 + in_tiles % 16 / 2 * 4 + token % 4;
+    float total = from[0];
+    for (int k = 1; k < w.warps; ++k) total += from[k * warp_sums];
+    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, total + (w.bias ? w.bias[row] : 0.f));
+  }
+}
+
+// See linear_group_kernel.
+template <class F, int Grain>
+__global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_group_tokens_kernel(const __grid_constant__ LinearBatch batch) {
+  using Shape = TokensShape<F, Grain>;
+  GPTVQ_DYN_SMEM(float, sums);
+  GPTVQ_SHARED(uint4, entries, 256 * 8);
+  const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
+  const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
+  const GroupPart part(batch, w, blockIdx.x - w.first_cta);
+  const int tile = part.tile + warp, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
+  const bool works = warp < w.warps && tile < part.tile_end;
+  const LanePointers<F, Grain> lane(batch, w, works ? tile : part.tile, 0, g, t);
+  float* mine = sums + warp * token_tiles * Shape::slots * 32 + l;
+  for (int i = 0; i < token_tiles * Shape::slots; ++i) mine[32 * i] = 0;
+
+  Table<F> table;
+  table.table = reinterpret_cast<const unsigned char*>(entries);
+  table.bank = 4 * l;
+#pragma unroll 1
+  for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
+    Codes<F> codes;
+    codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), works ? at.live_blocks(w) * (32 / F::unit) - t : 0);
+    if (at.sub == 0 || at.chunk == part.chunk) {
+      __syncthreads();
+      fill_table<F>(ahead(lane.book[0], at.strip, batch.book_bytes), entries);
+      __syncthreads();
+    }
+    if (!works) continue;
+    Fragments<F> fragments[1];
+    RowScales<F, Grain> scales[1];
+    scales[0].load(batch, w, at, lane);
+    fragments[0].decode(codes, table);
+    add_tokens<F, Grain, 1>(batch, w, at, fragments, scales, g, t, mine);
+  }
+  if (!works) return;
+  for (int i = 0; i < token_tiles * Shape::slots; ++i) {
+    const int token = i / Shape::slots * kTokenTile + i % Shape::slots / 2 * 4 + t, row = 16 * tile + 2 * g + i % 2;
+    if (token < batch.tokens && row < w.rows) put_sum(batch, w, part.split, token, row, mine[32 * i]);
+  }
+}
+
+}  // namespace gptvq
