@@ -1,6 +1,6 @@
 """The operators: argument checks and the choice of a backend.  The only module that names backend functions.
 
-`GPTVQ_BACKEND` = reference | native forces one; otherwise the first that serves the tensor's device is taken.
+`GPTVQ_BACKEND` = native | triton | reference forces one; otherwise the first that serves the tensor's device is taken.
 """
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import os
 import torch
 from torch import Tensor
 
-from .backends import native, reference
+from .backends import native, reference, triton
 from .config import ACTIVATIONS
 from .errors import BackendUnavailable, ConfigError
 from .spec import QuantSpec
 
-BACKENDS = ("native", "reference")
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
+#: What is tried on a type of device before the reference, best first.
+_PREFERRED = {"cpu": (native,), "cuda": (triton,)}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,9 +26,12 @@ def backend(device: torch.device):
     choice = os.environ.get("GPTVQ_BACKEND", "")
     if choice not in ("", *BACKENDS):
         raise BackendUnavailable(f"GPTVQ_BACKEND={choice!r} is unknown; choose one of {', '.join(BACKENDS)}, or unset it")
-    if choice == "native" and not native.serves(device):
-        raise BackendUnavailable(f"GPTVQ_BACKEND=native, but {native.why_not(device)}; unset it to use the reference backend")
-    return native if choice != "reference" and native.serves(device) else reference
+    if choice in ("", "reference"):
+        preferred = () if choice else _PREFERRED.get(device.type, ())
+        return next((module for module in preferred if module.serves(device)), reference)
+    if not BACKENDS[choice].serves(device):
+        raise BackendUnavailable(f"GPTVQ_BACKEND={choice}, but {BACKENDS[choice].why_not(device)}; unset it to use another backend")
+    return BACKENDS[choice]
 
 
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:

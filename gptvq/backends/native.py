@@ -6,12 +6,12 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import ACTIVATIONS
 from ..errors import ConfigError
 from ..spec import QuantSpec
 from . import reference
+from .prepared import prepared
 
 try:
     from .. import _C
@@ -97,7 +97,6 @@ class PreparedLinear:
         self.packed = [None if t is None else t.detach().contiguous() for t in (idx, cb, gs, sc, table)]
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.kernel = _call(_C.Linear, *self.packed, self.bias, _spec(spec), os.environ.get("GPTVQ_CPU", ""))
-        self.source = _source(cb, gs, sc, table, bias)
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         tokens = x.numel() // self.spec.cols
@@ -119,20 +118,11 @@ class PreparedLinear:
 
 
 prepare_linear = PreparedLinear
-_prepared = WeakTensorKeyDictionary()       # idx -> the PreparedLinear of its layer, for calls that bring nothing but tensors
-
-
-def _source(*tensors: Tensor | None) -> list:
-    """What a PreparedLinear was made from; `_version` counts changes in place."""
-    return [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
            spec: QuantSpec, activations: str) -> Tensor:
-    prepared = _prepared.get(idx)
-    if prepared is None or prepared.source != _source(cb, gs, sc, table, bias):
-        prepared = _prepared[idx] = PreparedLinear(idx, cb, gs, sc, table, bias, spec)
-    return prepared(x, activations)
+    return prepared(PreparedLinear, idx, cb, gs, sc, table, bias, spec)(x, activations)
 
 
 def _all_float32(*tensors: Tensor | None) -> bool:

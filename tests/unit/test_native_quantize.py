@@ -2,33 +2,14 @@
 import pytest
 import torch
 from cases import DEGENERATE, GENERIC, ids
+from quantize_cases import inputs, rows_alike
 
 from gptvq import solver
 from gptvq.backends import native, reference
-from gptvq.config import Recipe
 from gptvq.errors import ConfigError
-from gptvq.hessian import Hessian, factorize, pad
-from gptvq.problem import Problem
+from gptvq.hessian import Hessian
 
 pytestmark = pytest.mark.skipif(not native.serves(torch.device("cpu")), reason="gptvq._C is not built here")
-
-
-def inputs(case):
-    """A problem with fitted codebooks and the arguments of one block of all its columns."""
-    W, H = case.build(torch.float32)
-    spec = case.spec
-    problem = Problem(W, pad(H, spec.vectors * spec.dim), spec)
-    factor = factorize(problem.H, 0.03)
-    index, centroids = solver.column_pass(problem, factor, torch.arange(spec.vectors), Recipe(order="sequential", em_iterations=5), None)
-    roots, metric = solver.metrics(factor.U, spec.dim, "gptvq")
-    return problem, factor.U, roots, metric, index, centroids
-
-
-def rows_alike(index, want):
-    """Rows with equal indices: nearly all, since only an exact tie may fall either way (and then moves what follows it)."""
-    same = (index == want).all(1)
-    assert same.float().mean() >= 0.75
-    return same
 
 
 @pytest.mark.parametrize("stale", [False, True])
