@@ -9,7 +9,7 @@ import sys
 import torch
 
 from . import ops
-from .backends import native
+from .backends import native, triton, triton_launch
 from .checkpoint import VERSION
 
 
@@ -32,8 +32,10 @@ def diagnose() -> dict[str, str]:
     found["CUDA in torch"] = (f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                               f"no device (torch built with CUDA {torch.version.cuda})" if torch.version.cuda else "torch is a CPU build")
     found["CUDA in gptvq"] = native.cuda_text()
-    found["GPU layers"] = "packed layers on a GPU are unpacked on every call; there are no kernels for them yet"
-    found["triton"] = _version("triton")
+    gpu = torch.device("cuda")
+    found["GPU layers"] = f"{_name(gpu)} backend" if torch.cuda.is_available() else "no GPU that torch can use"
+    missing = triton.why_not(gpu)
+    found["triton"] = f"{triton_launch.version() or 'not installed'}; " + (f"no kernels: {missing}" if missing else "kernels for the GPU")
     return found
 
 

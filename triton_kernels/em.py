@@ -63,7 +63,7 @@ def _e_step(features, centroids, index, distance, first, N, K, DIM: tl.constexpr
 
 @triton.jit
 def _m_step(features, x, centroids, index, distance, sums, N, K, DIM: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
-            BM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr):
+            BM: tl.constexpr, BC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr):
     """centroid = (sum M)^-1 sum M x in float64; one without weight moves to the point farthest from its own centroid."""
     k, f = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_F)
     total = tl.zeros((BLOCK_K, BLOCK_F), tl.float64)
@@ -74,25 +74,30 @@ def _m_step(features, x, centroids, index, distance, sums, N, K, DIM: tl.constex
     tl.store(sums + k[:, None] * BLOCK_F + f[None, :], total)
     tl.debug_barrier()
     # Gauss-Jordan on [K, DIM, 2 DIM]: the sums of M, then in column DIM those of M x.  It is positive definite: no pivoting.
-    row, col = tl.arange(0, DIM)[None, :, None], tl.arange(0, 2 * DIM)[None, None, :]
+    row, col, column = tl.arange(0, DIM)[None, :, None], tl.arange(0, 2 * DIM)[None, None, :], tl.arange(0, 2 * DIM)[None, :]
     low, high = tl.minimum(row, col), tl.maximum(row, col)
     entry = tl.where(col < DIM, DIM + low * DIM - low * (low - 1) // 2 + high - low, row)
-    A = tl.load(sums + k[:, None, None] * BLOCK_F + entry, mask=(k < K)[:, None, None] & (col <= DIM), other=0.0)
-    A = A * tl.where(col == DIM, -0.5, tl.where(row == col, 1.0, 0.5)).to(tl.float64)
-    empty = tl.sum(tl.sum(tl.where(row == col, A, 0.0), axis=2), axis=1) <= 0
-    column = tl.arange(0, 2 * DIM)[None, :]
-    for p in tl.static_range(DIM):
-        pivot = tl.sum(tl.where(row == p, A, 0.0), axis=1)
-        pivot = pivot / tl.sum(tl.where(column == p, pivot, 0.0), axis=1)[:, None]
-        factor = tl.sum(tl.where(col == p, A, 0.0), axis=2)
-        A = tl.where(row == p, pivot[:, None, :], A - factor[:, :, None] * pivot[:, None, :])
-    mean = tl.sum(tl.where(col == DIM, A, 0.0), axis=2).to(tl.float32)
-    tl.store(centroids + k[:, None] * DIM + tl.arange(0, DIM)[None, :], mean, mask=((k < K) & (empty == 0))[:, None])
-    empty = (empty & (k < K)).to(tl.int32)
-    if tl.sum(empty) > 0:
+    factor = tl.where(col == DIM, -0.5, tl.where(row == col, 1.0, 0.5)).to(tl.float64)
+    empty = 0
+    for first in range(0, K, BC):
+        c = first + tl.arange(0, BC)
+        A = tl.load(sums + c[:, None, None] * BLOCK_F + entry, mask=(c < K)[:, None, None] & (col <= DIM), other=0.0) * factor
+        filled = tl.sum(tl.sum(tl.where(row == col, A, 0.0), axis=2), axis=1) > 0
+        empty += tl.sum((filled == 0).to(tl.int32) * (c < K).to(tl.int32))
+        for p in tl.static_range(DIM):
+            pivot = tl.sum(tl.where(row == p, A, 0.0), axis=1)
+            pivot = pivot / tl.sum(tl.where(column == p, pivot, 0.0), axis=1)[:, None]
+            below = tl.sum(tl.where(col == p, A, 0.0), axis=2)
+            A = tl.where(row == p, pivot[:, None, :], A - below[:, :, None] * pivot[:, None, :])
+        mean = tl.sum(tl.where(col == DIM, A, 0.0), axis=2).to(tl.float32)
+        tl.store(centroids + c[:, None] * DIM + tl.arange(0, DIM)[None, :], mean, mask=((c < K) & filled)[:, None])
+    if empty > 0:
         last, last_at = float("inf"), -1                # the farthest point that has become a centroid
         for j in range(K):
-            if tl.sum(tl.where(k == j, empty, 0)) > 0:
+            trace = tl.load(sums + j * BLOCK_F + DIM)
+            for a in tl.static_range(1, DIM):
+                trace += tl.load(sums + j * BLOCK_F + DIM + a * DIM - a * (a - 1) // 2)
+            if trace <= 0:
                 far, far_at = float("-inf"), 0
                 for first in range(0, N, BN):
                     n = first + tl.arange(0, BN)
@@ -102,14 +107,14 @@ def _m_step(features, x, centroids, index, distance, sums, N, K, DIM: tl.constex
                     far_at = tl.where(top > far, tl.min(tl.where(d == top, n, N), axis=0), far_at)
                     far = tl.maximum(far, top)
                 if far > 0:
-                    a = tl.arange(0, DIM)
-                    tl.store(centroids + j * DIM + a, tl.load(x + far_at * DIM + a))
+                    entry_of = tl.arange(0, DIM)
+                    tl.store(centroids + j * DIM + entry_of, tl.load(x + far_at * DIM + entry_of))
                 last, last_at = far, far_at
 
 
 @triton.jit
 def em_kernel(features, x, centroids, index, distance, sums, loss, N, groups, iterations, K, DIM: tl.constexpr, F: tl.constexpr,
-              BN: tl.constexpr, BM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr):
+              BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr):
     """Moves centroids [P, K, DIM] in place by up to `iterations` steps, problem p on group p % groups; stops when no index changes.
 
     features [groups, F + 1, N], x [groups, N, DIM]; index i16 [P, N], all -1 at first; distance f32 [P, N]; sums f64
@@ -134,7 +139,7 @@ def em_kernel(features, x, centroids, index, distance, sums, loss, N, groups, it
         tl.debug_barrier()                              # all threads see all indices
         step += 1
         if changed > 0:
-            _m_step(features, x, centroids, index, distance, sums, N, K, DIM, F, BN, BM, BLOCK_K, BLOCK_F)
+            _m_step(features, x, centroids, index, distance, sums, N, K, DIM, F, BN, BM, BC, BLOCK_K, BLOCK_F)
             tl.debug_barrier()
         else:
             step = iterations

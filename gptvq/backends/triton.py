@@ -83,7 +83,7 @@ class PreparedLinear(_Packed):
                    lambda b: ((cdiv(rows, b["R"]),), {**self.constants, "M": m}), key)
         else:
             m = min(64, power_of_two(tokens, least=16))
-            launch("vq_gemm", f"M={m}", {**given, **self.counts},
+            launch("vq_gemm", f"{'float32 ' if x.dtype == torch.float32 else ''}M={m}", {**given, **self.counts},
                    lambda b: ((cdiv(rows, b["R"]), cdiv(tokens, b["M"])), {**self.constants, **_operands(x.dtype)}), key)
         return y
 
@@ -163,7 +163,7 @@ def _by_block(kernel: str, given: dict, centroids: Tensor, strip: Tensor, scale:
         return (cdiv(rows, r),), {"DIM": d, "GROUP_ROWS": group_rows, "SHARED": group_rows % r == 0, "SCALED": scale is not None, "R": r,
                                   "B": width, "BLOCK_K": power_of_two(k), **constants}
 
-    launch(kernel, "K<=16" if k <= 16 else "K<=256", {
+    launch(kernel, _up_to(k), {
         **{name: aligned(t) for name, t in given.items()}, "centroids": aligned(centroids), "strip": aligned(strip),
         "scale": None if scale is None else aligned(scale), "index": index, "E" if kernel == "column_block" else "change": out,
         "rows": rows, "n": n, "strips": strips, "K": k}, plan)

@@ -38,13 +38,15 @@ def interpreted() -> bool:
 def why_not(device: torch.device) -> str:
     """One clause saying why there are no Triton kernels for tensors on `device`; empty where there are."""
     if not version():
-        return "triton is not installed (`pip install triton`, Linux only; PyTorch for CUDA brings it along)"
+        return "triton is not installed (`pip install triton` on Linux; PyTorch for CUDA brings it along)"
     if tuple(map(int, re.findall(r"\d+", version())[:2])) < OLDEST:
         return f"triton {version()} is too old: it needs {'.'.join(map(str, OLDEST))} or newer"
     if device.type == "cpu":
         return "" if interpreted() else "Triton kernels need a GPU (TRITON_INTERPRET=1 interprets them on the CPU, very slowly: for tests)"
     if device.type != "cuda":
         return f"it has no kernels for device type {device.type!r}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
     if not torch.version.hip and torch.cuda.get_device_capability(device) < CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}: it needs {CAPABILITY[0]}.{CAPABILITY[1]}"
