@@ -50,6 +50,12 @@ step quantize "$python" -m bench.quantize --json "$out/quantize.json"
 step gemv "$python" -m bench.gemv --json "$out/gemv-cpu.json"
 step gemv-m "$python" -m bench.gemv --shapes 4096x4096,576x1536 --m 2,4,8,16,32,64,128 --cache cold --json "$out/gemv-cpu-m.json"
 step decode "$python" -m bench.decode "${model[@]}" --json "$out/decode-cpu.json"
+step triton-resources "$python" -m bench.triton_resources --json "$out/triton-resources.json"
+if [ -n "$gpu" ]; then
+    step triton "$python" -m bench.triton --device cuda --json "$out/triton.json"
+else
+    skip triton "no CUDA device"
+fi
 if [ -n "${CALIBRATION:-}" ] && [ -n "${TEXT:-}" ]; then
     step quality-layers "$python" -m bench.quality --layers "${model[@]}" --calibration "$CALIBRATION" --heldout "$TEXT" \
         --json "$out/quality-layers.json"

@@ -29,11 +29,7 @@ def unit_code(words, v: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def component(packed, i: tl.constexpr, DIM: tl.constexpr):
     """Value i of centroids that come as integers of 8 * DIM bits, as float32."""
-    if DIM == 1:
-        value = packed
-    else:
-        value = packed.to(tl.int32) << 24 - 8 * i >> 24
-    return value.to(tl.float32)
+    return (packed >> 8 * i).to(tl.int8).to(tl.float32)
 
 
 @triton.jit

@@ -22,10 +22,10 @@ def _words(idx, row, unit, units, tiles, WORDS: tl.constexpr):
 @triton.jit
 def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units, tiles, strips, pairs, M: tl.constexpr,
                    BITS: tl.constexpr, DIM: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr, GROUP_ROWS: tl.constexpr,
-                   GROUP_COLS: tl.constexpr, SCALE_BLOCK: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+                   GROUP_COLS: tl.constexpr, SCALE_BLOCK: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """x [tokens, cols], bias float32 [rows] or None, y [tokens, rows] like x; tokens <= M, sums in float32.
 
-    Where a group or a scale block is not made of whole units, its scale is applied vector by vector.
+    EVEN: cols are whole steps of C units.  Where a group or a scale block is not made of whole units, its scale is applied vector by vector.
     """
     GROUP_OF_UNITS: tl.constexpr = GROUP_COLS % (V * DIM) == 0
     SCALE_OF_UNITS: tl.constexpr = SCALE_BLOCK % (V * DIM) == 0
@@ -42,6 +42,7 @@ def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units
         begin = tl.minimum(unit * (V * DIM), cols - 1)
         if GROUP_OF_UNITS:
             group = codebooks + begin // GROUP_COLS
+            entries = cb + (group << BITS)
             size = tl.load(gs + group)
         else:
             size = 1.0
@@ -55,7 +56,8 @@ def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units
             start = tl.minimum(col, cols - 1)
             if not GROUP_OF_UNITS:
                 group = codebooks + start // GROUP_COLS
-            packed = tl.load(cb + (group << BITS) + unit_code(words, v, BITS))
+                entries = cb + (group << BITS)
+            packed = tl.load(entries + unit_code(words, v, BITS))
             for i in tl.static_range(DIM):
                 weight = component(packed, i, DIM)
                 if not GROUP_OF_UNITS:
@@ -64,8 +66,9 @@ def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units
                     weight = weight * block_scale(sc, table, own, start // SCALE_BLOCK, pairs)
                 new = ()
                 for m in tl.static_range(M):
-                    value = tl.load(x + m * cols + col + i, mask=(col + i < cols) & (m < tokens), other=0.0).to(tl.float32)
-                    new = new + (parts[m] + weight * value,)
+                    at = x + tl.minimum(m, tokens - 1) * cols + col + i
+                    value = tl.load(at) if EVEN else tl.load(at, mask=col + i < cols, other=0.0)
+                    new = new + (parts[m] + weight * value.to(tl.float32),)
                 parts = new
         new = ()
         for m in tl.static_range(M):

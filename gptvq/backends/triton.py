@@ -78,9 +78,9 @@ class PreparedLinear(_Packed):
         given = {"x": aligned(x), **self.tensors, "bias": self.bias, "y": y, "tokens": tokens, **self.sizes}
         key = (*self.key, str(x.dtype), self.bias is not None)
         if tokens <= GEMV_TO:
-            m = power_of_two(tokens)
+            m, unit = power_of_two(tokens), self.constants["V"] * self.constants["DIM"]
             launch("vq_gemv", f"M={m}", {**given, "tiles": self.spec.tiles, **self.counts},
-                   lambda b: ((cdiv(rows, b["R"]),), {**self.constants, "M": m}), key)
+                   lambda b: ((cdiv(rows, b["R"]),), {**self.constants, "M": m, "EVEN": self.spec.cols % (b["C"] * unit) == 0}), key)
         else:
             m = min(64, power_of_two(tokens, least=16))
             launch("vq_gemm", f"{'float32 ' if x.dtype == torch.float32 else ''}M={m}", {**given, **self.counts},

@@ -101,10 +101,10 @@ def test_what_is_not_float32_is_the_reference(device, launched):
     assert torch.equal(got, want) and torch.allclose(E, want_E) and launched == []
 
 
-@pytest.mark.parametrize("case", [GENERIC[6], GENERIC[2]], ids=ids)
-def test_a_layer_gets_the_same_bytes_each_time_and_the_error_of_the_reference(case, forced, launched, monkeypatch):
+def test_a_layer_gets_the_same_bytes_each_time_and_the_error_of_the_reference(forced, launched, monkeypatch):
+    case = GENERIC[6]
     W, H = case.build(torch.float32)
-    recipe = Recipe(em_starts=2, em_iterations=12, passes=2, sweeps=1, cg_iterations=5)
+    recipe = Recipe(em_starts=2, em_iterations=5, passes=1, sweeps=1, cg_iterations=4)
     records = [solver.solve(W.to(forced), Hessian.from_matrix(H.to(forced)), case.spec, recipe)[1] for _ in range(2)]
     assert records[0].sha256 == records[1].sha256
     assert {name.partition(" ")[0] for name in launched} == {"quadratic_features", "em", "column_block", "descent_block", "decode", "collect"}
