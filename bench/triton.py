@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser():
     p = runner.parser("triton", "Speed of the GPU kernels.", EXAMPLE)
-    p.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="cpu: Triton's interpreter, to try this bench; default %(default)s")
+    p.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="cpu: Triton's interpreter, to try it; default %(default)s")
     p.add_argument("--shapes", type=runner.shapes, default=[(4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192)], metavar="RxC,RxC",
                    help="default 4096x4096,11008x4096,8192x8192,28672x8192")
     p.add_argument("--presets", type=runner.names, default=["2d-2.25", "2d-2.25-s64", "2d-3.125", "1d-4.125", "4d-2.25"], metavar="A,B",
@@ -86,7 +86,8 @@ def products(preset: str, rows: int, cols: int, m: int, backends: dict, device: 
     sizes["copy"] = 2 * source.numel()
     runs["copy"] = functools.partial(torch.empty_like(source).copy_, source)
     times = measure(runs, calls, device, args.repeats)
-    about = {"operation": "linear", "preset": preset, "format": describe_format(vq.spec), "shape": [rows, cols], "m": m, "dtype": args.dtype}
+    about = {"operation": "linear", "preset": preset, "format": describe_format(vq.spec), "shape": [rows, cols], "m": m,
+             "dtype": args.dtype}
     return [{**row(about, name, times, device), "gb_per_second": sizes[name] / statistics.median(times[name]) / 1e9} for name in runs]
 
 
@@ -157,7 +158,8 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def row(about: dict, name: str, times: dict[str, list[float]], device: torch.device) -> dict:
-    return {**about, "method": name, "device": device.type, "threads": torch.get_num_threads(), "median_seconds": statistics.median(times[name]),
+    return {**about, "method": name, "device": device.type, "threads": torch.get_num_threads(),
+            "median_seconds": statistics.median(times[name]),
             "speedup": {other: runner.ratio(times, name, other) for other in times if other not in (name, "copy")}}
 
 

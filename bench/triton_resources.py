@@ -150,7 +150,8 @@ def resources(cubin: bytes) -> dict:
                        for option in ("--dump-resource-usage", "-sass"))
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {"registers": int(found["REG"]), "stack_bytes": int(found["STACK"]), "local_bytes": int(found["LOCAL"]),
-            "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)), "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", code)),
+            "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+            "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", code)),
             "wide_loads": len(re.findall(r"\bLDG\S*\.128|\bLDGSTS\S*\.128", code)),
             "matrix": ", ".join(sorted(set(re.findall(r"\b(?:HGMMA|HMMA)[.\w]*", code))))}
 

@@ -11,6 +11,7 @@ import torch
 from . import ops
 from .backends import native, triton, triton_launch
 from .checkpoint import VERSION
+from .errors import BackendUnavailable
 
 
 def diagnose() -> dict[str, str]:
@@ -40,7 +41,10 @@ def diagnose() -> dict[str, str]:
 
 
 def _name(device: torch.device) -> str:
-    return ops.backend(device).__name__.rpartition(".")[2]
+    try:
+        return ops.backend(device).__name__.rpartition(".")[2]
+    except BackendUnavailable as error:
+        return f"none ({error})"
 
 
 def _forced(variable: str) -> str:

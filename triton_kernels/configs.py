@@ -26,7 +26,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
     "vq_gemv M=1": {"any": [_config(4, R=16, C=64), _config(8, R=16, C=128), _config(4, R=16, C=32), _config(2, R=16, C=32),
                             _config(4, R=32, C=32)]},
     "vq_gemv M=2": {"any": [_config(4, R=16, C=64), _config(4, R=16, C=32), _config(2, R=16, C=16)]},
-    "vq_gemv M=4": {"any": [_config(4, R=16, C=32), _config(2, R=16, C=16), _config(4, R=32, C=16)]},
+    "vq_gemv M=4": {"any": [_config(8, R=16, C=64), _config(4, R=16, C=32), _config(4, R=16, C=64)]},
     "vq_gemv M=8": {"any": [_config(4, R=16, C=32), _config(2, R=16, C=16), _config(4, R=32, C=16)]},
     "vq_gemm M=16": {"any": [_config(4, 3, R=32, M=16, COLS=128), _config(4, 3, R=64, M=16, COLS=64), _config(4, R=32, M=16, COLS=256)]},
     "vq_gemm M=32": {"any": [_config(4, 3, R=32, M=32, COLS=128), _config(4, 3, R=64, M=32, COLS=64)]},

@@ -86,7 +86,7 @@ def _m_step(features, x, centroids, index, distance, sums, N, K, DIM: tl.constex
         empty += tl.sum((filled == 0).to(tl.int32) * (c < K).to(tl.int32))
         for p in tl.static_range(DIM):
             pivot = tl.sum(tl.where(row == p, A, 0.0), axis=1)
-            pivot = pivot / tl.sum(tl.where(column == p, pivot, 0.0), axis=1)[:, None]
+            pivot = pivot / tl.where(filled, tl.sum(tl.where(column == p, pivot, 0.0), axis=1), 1.0)[:, None]
             below = tl.sum(tl.where(col == p, A, 0.0), axis=2)
             A = tl.where(row == p, pivot[:, None, :], A - below[:, :, None] * pivot[:, None, :])
         mean = tl.sum(tl.where(col == DIM, A, 0.0), axis=2).to(tl.float32)

@@ -25,7 +25,8 @@ def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units
                    GROUP_COLS: tl.constexpr, SCALE_BLOCK: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """x [tokens, cols], bias float32 [rows] or None, y [tokens, rows] like x; tokens <= M, sums in float32.
 
-    EVEN: cols are whole steps of C units.  Where a group or a scale block is not made of whole units, its scale is applied vector by vector.
+    EVEN: cols are whole steps of C units.  Where a group or a scale block is not made of whole units, its scale is applied vector by
+    vector.
     """
     GROUP_OF_UNITS: tl.constexpr = GROUP_COLS % (V * DIM) == 0
     SCALE_OF_UNITS: tl.constexpr = SCALE_BLOCK % (V * DIM) == 0

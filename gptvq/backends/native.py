@@ -11,7 +11,7 @@ from ..config import ACTIVATIONS
 from ..errors import ConfigError
 from ..spec import QuantSpec
 from . import reference
-from .prepared import prepared
+from .prepared import Remembered
 
 try:
     from .. import _C
@@ -118,11 +118,7 @@ class PreparedLinear:
 
 
 prepare_linear = PreparedLinear
-
-
-def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
-           spec: QuantSpec, activations: str) -> Tensor:
-    return prepared(PreparedLinear, idx, cb, gs, sc, table, bias, spec)(x, activations)
+linear = Remembered(PreparedLinear)
 
 
 def _all_float32(*tensors: Tensor | None) -> bool:

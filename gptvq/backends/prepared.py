@@ -1,23 +1,30 @@
-"""Packed layers prepared for products, found again by their tensors: for calls that bring nothing else."""
+"""Packed weights prepared for their kernels, remembered for callers that bring nothing but tensors."""
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_prepared = WeakTensorKeyDictionary()       # idx -> (make, source, what make returned)
+from ..spec import QuantSpec
 
 
-def source(*tensors: Tensor | None) -> list:
-    """What a layer was made from; `_version` counts changes in place."""
-    return [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+class Remembered:
+    """linear(x, idx, cb, gs, sc, table, bias, spec, activations) by way of prepare(idx, cb, gs, sc, table, bias, spec).
+
+    Prepares again where a tensor is another one or was changed in place since.
+    """
+
+    def __init__(self, prepare):
+        self.prepare = prepare
+        self.known = WeakTensorKeyDictionary()      # idx -> (state of the other tensors, what prepare made)
+
+    def __call__(self, x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
+                 spec: QuantSpec, activations: str) -> Tensor:
+        state, known = [_state(t) for t in (cb, gs, sc, table, bias)], self.known.get(idx)
+        if known is None or known[0] != state:
+            known = self.known[idx] = state, self.prepare(idx, cb, gs, sc, table, bias, spec)
+        return known[1](x, activations)
 
 
-def prepared(make: Callable, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None, spec):
-    """make(idx, cb, gs, sc, table, bias, spec), or what it returned before where idx is the same and the others have not changed."""
-    now = source(cb, gs, sc, table, bias)
-    found = _prepared.get(idx)
-    if found is None or found[0] is not make or found[1] != now:
-        found = _prepared[idx] = make, now, make(idx, cb, gs, sc, table, bias, spec)
-    return found[2]
+def _state(tensor: Tensor | None) -> tuple | None:
+    """Address and, from `_version`, the count of changes in place."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..spec import BLOCK_COLS, QuantSpec
 from . import reference
-from .prepared import prepared
+from .prepared import Remembered
 from .reference import (  # noqa: F401
     cross,
     gram,
@@ -97,11 +97,7 @@ def _operands(dtype: torch.dtype) -> dict:
 
 
 prepare_linear = PreparedLinear
-
-
-def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
-           spec: QuantSpec, activations: str) -> Tensor:
-    return prepared(PreparedLinear, idx, cb, gs, sc, table, bias, spec)(x, activations)
+linear = Remembered(PreparedLinear)
 
 
 # ---- quantization
@@ -146,8 +142,8 @@ def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Ten
     def plan(b):
         return (cdiv(len(x), b["R"]),), {"DIM": d, "GROUP_ROWS": group_rows, "SHARED": group_rows % b["R"] == 0, "BLOCK_K": power_of_two(k)}
 
-    launch("assign", "", {"x": aligned(x), "metric": aligned(metric), "centroids": aligned(centroids), "index": index, "rows": len(x), "K": k},
-           plan)
+    launch("assign", "", {"x": aligned(x), "metric": aligned(metric), "centroids": aligned(centroids), "index": index, "rows": len(x),
+                          "K": k}, plan)
     return index
 
 

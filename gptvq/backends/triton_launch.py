@@ -73,7 +73,7 @@ def _kernels() -> dict:
             vq_gemv,
         )
     except ImportError as error:
-        raise BackendUnavailable(f"gptvq's Triton kernels cannot be imported ({error}); set GPTVQ_BACKEND=reference to do without") from error
+        raise BackendUnavailable(f"gptvq's Triton kernels cannot be imported ({error}); GPTVQ_BACKEND=reference does without") from error
     return {name.removesuffix("_kernel"): kernel for module in (assign, collect, column_block, dequantize, em, vq_gemm, vq_gemv)
             for name, kernel in vars(module).items() if name.endswith("_kernel")}
 

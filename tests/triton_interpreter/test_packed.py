@@ -11,7 +11,6 @@ from packed_cases import (
     random_weight,
     spec_id,
 )
-from quantize_cases import on
 
 from gptvq import VQLinear, ops
 from gptvq.backends import reference, triton
@@ -19,6 +18,10 @@ from gptvq.spec import FORMATS, QuantSpec
 
 SOME = [spec for spec in SPECS if (spec.rows, spec.cols, spec.group_rows) in {SHAPES[i][:3] for i in (1, 3, 4, 5)}]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3}      # the interpreter cuts bfloat16 off instead of rounding
+
+
+def on(device, *tensors):
+    return [t if t is None else t.to(device) for t in tensors]
 
 
 def packed(spec, device, seed=0):

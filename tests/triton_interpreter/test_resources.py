@@ -30,14 +30,18 @@ def compiled(tmp_path_factory):
     if why := triton_launch.version() == "" and "triton is not installed":
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("resources")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    rows = {arch: [] for arch in RUNS}
-    waiting = [(arch, options) for arch, runs in RUNS.items() for options in runs]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache"),
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    rows, waiting = {arch: [] for arch in RUNS}, [(arch, options) for arch, runs in RUNS.items() for options in runs]
+
+    def start(arch, options):
+        path = folder / f"{len(waiting)}.json"
+        command = [sys.executable, "-m", "bench.triton_resources", "--arch", arch, *options, "--json", path]
+        return arch, path, subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL,
+                                            stderr=subprocess.PIPE)
+
     while waiting:
-        pair = [(arch, folder / f"{len(waiting)}-{arch}.json", subprocess.Popen(
-            [sys.executable, "-m", "bench.triton_resources", "--arch", arch, *options, "--json", folder / f"{len(waiting)}-{arch}.json"], cwd=ROOT,
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)) for arch, options in (waiting.pop(), waiting.pop())]
-        for arch, path, process in pair:
+        for arch, path, process in [start(*waiting.pop()) for _ in range(min(2, len(waiting)))]:
             errors = process.communicate()[1]
             assert process.returncode == 0, errors[-3000:]
             rows[arch] += check_file(path, "triton_resources")
@@ -45,7 +49,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", RUNS)
 def test_resources(compiled, arch):
     for row in compiled[arch]:
