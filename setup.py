@@ -69,7 +69,8 @@ setup(
                       "gguf>=0.10", "rich>=13"],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "peft>=0.21", "setuptools>=70", "wheel", "cmake>=3.24", "ninja",
-                 "pybind11>=2.13"],
+                 "pybind11>=2.13",
+                 "triton>=3.6,<3.9; platform_system == 'Linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"],
         "datasets": ["datasets>=2.19"],
         "peft": ["peft>=0.21"],
         # llama-cpp-python compiles for the processor at hand (10 minutes): the baselines of bench.gemv and bench.decode.

@@ -2,7 +2,7 @@
 # Everything there is to do on an NVIDIA GPU, in one call and without network: build, tests, compute-sanitizer, benches.
 #
 #   bench/gpu.sh [STEP ...]      all steps, or those named: build tests ptx memcheck racecheck synccheck initcheck
-#                                gemv gemv-8 gemm quantize-70b quantize-7b decode-eager decode-graph decode-compile
+#                                gemv gemv-8 gemm triton-resources triton quantize-70b quantize-7b decode-eager decode-graph decode-compile
 #
 # Each step has its own time limit and its own result file, bench/results/<gpu>-<step>.json, which a bench rewrites after every row: what
 # was measured stays when a later step fails.  What the steps print goes to build/gpu/<step>.log.  PYTHON names the interpreter.
@@ -70,6 +70,8 @@ if [[ ${GPTVQ_GPU_STEPS:-} != none ]]; then
   step decode-eager 600 $(bench decode decode-eager) --device cuda --shape llama2-7b --modes eager
   step decode-graph 600 $(bench decode decode-graph) --device cuda --shape llama2-7b --modes graph
   step decode-compile 900 $(bench decode decode-compile) --device cuda --shape llama2-7b --modes compile --repeats 5
+  step triton-resources 300 $(bench triton_resources triton-resources)
+  step triton 600 $(bench triton triton) --device cuda
   step gemm 600 $(bench gemv gemm) --device cuda --dtype float16 --activations a16 --m 16,64,256,2048 --repeats 5
   for tool in memcheck racecheck synccheck initcheck; do sanitizer "$tool"; done
   finish

@@ -9,8 +9,9 @@ import sys
 import torch
 
 from . import ops
-from .backends import cuda, native
+from .backends import cuda, native, triton, triton_launch
 from .checkpoint import VERSION
+from .errors import BackendUnavailable
 
 
 def diagnose() -> dict[str, str]:
@@ -33,14 +34,18 @@ def diagnose() -> dict[str, str]:
                               f"no device (torch built with CUDA {torch.version.cuda})" if torch.version.cuda else "torch is a CPU build")
     found["CUDA in gptvq"] = native.cuda_text()
     gpu = torch.device("cuda")
-    found["CUDA kernels"] = (f"run on {torch.cuda.get_device_name()}{_forced('GPTVQ_BACKEND')}" if cuda.serves(gpu) else
-                             f"none: {cuda.why_not(gpu)}; packed layers on a GPU are unpacked on every call")
-    found["triton"] = _version("triton")
+    found["GPU layers"] = f"{_name(gpu)} backend" if torch.cuda.is_available() else "no GPU that torch can use"
+    found["CUDA kernels"] = f"run on {torch.cuda.get_device_name()}" if cuda.serves(gpu) else f"none: {cuda.why_not(gpu)}"
+    missing = triton.why_not(gpu)
+    found["triton"] = f"{triton_launch.version() or 'not installed'}; " + (f"no kernels: {missing}" if missing else "kernels for the GPU")
     return found
 
 
 def _name(device: torch.device) -> str:
-    return ops.backend(device).__name__.rpartition(".")[2]
+    try:
+        return ops.backend(device).__name__.rpartition(".")[2]
+    except BackendUnavailable as error:
+        return f"none ({error})"
 
 
 def _forced(variable: str) -> str:

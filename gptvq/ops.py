@@ -1,6 +1,6 @@
 """The operators: argument checks and the choice of a backend.  The only module that names backend functions.
 
-`GPTVQ_BACKEND` names one of BACKENDS; otherwise the first of them that serves the tensor's device is taken.
+`GPTVQ_BACKEND` = native | cuda | triton | reference forces one; otherwise the first that serves the tensor's device is taken.
 """
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backends import cuda, native, reference
+from .backends import cuda, native, reference, triton
 from .config import ACTIVATIONS
 from .errors import BackendUnavailable, ConfigError
 from .spec import QuantSpec
 
-BACKENDS = {"native": native, "cuda": cuda, "reference": reference}     # in order of preference; the last serves every device
+BACKENDS = {"native": native, "cuda": cuda, "triton": triton, "reference": reference}
+#: What is tried on a type of device before the reference, best first.
+_PREFERRED = {"cpu": (native,), "cuda": (cuda, triton)}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,10 +26,12 @@ def backend(device: torch.device):
     """The module that serves packed-weight operators on `device`."""
     choice = os.environ.get("GPTVQ_BACKEND", "")
     if not choice:
-        return next((module for name, module in BACKENDS.items() if name != "reference" and module.serves(device)), reference)
+        return next((module for module in _PREFERRED.get(device.type, ()) if module.serves(device)), reference)
     if choice not in BACKENDS:
         raise BackendUnavailable(f"GPTVQ_BACKEND={choice!r} is unknown; choose one of {', '.join(BACKENDS)}, or unset it")
-    if choice != "reference" and not BACKENDS[choice].serves(device):
+    if choice == "reference":
+        return reference
+    if not BACKENDS[choice].serves(device):
         raise BackendUnavailable(f"GPTVQ_BACKEND={choice}, but {BACKENDS[choice].why_not(device)}; unset it to use another backend")
     return BACKENDS[choice]
 

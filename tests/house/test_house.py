@@ -18,6 +18,7 @@ LAYERS = [
     {"errors"},
     {"spec"},
     {"config"},
+    {"triton_kernels"},
     {"backends"},
     {"ops"},
     {"hessian", "scaling", "codebook"},
