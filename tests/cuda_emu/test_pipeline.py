@@ -83,8 +83,8 @@ class Tally(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows, cols, dim, bits, group, scale", [
-    (512, 256, 2, 2, (16, 128), 0), (128, 384, 2, 2, (16, 128), 0), (256, 256, 2, 2, (16, 128), 64), (256, 256, 4, 2, (256, 256), 0),
-    (256, 256, 1, 3, (16, 32), 0)])
+    (256, 128, 2, 2, (16, 128), 0), (64, 192, 2, 2, (16, 64), 0), (128, 128, 2, 2, (16, 128), 64), (128, 128, 4, 2, (128, 128), 0),
+    (128, 128, 1, 3, (16, 32), 0)])
 def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, scale, monkeypatch):
     monkeypatch.setattr(cuda_call, "empty", torch.empty)      # guards around outputs are no part of it
     case = Case(f"{rows} x {cols}", rows, cols, dim, bits, *group, scale)
