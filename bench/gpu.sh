@@ -1,78 +1,96 @@
 #!/usr/bin/env bash
-# Everything there is to do on an NVIDIA GPU, in one call and without network: build, tests, compute-sanitizer, benches.
-#
-#   bench/gpu.sh [STEP ...]      all steps, or those named: build tests ptx memcheck racecheck synccheck initcheck
-#                                gemv gemv-8 gemm triton-resources triton quantize-70b quantize-7b decode-eager decode-graph decode-compile
-#
-# Each step has its own time limit and its own result file, bench/results/<gpu>-<step>.json, which a bench rewrites after every row: what
-# was measured stays when a later step fails.  What the steps print goes to build/gpu/<step>.log.  PYTHON names the interpreter.
-# Needs nvcc, cmake, ninja, pybind11, torch with CUDA, transformers and pytest; nothing is downloaded.
+# One call on a machine with a GPU, without network: build, the tests that need one, the GPU benches, compute-sanitizer over the tests of
+# the kernels, all other tests, every other bench; a summary at the end.  "bench/gpu.sh gpu" ends after what needs a GPU.
+# The results go to $OUT, by default bench/results; those of a GPU are called by its name.  Each step has its own time limit (SCALE: times
+# so many), and a bench rewrites its file after every row, so a step that fails or takes too long leaves what it has measured.
+# PYTHON: the interpreter, with torch and the build tools installed.
+# MODEL, CALIBRATION and TEXT (a model and two texts) are for bench.quality, which is skipped without the texts; MODEL also for
+# bench.decode.  Both take the demo's model where it is not set.
+# It ends with 1 if something failed; what cannot run here, for want of a GPU or a file, is skipped and said so.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=${PYTHON:-python3}
-gpu_name() {
-  "$PYTHON" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))' || echo no-gpu
-}
-NAME=${NAME:-$(gpu_name)}
-RESULTS=${RESULTS:-bench/results}
-LOGS=build/gpu
-mkdir -p "$RESULTS" "$LOGS"
-export PYTHONPATH=. HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-WANTED=" ${*:-${GPTVQ_GPU_STEPS:-all}} "
-FAILED=()
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python="${PYTHON:-python3}"
+out="${OUT:-bench/results}"
+failed=0
+summary=()
+mkdir -p "$out" || exit 1
 
-# step NAME SECONDS COMMAND...: runs it within the limit, says how it ended, and goes on.
-step() {
-  local name=$1 limit=$2
-  shift 2
-  [[ ${GPTVQ_GPU_STEPS:-} != none && $WANTED != " all " && $WANTED != *" $name "* ]] && return
-  echo "== $name"
-  local began=$SECONDS code=0
-  timeout -k 10 "$limit" "$@" > "$LOGS/$name.log" 2>&1 || code=$?
-  tail -n 25 "$LOGS/$name.log" | sed 's/^/   /'
-  if ((code == 124 || code == 137)); then
-    echo "   $name: took longer than $limit s"
-  elif ((code)); then
-    echo "   $name: exit code $code"
-  else
-    echo "   $name: done in $((SECONDS - began)) s"
-  fi
-  ((code)) && FAILED+=("$name")
-  return 0
+step() { # NAME [SECONDS] COMMAND...: runs it for at most so long (half an hour), keeps its output in NAME.log
+    local name="$1" limit=1800 began=$SECONDS verdict=ok code
+    shift
+    [[ ! $1 =~ ^[0-9]+$ ]] || { limit=$1 && shift; }
+    limit=$((limit * ${SCALE:-1}))
+    echo "== $name: $*"
+    timeout -k 10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    code=${PIPESTATUS[0]}
+    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+        verdict="STOPPED after $limit s"
+        failed=1
+    elif [ "$code" -ne 0 ]; then
+        verdict="FAILED (exit code $code)"
+        failed=1
+    fi
+    summary+=("$(printf '%-20s %-24s %5d s' "$name" "$verdict" "$((SECONDS - began))")")
+}
+
+skip() { # NAME REASON
+    summary+=("$(printf '%-20s skipped: %s' "$1" "$2")")
 }
 
 finish() {
-  ((${#FAILED[@]})) || { echo "all steps done; results: $RESULTS/$NAME-*.json"; return 0; }
-  echo "failed: ${FAILED[*]}; their output is in $LOGS"
-  return 1
+    echo
+    echo "== summary"
+    if [ -n "$gpu" ]; then echo "GPU: $gpu"; else echo "NO CUDA DEVICE: nothing above ran on a GPU"; fi
+    printf '%s\n' "${summary[@]}"
+    exit "$failed"
 }
 
-bench() { echo "$PYTHON -m bench.$1 --json $RESULTS/$NAME-$2.json"; }
-
-# Without torch's caching of memory, so that the end of a tensor is the end of an allocation; initcheck needs to see all that writes.
-sanitizer() {
-  local only="--kernel-name kernel_substring=gptvq"
-  [[ $1 == initcheck ]] && only=""
-  step "$1" 900 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --target-processes all --error-exitcode 9 $only \
-    "$PYTHON" -m pytest -q -x -m gpu -p no:cacheprovider tests/cuda_emu --deselect tests/cuda_emu/test_pipeline.py
-}
-
-if [[ ${GPTVQ_GPU_STEPS:-} != none ]]; then
-  nvidia-smi || true
-  step build 900 env GPTVQ_CUDA=ON "$PYTHON" setup.py -q build_ext --inplace
-  step doctor 60 "$PYTHON" -c 'from gptvq.doctor import diagnose; [print(f"{topic}: {text}") for topic, text in diagnose().items()]'
-  step ptx 300 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/cuda_emu/test_ptx.py
-  step tests 1200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
-  step gemv 600 $(bench gemv gemv) --device cuda --dtype float16 --activations a16
-  step gemv-8 600 $(bench gemv gemv-8) --device cuda --dtype float16 --activations a16 --m 2,8 --repeats 7
-  step quantize-70b 600 $(bench quantize quantize-70b) --device cuda --shape llama2-70b-layer --samples 128
-  step quantize-7b 600 $(bench quantize quantize-7b) --device cuda --shape llama2-7b --samples 128
-  step decode-eager 600 $(bench decode decode-eager) --device cuda --shape llama2-7b --modes eager
-  step decode-graph 600 $(bench decode decode-graph) --device cuda --shape llama2-7b --modes graph
-  step decode-compile 900 $(bench decode decode-compile) --device cuda --shape llama2-7b --modes compile --repeats 5
-  step triton-resources 300 $(bench triton_resources triton-resources)
-  step triton 600 $(bench triton triton) --device cuda
-  step gemm 600 $(bench gemv gemm) --device cuda --dtype float16 --activations a16 --m 16,64,256,2048 --repeats 5
-  for tool in memcheck racecheck synccheck initcheck; do sanitizer "$tool"; done
-  finish
+gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>/dev/null | tail -n 1)"
+step build 900 "$python" -m pip install -q --no-build-isolation --no-deps -e .
+if [ -z "$gpu" ]; then
+    skip gpu "no CUDA device"
+    skip sanitizer "no CUDA device"
+else
+    named="$out/$(echo "$gpu" | tr 'A-Z' 'a-z' | tr -cs 'a-z0-9\n' '-' | sed 's/-*$//')"
+    step gpu-tests 900 "$python" -m pytest -q -rs -m gpu
+    step gpu-gemv 600 "$python" -m bench.gemv --device cuda --dtype float16 --activations a16 --json "$named-gemv.json"
+    step gpu-gemv-m 600 "$python" -m bench.gemv --device cuda --dtype float16 --activations a16 --presets 2d-2.25,2d-3.125,4d-2.25 \
+        --m 2,8,16,64,2048 --repeats 5 --json "$named-gemv-m.json"
+    step gpu-layer-70b 300 "$python" -m bench.quantize --device cuda --shape llama2-70b-layer --samples 128 --json "$named-layer-70b.json"
+    step gpu-layer-7b 300 "$python" -m bench.quantize --device cuda --shape llama2-7b --samples 128 --json "$named-layer-7b.json"
+    for mode in eager graph compile; do         # a process each: what goes wrong in one may end the device's context
+        step "gpu-decode-$mode" 600 "$python" -m bench.decode --device cuda --shape llama2-7b --modes "$mode" --repeats 5 \
+            --json "$named-decode-$mode.json"
+    done
+    step gpu-triton 600 "$python" -m bench.triton --device cuda --json "$named-triton.json"
+    if ! command -v compute-sanitizer >/dev/null; then
+        skip sanitizer "compute-sanitizer is not installed"
+    else
+        # Without torch's caching of memory the end of a tensor is the end of an allocation; initcheck has to see all that writes.
+        for tool in memcheck racecheck synccheck initcheck; do
+            only=(--kernel-name kernel_substring=gptvq)
+            [ "$tool" != initcheck ] || only=()
+            step "$tool" 900 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes all \
+                --error-exitcode 9 "${only[@]}" "$python" -m pytest -q -m gpu tests/cuda_emu --deselect tests/cuda_emu/test_pipeline.py
+        done
+    fi
 fi
+model=()
+[ -z "${MODEL:-}" ] || model=(--model "$MODEL")
+[ "${1:-}" != gpu ] || finish
+step tests 3600 "$python" -m pytest -q -rs
+step triton-resources 600 "$python" -m bench.triton_resources --json "$out/triton-resources.json"
+step dequantize 600 "$python" -m bench.dequantize --json "$out/dequantize.json"
+step quantize 900 "$python" -m bench.quantize --json "$out/quantize.json"
+step gemv 1800 "$python" -m bench.gemv --json "$out/gemv-cpu.json"
+step gemv-m 1800 "$python" -m bench.gemv --shapes 4096x4096,576x1536 --m 2,4,8,16,32,64,128 --cache cold --json "$out/gemv-cpu-m.json"
+step decode 1800 "$python" -m bench.decode "${model[@]}" --json "$out/decode-cpu.json"
+if [ -n "${CALIBRATION:-}" ] && [ -n "${TEXT:-}" ]; then
+    step quality-layers 7200 "$python" -m bench.quality --layers "${model[@]}" --calibration "$CALIBRATION" --heldout "$TEXT" \
+        --json "$out/quality-layers.json"
+    step quality-perplexity 14400 "$python" -m bench.quality --perplexity "${model[@]}" --calibration "$CALIBRATION" --text "$TEXT" \
+        --json "$out/quality-perplexity.json"
+else
+    skip quality "CALIBRATION and TEXT name no files"
+fi
+finish
