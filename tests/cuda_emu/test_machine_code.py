@@ -9,6 +9,10 @@ FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem !
 MOST_REGISTERS = {
     "packing": {"pack_kernel": 32, "unpack_kernel": 32, "dequantize_kernel": 48},
     "centroids": {"decode_kernel": 24, "collect_kernel": 48},
+    "linear": {"linear_exact_kernel": 40, "linear_sum_kernel": 32},
+    "linear_1d": {"linear_inputs_kernel": 32, "linear_tile_kernel": 64, "linear_tile_tokens_kernel": 128},
+    "linear_2d": {"linear_inputs_kernel": 32, "linear_tile_kernel": 64, "linear_tile_tokens_kernel": 128},
+    "linear_k256": {"linear_inputs_kernel": 32, "linear_group_kernel": 64, "linear_group_tokens_kernel": 128},
 }
 
 
