@@ -69,7 +69,8 @@ struct LaneRows {
   int block, book[books];               // the tile's first block; codebook of each row in strip 0
 
   __device__ __forceinline__ LaneRows(const LinearLayer& w, int tile, int g, int t)
-      : idx(w.idx + 8 * g + 64 * F::words * t), sc(w.sc + static_cast<std::int64_t>(tile) * w.scale_pairs * 16 + 2 * g), block(tile * w.blocks) {
+      : idx(w.idx + 8 * g + 64 * F::words * t), sc(w.sc + static_cast<std::int64_t>(tile) * w.scale_pairs * 16 + 2 * g),
+        block(tile * w.blocks) {
 #pragma unroll
     for (int r = 0; r < books; ++r) book[r] = min((16 * tile + 2 * g + r) / w.group_rows, w.row_groups - 1) * w.strips;
   }
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   if (threadIdx.x < 16 && row < w.rows) {
     float total = partial[threadIdx.x];
     for (int i = 1; i < w.warps; ++i) total += partial[i * 16 + threadIdx.x];
-    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, total + (w.bias ? w.bias[row] : 0.f));
+    put_output(batch, w, token, row, total);
   }
 }
 

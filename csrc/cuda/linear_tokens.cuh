@@ -12,9 +12,9 @@ constexpr int kTokenTile = 8;
 
 template <class F, int Grain>
 struct TokensShape {
-  static constexpr int tiles = Grain == 256 && F::unit != 8 && F::lookup != Lookup::cta_table ? 2 : 1;      // of 16 rows, for one reading of x
+  static constexpr int tiles = Grain == 256 && F::unit != 8 && F::lookup != Lookup::cta_table ? 2 : 1;      // of 16 rows, a reading of x
   static constexpr int halves = Grain == 64 && F::unit == 32 ? 2 : 1;
-  static constexpr int pairs = Grain == 256 ? 4 : 2 / (F::unit == 32 ? 1 : 2);              // of steps, between two scalings
+  static constexpr int pairs = Grain == 256 ? 4 : F::unit == 32 ? 2 : 1;                    // of steps, between two scalings
   static constexpr int slots = 2 * tiles * 2;       // sums of a lane in a token tile: [4 tokens][tile][row]
 };
 
@@ -55,8 +55,9 @@ struct RowScales {
 
 // Adds the chunk's products with all tokens to the lane's sums, [token tile][slot][lane].
 template <class F, int Grain, int Tiles>
-__device__ __forceinline__ void add_tokens(const LinearBatch& batch, const LinearLayer& w, const Place& at, const Fragments<F> (&fragments)[Tiles],
-                                           const RowScales<F, Grain> (&scales)[Tiles], int g, int t, float* sums) {
+__device__ __forceinline__ void add_tokens(const LinearBatch& batch, const LinearLayer& w, const Place& at,
+                                           const Fragments<F> (&fragments)[Tiles], const RowScales<F, Grain> (&scales)[Tiles], int g, int t,
+                                           float* sums) {
   using Shape = TokensShape<F, Grain>;
   constexpr int spans = kChunk / Grain;
   std::uint32_t half[2] = {opaque(t / 2 == 0), opaque(t / 2 == 1)};
@@ -94,8 +95,10 @@ __device__ __forceinline__ void add_tokens(const LinearBatch& batch, const Linea
 #pragma unroll
           for (int p = 0; p < Tiles; ++p)
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-              sum[p][r] = fmaf(static_cast<float>(c[h][p][2 * r] * batch.high_weight + c[h][p][2 * r + 1]), by * scales[p].by[span][r], sum[p][r]);
+            for (int r = 0; r < 2; ++r) {
+              const float found = static_cast<float>(c[h][p][2 * r] * batch.high_weight + c[h][p][2 * r + 1]);
+              sum[p][r] = fmaf(found, by * scales[p].by[span][r], sum[p][r]);
+            }
         }
       }
 #pragma unroll
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
     const float* from = sums + (token / kTokenTile * Shape::slots + slot) * 32 + in_tiles % 16 / 2 * 4 + token % 4;
     float total = from[0];
     for (int k = 1; k < w.warps; ++k) total += from[k * warp_sums];
-    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, total + (w.bias ? w.bias[row] : 0.f));
+    put_output(batch, w, token, row, total);
   }
 }
 

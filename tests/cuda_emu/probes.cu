@@ -184,7 +184,8 @@ const Probe kProbes[] = {
     {"cp_async16", probe_cp_async16}, {"cp_async16_zfill", probe_cp_async16_zfill}, {"cp_async4", probe_cp_async4},
     {"ldmatrix_x4", probe_ldmatrix_x4}, {"ldmatrix_x2", probe_ldmatrix_x2}, {"mma_m16n8k16", probe_mma_f16},
     {"mma_m16n8k16_bf16", probe_mma_bf16}, {"mma_m16n8k32_s8", probe_mma_s8}, {"prmt", probe_prmt}, {"lop3", probe_lop3},
-    {"load_stream", probe_load_stream}, {"load_stream_if", probe_load_stream_if}, {"addresses", probe_addresses}, {"shuffles", probe_shuffles}, {"votes", probe_votes}, {"integers", probe_integers},
+    {"load_stream", probe_load_stream}, {"load_stream_if", probe_load_stream_if}, {"addresses", probe_addresses},
+    {"shuffles", probe_shuffles}, {"votes", probe_votes}, {"integers", probe_integers},
     {"atomics", probe_atomics}};
 
 }  // namespace

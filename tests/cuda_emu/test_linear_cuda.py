@@ -16,7 +16,7 @@ SHAPES = [(48, 512, 16, 256, 0), (37, 1100, 48, 544, 0), (64, 512, 32, 256, 64),
 SMALL = [(40, 512, 4, 256, 0), (36, 300, 8, 64, 64), (22, 320, 2, 160, 16), (50, 288, 6, 288, 64)]
 SPECS = [QuantSpec(r, c, *form, *rest) for form in sorted(FORMATS) for r, c, *rest in SHAPES]
 SPECS += [QuantSpec(r, c, *form, *rest) for form in ((1, 2), (1, 3), (1, 4), (2, 2)) for r, c, *rest in SMALL]
-SPECS += [QuantSpec(r, c, *form, *rest) for form in ((1, 2), (1, 3), (1, 4)) for r, c, *rest in [(18, 512, 1, 256, 0), (21, 300, 3, 32, 32)]]
+SPECS += [QuantSpec(r, c, 1, bits, *rest) for bits in (2, 3, 4) for r, c, *rest in [(18, 512, 1, 256, 0), (21, 300, 3, 32, 32)]]
 # groups that cut blocks of columns, or rows that need to share a codebook: computed in float32
 EXACT = [QuantSpec(30, 200, *form, 5, 24, scale) for form, scale in zip(sorted(FORMATS), (0, 0, 0, 0, 0, 0, 0))]
 EXACT += [QuantSpec(30, 130, 2, 3, 4, 64, 32), QuantSpec(30, 130, 4, 2, 8, 64, 16)]
