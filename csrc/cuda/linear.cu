@@ -88,6 +88,7 @@ struct Launch {
     batch.x_bytes = 2 * kChunk;
     batch.step_bytes = kChunk / grain * 4;
     batch.gs_bytes = 2;
+    batch.two_to_16 = 1 << 16;
     step_at = padded(tokens * chunks * batch.x_bytes);
     partial_at = step_at + padded(tokens * chunks * batch.step_bytes);
     bytes = partial_at + (batch.splits > 1 ? batch.splits * tokens * batch.total_rows * 4 : 0);

@@ -42,6 +42,7 @@ struct LinearBatch {
   // Bytes from one block of indices, codebook, chunk of x, chunk's steps to the next: run-time constants, so that the multiplier
   // computes addresses, and not the pipe that looks codes up.
   int block_bytes, book_bytes, x_bytes, step_bytes, gs_bytes;
+  std::uint32_t two_to_16;
   // Where the chunks of a row are shared by several CTAs: their sums [splits, tokens, rows of all layers].
   float* partial;
   int splits, total_rows;

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   const bool idle = Spans<F, Grain>::idle(g, t);
 
   float sum[2] = {0, 0};
-  Table<F> table;
+  Table<F> table(batch.two_to_16);
   int turn = warp * 2;
 #pragma unroll 1
   for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
@@ -236,9 +236,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(cons
   const bool idle = Spans<F, Grain>::idle(g, t);
 
   float sum[2] = {0, 0};
-  Table<F> table;
-  table.table = reinterpret_cast<const unsigned char*>(entries);
-  table.bank = 4 * l;
+  const Table<F> table(entries, l);
 #pragma unroll 1
   for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
     const Codes<F> codes = rows.codes(batch, w, at, t);

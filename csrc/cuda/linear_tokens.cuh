@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
       const LaneRows<F> rows(w, min(tile + p, w.tiles - 1), g, t);
       const Codes<F> codes = rows.codes(batch, w, at, t);
       scales[p].load(batch, w, at, rows);
-      Table<F> table;
+      Table<F> table(batch.two_to_16);
       if constexpr (warp_table) {
         fill_pairs<F>(rows.codebook(batch, w, at, 0), tables + 32 * turn);
         table.table = shared_address(tables + 32 * turn);
@@ -172,9 +172,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_group_tokens_kern
   float* mine = sums + warp * token_tiles * Shape::slots * 32 + l;
   for (int i = 0; i < token_tiles * Shape::slots; ++i) mine[32 * i] = 0;
 
-  Table<F> table;
-  table.table = reinterpret_cast<const unsigned char*>(entries);
-  table.bank = 4 * l;
+  const Table<F> table(entries, l);
 #pragma unroll 1
   for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
     const Codes<F> codes = rows.codes(batch, w, at, t);
