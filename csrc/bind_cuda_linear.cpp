@@ -9,8 +9,9 @@ namespace py = pybind11;
 namespace gptvq {
 namespace {
 
-std::unique_ptr<cuda::Linear> prepare(const Arg& idx, const Arg& cb, const Arg& gs, const std::optional<Arg>& sc, const std::optional<Arg>& table,
-                                      const std::optional<Arg>& bias_arg, const SpecArg& fields) {
+std::unique_ptr<cuda::Linear> prepare(const Arg& idx, const Arg& cb, const Arg& gs, const std::optional<Arg>& sc,
+                                      const std::optional<Arg>& table, const std::optional<Arg>& bias_arg, const SpecArg& fields, int,
+                                      std::uint64_t) {
   const Spec spec = checked_spec(fields);
   const float* bias = nullptr;
   if (bias_arg) {
@@ -43,23 +44,26 @@ std::int64_t scratch(const std::vector<const cuda::Linear*>& layers, std::int64_
 }
 
 // Addresses of contiguous x [tokens, cols], y [tokens, rows] and `linear_scratch` bytes.
-void run(const std::vector<const cuda::Linear*>& layers, std::uintptr_t x, int type, std::int64_t tokens, const std::vector<std::uintptr_t>& y,
-         int activations, std::uintptr_t scratch_memory, std::int64_t scratch_bytes, int device, std::uint64_t stream) {
+void run(const std::vector<const cuda::Linear*>& layers, std::uintptr_t x, int type, std::int64_t tokens,
+         const std::vector<std::uintptr_t>& y, int activations, std::uintptr_t scratch_memory, std::int64_t scratch_bytes, int device,
+         std::uint64_t stream) {
   check_layers(layers, tokens);
   if (layers.size() != y.size())
-    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) + ", one per layer");
+    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) +
+                                ", one per layer");
   if (type < 0 || type > 2) throw std::invalid_argument("type: got " + std::to_string(type) + ", need 0, 1 or 2");
   const Activations kind = activations_of(activations);
   const std::int64_t need = cuda::linear_scratch(layers, tokens, kind, device);
   if (scratch_bytes < need || (need && (!scratch_memory || scratch_memory % 16)))
-    throw std::invalid_argument("scratch: got " + std::to_string(scratch_bytes) + " bytes, need " + std::to_string(need) + " at a multiple of 16");
+    throw std::invalid_argument("scratch: got " + std::to_string(scratch_bytes) + " bytes, need " + std::to_string(need) +
+                                " at a multiple of 16");
   if (tokens > 0 && !x) throw std::invalid_argument("x: got a tensor without storage, need one with data");
   if (tokens > 0 && std::find(y.begin(), y.end(), 0) != y.end())
     throw std::invalid_argument("y: got a tensor without storage, need one with data");
   std::vector<void*> outputs;
   for (const std::uintptr_t address : y) outputs.push_back(reinterpret_cast<void*>(address));
-  cuda::linear(layers, reinterpret_cast<const void*>(x), static_cast<OutType>(type), tokens, outputs, kind, reinterpret_cast<void*>(scratch_memory),
-               device, stream);
+  cuda::linear(layers, reinterpret_cast<const void*>(x), static_cast<OutType>(type), tokens, outputs, kind,
+               reinterpret_cast<void*>(scratch_memory), device, stream);
 }
 
 }  // namespace
@@ -67,10 +71,8 @@ void run(const std::vector<const cuda::Linear*>& layers, std::uintptr_t x, int t
 void bind_cuda_linear(py::module_& m) {
   // module_local: the emulator's module has a class of this name too
   py::class_<cuda::Linear>(m, "Linear", py::module_local(), "A packed weight on which `linear` can be called; its tensors must outlive it.")
-      .def(py::init([](const Arg& idx, const Arg& cb, const Arg& gs, const std::optional<Arg>& sc, const std::optional<Arg>& table,
-                       const std::optional<Arg>& bias, const SpecArg& fields, int, std::uint64_t) { return prepare(idx, cb, gs, sc, table, bias, fields); }),
-           py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true), py::arg("scale_table").none(true), py::arg("bias").none(true),
-           py::arg("spec"), py::arg("device"), py::arg("stream"))
+      .def(py::init(&prepare), py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true), py::arg("scale_table").none(true),
+           py::arg("bias").none(true), py::arg("spec"), py::arg("device"), py::arg("stream"))
       .def_property_readonly("fast", &cuda::Linear::fast, "whether the integer kernels take this shape");
   m.def("linear_scratch", &scratch, py::arg("layers"), py::arg("tokens"), py::arg("activations"), py::arg("device"),
         "bytes of scratch memory that `linear` needs");

@@ -59,6 +59,7 @@ def cuobjdump():
     return found or (str(beside) if beside and beside.exists() else None)
 
 
+@functools.lru_cache(maxsize=None)
 def instructions(name, architecture):
     """{kernel with its template arguments: SASS text} of csrc/cuda/{name}.cu; skips without cuobjdump."""
     tool = cuobjdump() or pytest.skip("needs cuobjdump (of the CUDA toolkit or of triton)")

@@ -67,7 +67,8 @@ struct Launch {
       return by_group(s) ? w.row_groups * Spec::ceil_div(w.group_tiles, w.warps) : Spec::ceil_div(w.tiles, cta_tiles);
     };
     for (; last < layers.size() && last - first < kMostLayers && joins(s, *layers[last]); ++last) {
-      LinearLayer& w = batch.layer[last - first] = layer_of(*layers[last], y.empty() ? nullptr : y[last], several ? kTokensWarps : kLinearWarps);
+      LinearLayer& w = batch.layer[last - first];
+      w = layer_of(*layers[last], y.empty() ? nullptr : y[last], several ? kTokensWarps : kLinearWarps);
       w.first_row = batch.total_rows;
       batch.total_rows += w.rows;
       warps = std::max(warps, w.warps);
@@ -75,7 +76,8 @@ struct Launch {
     }
     batch.layers = static_cast<int>(last - first);
     batch.tokens = static_cast<int>(tokens);
-    const std::int64_t chunks = batch.layer[0].chunks, per_split = std::max<std::int64_t>(1, chunks * parts / (kCtasPerProcessor * multiprocessors(device)));
+    const std::int64_t chunks = batch.layer[0].chunks, wanted = kCtasPerProcessor * multiprocessors(device);
+    const std::int64_t per_split = std::max<std::int64_t>(1, chunks * parts / wanted);
     batch.splits = by_group(s) ? static_cast<int>(Spec::ceil_div(chunks, per_split)) : 1;
     for (int l = 0; l < batch.layers; ++l) {
       batch.layer[l].first_cta = ctas;
@@ -86,6 +88,7 @@ struct Launch {
     batch.x_bytes = 2 * kChunk;
     batch.step_bytes = kChunk / grain * 4;
     batch.gs_bytes = 2;
+    batch.two_to_16 = 1 << 16;
     step_at = padded(tokens * chunks * batch.x_bytes);
     partial_at = step_at + padded(tokens * chunks * batch.step_bytes);
     bytes = partial_at + (batch.splits > 1 ? batch.splits * tokens * batch.total_rows * 4 : 0);
@@ -101,9 +104,12 @@ struct Launch {
 void launch_exact(const Linear& layer, const void* x, int type, std::int64_t tokens, void* y, std::uint64_t stream) {
   const Spec& s = layer.spec();
   const Packed& p = layer.weight();
-  const ExactArgs args{p.idx, p.cb, p.gs, p.sc, p.scale_table, layer.bias(), x, y, static_cast<int>(s.rows), static_cast<int>(s.cols),
-                       static_cast<int>(s.blocks()), static_cast<int>(s.strips()), static_cast<int>(s.group_rows), static_cast<int>(s.group_cols),
-                       static_cast<int>(s.scale_block), static_cast<int>(Spec::ceil_div(s.scale_blocks(), 2)), static_cast<int>(tokens), type};
+  ExactArgs args{p.idx, p.cb, p.gs, p.sc, p.scale_table, layer.bias(), x, y};
+  args.rows = static_cast<int>(s.rows), args.cols = static_cast<int>(s.cols), args.blocks = static_cast<int>(s.blocks());
+  args.strips = static_cast<int>(s.strips());
+  args.group_rows = static_cast<int>(s.group_rows), args.group_cols = static_cast<int>(s.group_cols);
+  args.scale_block = static_cast<int>(s.scale_block), args.scale_pairs = static_cast<int>(Spec::ceil_div(s.scale_blocks(), 2));
+  args.tokens = static_cast<int>(tokens), args.type = type;
   const dim3 grid(static_cast<unsigned>(Spec::ceil_div(s.rows, kExactWarps)), static_cast<unsigned>(Spec::ceil_div(tokens, kExactTokens)));
   with_format(s, [&](auto format) {
     GPTVQ_LAUNCH((linear_exact_kernel<decltype(format)::bits, decltype(format)::dim>), grid, dim3(32 * kExactWarps), 0, stream, args);
@@ -128,7 +134,8 @@ void for_each_launch(const std::vector<const Linear*>& layers, const std::vector
 }
 
 void check_alignment(const char* name, const void* at) {
-  if (reinterpret_cast<std::uintptr_t>(at) % 16) throw std::invalid_argument(std::string(name) + ": got an address that is not a multiple of 16");
+  if (reinterpret_cast<std::uintptr_t>(at) % 16)
+    throw std::invalid_argument(std::string(name) + ": got an address that is not a multiple of 16, need one that is");
 }
 
 }  // namespace
@@ -153,7 +160,8 @@ std::int64_t linear_scratch(const std::vector<const Linear*>& layers, std::int64
 void linear(const std::vector<const Linear*>& layers, const void* x, OutType type, std::int64_t tokens, const std::vector<void*>& y,
             Activations activations, void* scratch, int device, std::uint64_t stream) {
   if (tokens == 0) return;
-  if (tokens > kMostTokens) throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need at most " + std::to_string(kMostTokens));
+  if (tokens > kMostTokens)
+    throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need at most " + std::to_string(kMostTokens));
   GPTVQ_DEVICE(device);
   for_each_launch(
       layers, y, tokens, activations, device,
@@ -172,9 +180,10 @@ void linear(const std::vector<const Linear*>& layers, const void* x, OutType typ
         with_format(s, [&](auto format) {
           launch_linear<decltype(format)::bits, decltype(format)::dim>({in, b, launch.ctas, launch.warps, stream}, launch.grain);
         });
-        if (b.splits > 1)
-          GPTVQ_LAUNCH(linear_sum_kernel, dim3(static_cast<unsigned>(Spec::ceil_div(b.total_rows, 256)), static_cast<unsigned>(tokens)), dim3(256), 0,
-                       stream, b);
+        if (b.splits > 1) {
+          const dim3 grid(static_cast<unsigned>(Spec::ceil_div(b.total_rows, kSumThreads)), static_cast<unsigned>(tokens));
+          GPTVQ_LAUNCH(linear_sum_kernel, grid, dim3(kSumThreads), 0, stream, b);
+        }
       },
       [&](std::size_t i) { launch_exact(*layers[i], x, static_cast<int>(type), tokens, y[i], stream); });
 }

@@ -42,6 +42,7 @@ struct LinearBatch {
   // Bytes from one block of indices, codebook, chunk of x, chunk's steps to the next: run-time constants, so that the multiplier
   // computes addresses, and not the pipe that looks codes up.
   int block_bytes, book_bytes, x_bytes, step_bytes, gs_bytes;
+  std::uint32_t two_to_16;
   // Where the chunks of a row are shared by several CTAs: their sums [splits, tokens, rows of all layers].
   float* partial;
   int splits, total_rows;
@@ -57,7 +58,8 @@ struct LinearBatch {
 struct Place {
   int chunk, strip, sub;
 
-  __device__ __forceinline__ Place(const LinearLayer& w, int first) : chunk(first), strip(first / w.strip_chunks), sub(first % w.strip_chunks) {}
+  __device__ __forceinline__ Place(const LinearLayer& w, int first)
+      : chunk(first), strip(first / w.strip_chunks), sub(first % w.strip_chunks) {}
   // The place `w.turn` chunks further.
   __device__ __forceinline__ void advance(const LinearLayer& w) {
     chunk += w.turn, strip += w.turn_strips, sub += w.turn_subs;
@@ -86,6 +88,10 @@ __device__ __forceinline__ void store_rounded(void* y, int type, long long i, fl
   else static_cast<__nv_bfloat16*>(y)[i] = __float2bfloat16_rn(v);
 }
 
+__device__ __forceinline__ void put_output(const LinearBatch& batch, const LinearLayer& w, int token, int row, float sum) {
+  store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, sum + (w.bias ? w.bias[row] : 0.f));
+}
+
 // What one CTA of a group kernel does: tiles of a row group, and chunks.
 struct GroupPart {
   int split, tile, tile_end, chunk, chunk_end;
@@ -105,7 +111,7 @@ __device__ __forceinline__ void fill_table(const std::int8_t* book, uint4* entri
   for (int e = threadIdx.x; e < F::codewords; e += blockDim.x) {
     std::uint32_t word = 0;
 #pragma unroll
-    for (int d = 0; d < F::dim; ++d) word |= static_cast<std::uint32_t>(static_cast<std::uint8_t>(__ldg(book + d * F::codewords + e))) << 8 * d;
+    for (int d = 0; d < F::dim; ++d) word |= (static_cast<std::uint32_t>(__ldg(book + d * F::codewords + e)) & 255) << 8 * d;
 #pragma unroll
     for (int k = 0; k < 8; ++k) entries[8 * e + (k + e) % 8] = make_uint4(word, word, word, word);    // 8 lanes, 8 x 4 banks
   }
@@ -115,7 +121,7 @@ __device__ __forceinline__ void put_sum(const LinearBatch& batch, const LinearLa
   if (batch.splits > 1)
     batch.partial[(static_cast<std::int64_t>(split) * batch.tokens + token) * batch.total_rows + w.first_row + row] = sum;
   else
-    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, sum + (w.bias ? w.bias[row] : 0.f));
+    put_output(batch, w, token, row, sum);
 }
 
 }  // namespace gptvq

@@ -76,8 +76,10 @@ struct Table;
 
 template <class F>
 struct Table<F, Lookup::registers> {
-  std::uint32_t entry[F::books][F::book_words];
+  std::uint32_t entry[F::books][F::book_words], two_to_16;
 
+  // two_to_16: 65536, from where the compiler does not see it, so that the multiplier shifts and not the pipe that looks up.
+  __device__ __forceinline__ explicit Table(std::uint32_t two_to_16) : two_to_16(two_to_16) {}
   __device__ __forceinline__ void load(const std::int8_t* const (&book)[2]) {
 #pragma unroll
     for (int r = 0; r < F::books; ++r) {
@@ -128,8 +130,9 @@ struct Table<F, Lookup::registers> {
       } else {
         a[0][0] = find16(book, low, high);
         a[0][1] = find16(book + 4, low, high);
-        a[1][0] = find16(book, low >> 16, high >> 16);
-        a[1][1] = find16(book + 4, low >> 16, high >> 16);
+        const std::uint32_t next_low = __umulhi(low, two_to_16), next_high = __umulhi(high, two_to_16);
+        a[1][0] = find16(book, next_low, next_high);
+        a[1][1] = find16(book + 4, next_low, next_high);
       }
     }
   }
@@ -140,6 +143,7 @@ template <class F>
 struct Table<F, Lookup::warp_table> {
   SharedAddress table;              // of the warp, a multiple of 128
 
+  __device__ __forceinline__ explicit Table(std::uint32_t) {}
   __device__ __forceinline__ std::uint32_t pair(std::uint32_t twice) const { return load_shared16((twice & 0x7e) | table); }
   __device__ __forceinline__ void quad(std::uint32_t codes, std::uint32_t (&a)[2]) const {
     a[0] = prmt(pair(codes << 1), pair(codes >> 7), 0x5410);
@@ -160,6 +164,7 @@ struct Table<F, Lookup::cta_table> {
   const unsigned char* table;       // in shared memory
   std::uint32_t bank;               // 4 lane
 
+  __device__ __forceinline__ Table(const uint4* entries, int lane) : table(reinterpret_cast<const unsigned char*>(entries)), bank(4 * lane) {}
   __device__ __forceinline__ std::uint32_t at(std::uint32_t shifted) const {
     return *reinterpret_cast<const std::uint32_t*>(table + ((shifted & 0x7f80) | bank));
   }

@@ -5,7 +5,7 @@
 
 namespace gptvq {
 
-constexpr int kExactWarps = 4, kExactTokens = 4;
+constexpr int kExactWarps = 4, kExactTokens = 4, kSumThreads = 256;
 
 struct ExactArgs {
   const std::uint8_t* idx;
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(32 * kExactWarps) linear_exact_kernel(ExactArg
     const int col = 32 * block + lane;
     if (col >= a.cols) break;
     const std::int64_t at = (static_cast<std::int64_t>(tile) * a.blocks + block) * Layout::block_bytes + row % 16 * 4;
-    const std::uint32_t code = Layout::quad(reinterpret_cast<const std::uint32_t*>(a.idx + at), vector / 4) >> vector % 4 * 8 & (Layout::codewords - 1);
+    const std::uint32_t quad = Layout::quad(reinterpret_cast<const std::uint32_t*>(a.idx + at), vector / 4);
+    const std::uint32_t code = quad >> vector % 4 * 8 & (Layout::codewords - 1);
     const std::int64_t book = group + col / a.group_cols;
     float weight = __fmul_rn(static_cast<float>(a.cb[(book * Dim + lane % Dim) * Layout::codewords + code]), bfloat(a.gs[book]));
     if (a.sc) {
@@ -49,21 +50,24 @@ __global__ void __launch_bounds__(32 * kExactWarps) linear_exact_kernel(ExactArg
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], d);
     if (lane == 0 && first + k < a.tokens)
-      store_rounded(a.y, a.type, static_cast<std::int64_t>(first + k) * a.rows + row, static_cast<float>(sum[k] + (a.bias ? a.bias[row] : 0.f)));
+      store_rounded(a.y, a.type, static_cast<std::int64_t>(first + k) * a.rows + row,
+                    static_cast<float>(sum[k] + static_cast<double>(a.bias ? a.bias[row] : 0.f)));
   }
 }
 
 // One thread per token and row of all layers.
-__global__ void __launch_bounds__(256) linear_sum_kernel(const __grid_constant__ LinearBatch batch) {
-  const int at = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
+__global__ void __launch_bounds__(kSumThreads) linear_sum_kernel(const __grid_constant__ LinearBatch batch) {
+  const int at = blockIdx.x * kSumThreads + threadIdx.x, token = blockIdx.y;
   if (at >= batch.total_rows) return;
   int l = 0;
   while (l + 1 < batch.layers && at >= batch.layer[l + 1].first_row) ++l;
   const LinearLayer& w = batch.layer[l];
   const int row = at - w.first_row;
+  const std::int64_t split = static_cast<std::int64_t>(batch.tokens) * batch.total_rows;
+  const float* from = batch.partial + static_cast<std::int64_t>(token) * batch.total_rows + at;
   float sum = 0;
-  for (int s = 0; s < batch.splits; ++s) sum += batch.partial[(static_cast<std::int64_t>(s) * batch.tokens + token) * batch.total_rows + at];
-  store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, sum + (w.bias ? w.bias[row] : 0.f));
+  for (int s = 0; s < batch.splits; ++s) sum += from[s * split];
+  put_output(batch, w, token, row, sum);
 }
 
 }  // namespace gptvq

@@ -61,35 +61,60 @@ struct Diagonal {
   }
 };
 
-// A lane's place: pointers to its rows (2 g and 2 g + 1 of the tile) in strip 0 or chunk 0, and to its part of x.
+// Where a lane's rows (2 g and 2 g + 1 of a tile) are: numbers of blocks and codebooks, to which those of a chunk are added.
+template <class F>
+struct LaneRows {
+  static constexpr int books = F::books;
+  const std::uint8_t *idx, *sc;         // of the lane; idx in the layer's first block
+  int block, book[books];               // the tile's first block; codebook of each row in strip 0
+
+  __device__ __forceinline__ LaneRows(const LinearLayer& w, int tile, int g, int t)
+      : idx(w.idx + 8 * g + 64 * F::words * t), sc(w.sc + static_cast<std::int64_t>(tile) * w.scale_pairs * 16 + 2 * g),
+        block(tile * w.blocks) {
+#pragma unroll
+    for (int r = 0; r < books; ++r) book[r] = min((16 * tile + 2 * g + r) / w.group_rows, w.row_groups - 1) * w.strips;
+  }
+
+  __device__ __forceinline__ Codes<F> codes(const LinearBatch& batch, const LinearLayer& w, const Place& at, int t) const {
+    Codes<F> found;
+    found.load(ahead(idx, block + at.block(w), batch.block_bytes), at.live_blocks(w) * (32 / F::unit) - t);
+    return found;
+  }
+  __device__ __forceinline__ const std::int8_t* codebook(const LinearBatch& batch, const LinearLayer& w, const Place& at, int r) const {
+    return ahead(w.cb, book[F::books == 2 ? r : 0] + at.strip, batch.book_bytes);
+  }
+  __device__ __forceinline__ float group_scale(const LinearBatch& batch, const LinearLayer& w, const Place& at, int r) const {
+    return bfloat(__ldg(ahead(w.gs, book[F::books == 2 ? r : 0] + at.strip, batch.gs_bytes)));
+  }
+  // Scales of both rows in the block of 16, 32 or 64 columns that starts at `column` of the chunk; past the columns, where activations
+  // are 0, those of the rows' last block.
+  __device__ __forceinline__ void block_scales(const LinearLayer& w, const Place& at, int column, float (&scale)[2]) const {
+    const int of = min((at.block(w) * 32 + column) >> w.scale_shift, w.scale_blocks - 1);
+    const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(sc + of / 2 * 16)) >> 4 * (of & 1);
+    scale[0] = __ldg(w.scale_table + 16 * of + (both & 15));
+    scale[1] = __ldg(w.scale_table + 16 * of + (both >> 8 & 15));
+  }
+};
+
+// A lane's part of a token.
 template <class F, int Grain>
-struct LanePointers {
-  static constexpr int books = F::books, book_bytes = F::codewords * F::dim;
-  const std::uint8_t *idx, *sc;
-  const std::int8_t *book[books], *x;
-  const std::uint16_t* gs[books];
+struct LaneInputs {
+  const std::int8_t* x;             // of chunk 0
   const float* step;
 
-  __device__ __forceinline__ LanePointers(const LinearBatch& batch, const LinearLayer& w, int tile, int token, int g, int t)
-      : idx(w.idx + static_cast<std::int64_t>(tile) * w.blocks * F::block_bytes + 8 * g + 64 * F::words * t),
-        sc(w.sc + static_cast<std::int64_t>(tile) * w.scale_pairs * 16 + 2 * g),
-        x(batch.x + static_cast<std::int64_t>(token) * w.chunks * 2 * kChunk + Diagonal<F, Grain>::place(g, t)),
-        step(batch.step + static_cast<std::int64_t>(token) * w.chunks * Spans<F, Grain>::count) {
-#pragma unroll
-    for (int r = 0; r < books; ++r) {
-      const int group = min((16 * tile + 2 * g + r) / w.group_rows, w.row_groups - 1);
-      gs[r] = w.gs + static_cast<std::int64_t>(group) * w.strips;
-      book[r] = w.cb + static_cast<std::int64_t>(group) * w.strips * book_bytes;
-    }
-  }
+  __device__ __forceinline__ LaneInputs(const LinearBatch& batch, const LinearLayer& w, int token, int g, int t)
+      : x(batch.x + static_cast<std::int64_t>(token) * w.chunks * 2 * kChunk + Diagonal<F, Grain>::place(g, t)),
+        step(batch.step + static_cast<std::int64_t>(token) * w.chunks * Spans<F, Grain>::count) {}
 };
 
 // The products of one chunk, added to the lane's sums of rows 2 g and 2 g + 1.
 template <class F, int Grain>
-__device__ __forceinline__ void add_chunk(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LanePointers<F, Grain>& lane,
-                                          const Codes<F>& codes, const Table<F>& table, const Diagonal<F, Grain>& x,
+__device__ __forceinline__ void add_chunk(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LaneRows<F>& rows,
+                                          const Codes<F>& codes, const Table<F>& table, const LaneInputs<F, Grain>& inputs, bool idle,
                                           const std::uint32_t (&mask)[Spans<F, Grain>::kinds], int t, float (&sum)[2]) {
   using S = Spans<F, Grain>;
+  Diagonal<F, Grain> x;
+  x.load(ahead(inputs.x, at.chunk, batch.x_bytes), idle);
   std::int32_t c[S::tiles][4];
 #pragma unroll
   for (int i = 0; i < S::tiles; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0;
@@ -107,20 +132,16 @@ __device__ __forceinline__ void add_chunk(const LinearBatch& batch, const Linear
       mma_m16n8k32_s8(c[S::tile(s)], a, b);
     }
   }
-  const float group[2] = {bfloat(__ldg(ahead(lane.gs[0], at.strip, batch.gs_bytes))),
-                          bfloat(__ldg(ahead(lane.gs[F::books - 1], at.strip, batch.gs_bytes)))};
-  const float* steps = ahead(lane.step, at.chunk, batch.step_bytes);
+  const float group[2] = {rows.group_scale(batch, w, at, 0), rows.group_scale(batch, w, at, 1)};
+  const float* steps = ahead(inputs.step, at.chunk, batch.step_bytes);
 #pragma unroll
   for (int i = 0; i < S::tiles; ++i) {
     const float step = __ldg(steps + S::span(i, t));
     float factor[2] = {group[0] * step, group[1] * step};
     if constexpr (Grain != 256) {
-      // Past the columns, where activations are 0, the row's last.
-      const int block = min((at.block(w) * 32 + Grain * S::span(i, t)) >> w.scale_shift, w.scale_blocks - 1);
-      const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(lane.sc + block / 2 * 16)) >> 4 * (block & 1);
-      const float* scales = w.scale_table + 16 * block;
-      factor[0] *= __ldg(scales + (both & 15));
-      factor[1] *= __ldg(scales + (both >> 8 & 15));
+      float scale[2];
+      rows.block_scales(w, at, Grain * S::span(i, t), scale);
+      factor[0] *= scale[0], factor[1] *= scale[1];
     }
     sum[0] = fmaf(static_cast<float>(c[i][0] * batch.high_weight + c[i][1]), factor[0], sum[0]);
     sum[1] = fmaf(static_cast<float>(c[i][2] * batch.high_weight + c[i][3]), factor[1], sum[1]);
@@ -162,29 +183,26 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = blockIdx.x - w.first_cta;
-  const LanePointers<F, Grain> lane(batch, w, tile, token, g, t);
+  const LaneRows<F> rows(w, tile, g, t);
+  const LaneInputs<F, Grain> inputs(batch, w, token, g, t);
   std::uint32_t mask[Spans<F, Grain>::kinds];
   masks_of<F, Grain>(g, mask);
   const bool idle = Spans<F, Grain>::idle(g, t);
 
   float sum[2] = {0, 0};
-  Table<F> table;
+  Table<F> table(batch.two_to_16);
   int turn = warp * 2;
 #pragma unroll 1
   for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
-    Codes<F> codes;
-    codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), at.live_blocks(w) * (32 / F::unit) - t);
-    const std::int8_t* const book[2] = {ahead(lane.book[0], at.strip, batch.book_bytes), ahead(lane.book[F::books - 1], at.strip, batch.book_bytes)};
+    const Codes<F> codes = rows.codes(batch, w, at, t);
     if constexpr (warp_table) {
-      fill_pairs<F>(book[0], tables + 32 * turn);
+      fill_pairs<F>(rows.codebook(batch, w, at, 0), tables + 32 * turn);
       table.table = shared_address(tables + 32 * turn);
       turn ^= 1;                    // a lane may still look something up in the last chunk's
     } else {
-      table.load(book);
+      table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
     }
-    Diagonal<F, Grain> x;
-    x.load(ahead(lane.x, at.chunk, batch.x_bytes), idle);
-    add_chunk<F, Grain>(batch, w, at, lane, codes, table, x, mask, t, sum);
+    add_chunk<F, Grain>(batch, w, at, rows, codes, table, inputs, idle, mask, t, sum);
   }
   add_lanes<Grain>(sum);
   if (t == 0) {
@@ -196,7 +214,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   if (threadIdx.x < 16 && row < w.rows) {
     float total = partial[threadIdx.x];
     for (int i = 1; i < w.warps; ++i) total += partial[i * 16 + threadIdx.x];
-    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, total + (w.bias ? w.bias[row] : 0.f));
+    put_output(batch, w, token, row, total);
   }
 }
 
@@ -211,28 +229,23 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(cons
   const GroupPart part(batch, w, blockIdx.x - w.first_cta);
   const int tile = part.tile + warp;
   const bool works = warp < w.warps && tile < part.tile_end;
-  const LanePointers<F, Grain> lane(batch, w, works ? tile : part.tile, token, g, t);
+  const LaneRows<F> rows(w, works ? tile : part.tile, g, t);
+  const LaneInputs<F, Grain> inputs(batch, w, token, g, t);
   std::uint32_t mask[Spans<F, Grain>::kinds];
   masks_of<F, Grain>(g, mask);
   const bool idle = Spans<F, Grain>::idle(g, t);
 
   float sum[2] = {0, 0};
-  Table<F> table;
-  table.table = reinterpret_cast<const unsigned char*>(entries);
-  table.bank = 4 * l;
+  const Table<F> table(entries, l);
 #pragma unroll 1
   for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
-    Codes<F> codes;
-    codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), works ? at.live_blocks(w) * (32 / F::unit) - t : 0);
+    const Codes<F> codes = rows.codes(batch, w, at, t);
     if (at.sub == 0 || at.chunk == part.chunk) {
       __syncthreads();
-      fill_table<F>(ahead(lane.book[0], at.strip, batch.book_bytes), entries);
+      fill_table<F>(rows.codebook(batch, w, at, 0), entries);
       __syncthreads();
     }
-    if (!works) continue;
-    Diagonal<F, Grain> x;
-    x.load(ahead(lane.x, at.chunk, batch.x_bytes), idle);
-    add_chunk<F, Grain>(batch, w, at, lane, codes, table, x, mask, t, sum);
+    if (works) add_chunk<F, Grain>(batch, w, at, rows, codes, table, inputs, idle, mask, t, sum);
   }
   add_lanes<Grain>(sum);
 #pragma unroll

@@ -12,9 +12,9 @@ constexpr int kTokenTile = 8;
 
 template <class F, int Grain>
 struct TokensShape {
-  static constexpr int tiles = F::lookup == Lookup::cta_table || Grain != 256 ? 1 : 2;      // of 16 rows, that a warp decodes for one reading of x
+  static constexpr int tiles = Grain == 256 && F::unit != 8 && F::lookup != Lookup::cta_table ? 2 : 1;      // of 16 rows, a reading of x
   static constexpr int halves = Grain == 64 && F::unit == 32 ? 2 : 1;
-  static constexpr int pairs = Grain == 256 ? 4 : 2 / (F::unit == 32 ? 1 : 2);              // of steps, between two scalings
+  static constexpr int pairs = Grain == 256 ? 4 : F::unit == 32 ? 2 : 1;                    // of steps, between two scalings
   static constexpr int slots = 2 * tiles * 2;       // sums of a lane in a token tile: [4 tokens][tile][row]
 };
 
@@ -42,32 +42,28 @@ template <class F, int Grain>
 struct RowScales {
   float by[kChunk / Grain][2];
 
-  __device__ __forceinline__ void load(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LanePointers<F, Grain>& lane) {
-    const float group[2] = {bfloat(__ldg(ahead(lane.gs[0], at.strip, batch.gs_bytes))),
-                            bfloat(__ldg(ahead(lane.gs[F::books - 1], at.strip, batch.gs_bytes)))};
+  __device__ __forceinline__ void load(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LaneRows<F>& rows) {
+    const float group[2] = {rows.group_scale(batch, w, at, 0), rows.group_scale(batch, w, at, 1)};
 #pragma unroll
     for (int k = 0; k < kChunk / Grain; ++k) {
-      by[k][0] = group[0], by[k][1] = group[1];
-      if constexpr (Grain != 256) {
-        const int block = min((at.block(w) * 32 + Grain * k) >> w.scale_shift, w.scale_blocks - 1);
-        const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(lane.sc + block / 2 * 16)) >> 4 * (block & 1);
-        by[k][0] *= __ldg(w.scale_table + 16 * block + (both & 15));
-        by[k][1] *= __ldg(w.scale_table + 16 * block + (both >> 8 & 15));
-      }
+      float scale[2] = {1, 1};
+      if constexpr (Grain != 256) rows.block_scales(w, at, Grain * k, scale);
+      by[k][0] = group[0] * scale[0], by[k][1] = group[1] * scale[1];
     }
   }
 };
 
 // Adds the chunk's products with all tokens to the lane's sums, [token tile][slot][lane].
 template <class F, int Grain, int Tiles>
-__device__ __forceinline__ void add_tokens(const LinearBatch& batch, const LinearLayer& w, const Place& at, const Fragments<F> (&fragments)[Tiles],
-                                           const RowScales<F, Grain> (&scales)[Tiles], int g, int t, float* sums) {
+__device__ __forceinline__ void add_tokens(const LinearBatch& batch, const LinearLayer& w, const Place& at,
+                                           const Fragments<F> (&fragments)[Tiles], const RowScales<F, Grain> (&scales)[Tiles], int g, int t,
+                                           float* sums) {
   using Shape = TokensShape<F, Grain>;
   constexpr int spans = kChunk / Grain;
   std::uint32_t half[2] = {opaque(t / 2 == 0), opaque(t / 2 == 1)};
 #pragma unroll 1
   for (int first = 0; first < batch.tokens; first += kTokenTile, sums += 32 * Shape::slots) {
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < 2; ++n) {
       const int x_token = min(first + 4 * n + g / 2, batch.tokens - 1), my_token = min(first + 4 * n + t, batch.tokens - 1);
       const std::int8_t* x = batch.x + (static_cast<std::int64_t>(x_token) * w.chunks + at.chunk) * 2 * kChunk + g % 2 * kChunk + 16 * t;
@@ -99,8 +95,10 @@ __device__ __forceinline__ void add_tokens(const LinearBatch& batch, const Linea
 #pragma unroll
           for (int p = 0; p < Tiles; ++p)
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-              sum[p][r] = fmaf(static_cast<float>(c[h][p][2 * r] * batch.high_weight + c[h][p][2 * r + 1]), by * scales[p].by[span][r], sum[p][r]);
+            for (int r = 0; r < 2; ++r) {
+              const float found = static_cast<float>(c[h][p][2 * r] * batch.high_weight + c[h][p][2 * r + 1]);
+              sum[p][r] = fmaf(found, by * scales[p].by[span][r], sum[p][r]);
+            }
         }
       }
 #pragma unroll
@@ -132,18 +130,16 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
     RowScales<F, Grain> scales[tiles];
 #pragma unroll
     for (int p = 0; p < tiles; ++p) {
-      const LanePointers<F, Grain> lane(batch, w, min(tile + p, w.tiles - 1), 0, g, t);
-      Codes<F> codes;
-      codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), at.live_blocks(w) * (32 / F::unit) - t);
-      scales[p].load(batch, w, at, lane);
-      const std::int8_t* const book[2] = {ahead(lane.book[0], at.strip, batch.book_bytes), ahead(lane.book[F::books - 1], at.strip, batch.book_bytes)};
-      Table<F> table;
+      const LaneRows<F> rows(w, min(tile + p, w.tiles - 1), g, t);
+      const Codes<F> codes = rows.codes(batch, w, at, t);
+      scales[p].load(batch, w, at, rows);
+      Table<F> table(batch.two_to_16);
       if constexpr (warp_table) {
-        fill_pairs<F>(book[0], tables + 32 * turn);
+        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables + 32 * turn);
         table.table = shared_address(tables + 32 * turn);
         turn ^= 1;
       } else {
-        table.load(book);
+        table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
       }
       fragments[p].decode(codes, table);
     }
@@ -157,7 +153,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
     const float* from = sums + (token / kTokenTile * Shape::slots + slot) * 32 + in_tiles % 16 / 2 * 4 + token % 4;
     float total = from[0];
     for (int k = 1; k < w.warps; ++k) total += from[k * warp_sums];
-    store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, total + (w.bias ? w.bias[row] : 0.f));
+    put_output(batch, w, token, row, total);
   }
 }
 
@@ -172,26 +168,23 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_group_tokens_kern
   const GroupPart part(batch, w, blockIdx.x - w.first_cta);
   const int tile = part.tile + warp, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
   const bool works = warp < w.warps && tile < part.tile_end;
-  const LanePointers<F, Grain> lane(batch, w, works ? tile : part.tile, 0, g, t);
+  const LaneRows<F> rows(w, works ? tile : part.tile, g, t);
   float* mine = sums + warp * token_tiles * Shape::slots * 32 + l;
   for (int i = 0; i < token_tiles * Shape::slots; ++i) mine[32 * i] = 0;
 
-  Table<F> table;
-  table.table = reinterpret_cast<const unsigned char*>(entries);
-  table.bank = 4 * l;
+  const Table<F> table(entries, l);
 #pragma unroll 1
   for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
-    Codes<F> codes;
-    codes.load(ahead(lane.idx, at.block(w), batch.block_bytes), works ? at.live_blocks(w) * (32 / F::unit) - t : 0);
+    const Codes<F> codes = rows.codes(batch, w, at, t);
     if (at.sub == 0 || at.chunk == part.chunk) {
       __syncthreads();
-      fill_table<F>(ahead(lane.book[0], at.strip, batch.book_bytes), entries);
+      fill_table<F>(rows.codebook(batch, w, at, 0), entries);
       __syncthreads();
     }
     if (!works) continue;
     Fragments<F> fragments[1];
     RowScales<F, Grain> scales[1];
-    scales[0].load(batch, w, at, lane);
+    scales[0].load(batch, w, at, rows);
     fragments[0].decode(codes, table);
     add_tokens<F, Grain, 1>(batch, w, at, fragments, scales, g, t, mine);
   }

@@ -109,6 +109,25 @@ __global__ void probe_load_stream(const Words* in, Words* out) {            // 8
   for (int i = 0; i < 7; ++i) out[7 * l + i] = values[i];
 }
 
+__global__ void probe_load_stream_if(const Words* in, Words* out) {         // 2 -> 2: zeros on odd lanes
+  const int l = threadIdx.x;
+  const uint2 two = gptvq::load_stream_if(l % 2 == 0, reinterpret_cast<const uint2*>(in + 2 * l));
+  out[2 * l] = two.x;
+  out[2 * l + 1] = two.y;
+}
+
+__global__ void probe_addresses(const Words* in, Words* out) {              // 2 -> 4: lane, word, both halves of the neighbour's word
+  GPTVQ_SHARED(Words, s, 32);
+  const int l = threadIdx.x;
+  s[l] = in[2 * l];
+  __syncthreads();
+  const gptvq::SharedAddress at = gptvq::shared_address(s + (l ^ 1));
+  out[4 * l] = static_cast<Words>(gptvq::lane_id());
+  out[4 * l + 1] = gptvq::opaque(*gptvq::ahead(in + 64, l - 32, 8));        // backwards from the end
+  out[4 * l + 2] = gptvq::load_shared16(at);
+  out[4 * l + 3] = gptvq::load_shared16(at + 2);
+}
+
 __global__ void probe_shuffles(const Words* in, Words* out) {               // 1 -> 5
   const int l = threadIdx.x;
   const Words all = 0xffffffffu, v = in[l];
@@ -165,7 +184,8 @@ const Probe kProbes[] = {
     {"cp_async16", probe_cp_async16}, {"cp_async16_zfill", probe_cp_async16_zfill}, {"cp_async4", probe_cp_async4},
     {"ldmatrix_x4", probe_ldmatrix_x4}, {"ldmatrix_x2", probe_ldmatrix_x2}, {"mma_m16n8k16", probe_mma_f16},
     {"mma_m16n8k16_bf16", probe_mma_bf16}, {"mma_m16n8k32_s8", probe_mma_s8}, {"prmt", probe_prmt}, {"lop3", probe_lop3},
-    {"load_stream", probe_load_stream}, {"shuffles", probe_shuffles}, {"votes", probe_votes}, {"integers", probe_integers},
+    {"load_stream", probe_load_stream}, {"load_stream_if", probe_load_stream_if}, {"addresses", probe_addresses},
+    {"shuffles", probe_shuffles}, {"votes", probe_votes}, {"integers", probe_integers},
     {"atomics", probe_atomics}};
 
 }  // namespace

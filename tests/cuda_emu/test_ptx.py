@@ -130,13 +130,19 @@ def logic(v):
     return np.stack([a & b | c, a ^ b ^ c, a & b | a & c | b & c], 1)
 
 
+def addresses(v):
+    word = v[:, 0]
+    return np.stack([LANES.astype(np.uint32), word, word[LANES ^ 1] & 0xffff, word[LANES ^ 1] >> 16], 1)
+
+
 #: name -> (words per lane in, what comes out of them), or a function of the generator that makes both
 PROBES = {
     "cp_async16": (4, lambda v: v[::-1]), "cp_async16_zfill": (4, zero_filled), "cp_async4": (4, lambda v: v[:, [1, 0, 3, 2]]),
     "ldmatrix_x4": (4, lambda v: matrices(v, 4)), "ldmatrix_x2": (4, lambda v: matrices(v, 2)),
     "mma_m16n8k16": lambda rng: float_mma(rng, half_words), "mma_m16n8k16_bf16": lambda rng: float_mma(rng, bfloat_words),
     "mma_m16n8k32_s8": int_mma, "prmt": (3, lambda v: permuted(*v.T, True)[:, None]), "lop3": (3, logic),
-    "load_stream": (8, lambda v: v[:, :7]),
+    "load_stream": (8, lambda v: v[:, :7]), "load_stream_if": (2, lambda v: np.where(LANES[:, None] % 2, 0, v).astype(np.uint32)),
+    "addresses": (2, addresses),
     "shuffles": (1, shuffled), "votes": (1, voted), "integers": (3, integers), "atomics": (1, atomics),
 }
 
