@@ -20,6 +20,7 @@ LAYERS = [
     {"config"},
     {"backends"},
     {"ops"},
+    {"ranks"},
     {"hessian", "scaling", "codebook"},
     {"weight"},
     {"problem"},
