@@ -1,8 +1,8 @@
 """Many short runs of quantize() in processes of their own: a server that has imported everything forks one child for each.
 
 As a program: reads one JSON request per line, answers each with one line.  `Forks` is its client.  A child may be told to die
-by SIGKILL after some seconds, or at its n-th step on the disk: halfway through the first write to a file, or before the call.
-With `ranks` there are several children for one run, of which number `dies` (0) does so.
+by SIGKILL after some seconds, at its n-th step on the disk (halfway through the first write to a file, or before the call), or at
+its n-th exchange with other processes.  With `ranks` there are several children for one run, of which number `dies` (0) does so.
 """
 import json
 import os
@@ -30,7 +30,7 @@ class Forks:
         self.server.stdin.flush()
 
     def result(self):
-        """{"signal", "error", "steps", "peak", "seconds"} and those of "others"; only the first and the last of one that was killed."""
+        """{"signal", "error", "steps", "exchanges", "peak", "seconds"} and those of "others"; only the first and the last of one that was killed."""
         return json.loads(self.server.stdout.readline())
 
     def run(self, **request):
@@ -72,6 +72,22 @@ def steps_until(fatal):
     return count
 
 
+def exchanges_until(fatal):
+    """Counts what this process gathers from others, and dies at number `fatal`."""
+    import torch.distributed as dist
+
+    count, gather = [0], dist.all_gather
+
+    def counted(*args):
+        count[0] += 1
+        if count[0] == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(*args)
+
+    dist.all_gather = counted
+    return count
+
+
 def job(request):
     import torch
     from job.tiny_models import build, preset
@@ -88,7 +104,8 @@ def child(request, answer):
     from gptvq.ranks import torchrun
 
     error, report = None, os.fdopen(answer, "w")
-    count = steps_until(request.get("fatal") if request["rank"] == request.get("dies", 0) else None)
+    mortal = request["rank"] == request.get("dies", 0)
+    count, exchanges = steps_until(request.get("fatal") if mortal else None), exchanges_until(request.get("exchange") if mortal else None)
     try:
         if "file_limit" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
@@ -97,7 +114,8 @@ def child(request, answer):
     except GptvqError as caught:
         error = f"{type(caught).__name__}: {caught}"
     with report:
-        json.dump({"error": error, "steps": count[0], "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}, report)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        json.dump({"error": error, "steps": count[0], "exchanges": exchanges[0], "peak": peak}, report)
 
 
 def fork(request, port):

@@ -9,6 +9,7 @@ from job.test_resume import files
 from job.tiny_models import build
 
 from gptvq import QuantSpec
+from gptvq.journal import blocks_done
 from gptvq.ranks import Rows
 
 CONFIGS = {"plain": {}, "scales": {"label": "2d-2.25-s64"}, "one-group": {"group_size": 65536}, "rows": {"group_rows": 1, "group_cols": 64}}
@@ -53,15 +54,14 @@ def test_other_architectures_in_memory(forks, tmp_path, model):
 def test_a_rank_that_dies_ends_the_job(forks, folder, tmp_path, dies):
     """The others say so and end; the same call goes on, with any number of processes."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    seconds = run(forks, model=folder, out=whole, ranks=2)["seconds"]
-    ended = 0
-    for share in (0.5, 0.7, 0.85, 0.95):
-        result = forks.run(model=folder, out=out, ranks=2, dies=dies, kill_after=share * seconds)
+    exchanges = run(forks, model=folder, out=whole, ranks=2)["exchanges"]
+    assert exchanges > 50
+    for fatal, blocks in ((1, 0), (exchanges // 3, 0), (2 * exchanges // 3, 1), (exchanges // 2 - 1, 1)):
+        result = forks.run(model=folder, out=out, ranks=2, dies=dies, exchange=fatal)
         both = [result, *result["others"]]
-        if both[dies]["signal"] == signal.SIGKILL and (out / "journal").exists():
-            ended += 1
-            assert both[1 - dies]["signal"] == 0 and "another process of this job ended" in both[1 - dies]["error"]
-    assert ended
+        assert both[dies]["signal"] == signal.SIGKILL and both[1 - dies]["signal"] == 0
+        assert "another process of this job ended" in both[1 - dies]["error"]
+        assert blocks_done(out) == (blocks or (0 if dies == 0 else None))   # rank 0 clears up where no block is done, unless it is the dead one
     run(forks, model=folder, out=out, ranks=3)
     assert files(out) == files(whole)
 
