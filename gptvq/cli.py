@@ -113,9 +113,11 @@ def quantize(args):
     quiet()
     from .quantize import quantize as run
     from .report import RichProgress
-    with RichProgress() as progress:
+    with cli_job.processes(args.device) as (device, first), RichProgress() as progress:
         report = run(args.model, args.out, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
-                     device=args.device, dtype=args.dtype, overwrite=args.overwrite, progress=progress, **more)
+                     device=device, dtype=args.dtype, overwrite=args.overwrite, progress=progress, **more)
+    if not first:
+        return 0
     code, text = cli_job.verdict(report, args)
     print(text, file=sys.stderr if code else sys.stdout)
     print(f"written to {args.out}; try: gptvq generate {args.out} \"Once upon a time\"")

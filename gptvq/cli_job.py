@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def arguments(args: argparse.Namespace) -> dict:
     check = {"auto": "auto", "none": None}.get(args.check, args.check)
     return {"resume": "never" if args.no_journal else "fresh" if args.fresh else "auto", "redo": args.redo, "strict": args.strict,
             "check": check if check in ("auto", None) else named_text(check, "--check")}
+
+
+@contextlib.contextmanager
+def processes(device: str | None):
+    """Joins the processes of torchrun, where it started this one -> (device, whether this is the one that writes)."""
+    from . import ranks
+
+    with ranks.torchrun(device) as device:
+        yield device, ranks.rank() == 0
 
 
 def verdict(report, args: argparse.Namespace) -> tuple[int, str]:

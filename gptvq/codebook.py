@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import ops
 
+if TYPE_CHECKING:
+    from .ranks import Rows
 
 _TRIAL_ITERATIONS = 10      # after these the better of two starts nearly always stays the better
 
@@ -41,13 +44,20 @@ def seed(x: Tensor, weight: Tensor, k: int) -> Tensor:
     return x.gather(1, picked.unsqueeze(-1).expand(-1, -1, d))
 
 
-def draw(x: Tensor, weight: Tensor, k: int, starts: int) -> Tensor:
-    """Random seeding: k points of each group of x [G, N, d], drawn by weight [G, N], always the same -> [starts, G, k, d]."""
+def draw(x: Tensor, weight: Tensor, k: int, starts: int, rows: Rows | None = None) -> Tensor:
+    """Random seeding: k points of each group of x [G, N, d], drawn by weight [G, N], always the same -> [starts, G, k, d].
+
+    `rows`: of which share of a layer the groups are; they draw what they would among all groups of the layer.
+    """
     generator = torch.Generator().manual_seed(0)
+    first, total = (0, len(x)) if rows is None or rows.parts == 1 else (rows.before, rows.total)
     if x.device.type == "cpu":
-        picked = torch.multinomial(weight.float(), starts * k, replacement=True, generator=generator)
+        among = weight.new_ones(total, weight.shape[1], dtype=torch.float32)
+        among[first: first + len(x)] = weight
+        picked = torch.multinomial(among, starts * k, replacement=True, generator=generator)[first: first + len(x)]
     else:
-        picked = pick(weight, torch.rand(len(x), starts * k, dtype=torch.float64, generator=generator).to(x.device))
+        uniform = torch.rand(total, starts * k, dtype=torch.float64, generator=generator)[first: first + len(x)]
+        picked = pick(weight, uniform.to(x.device))
     seeds = x.gather(1, picked.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return seeds.unflatten(1, (starts, k)).transpose(0, 1)
 
@@ -63,7 +73,7 @@ def pick(weight: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(upto, at, right=True).clamp_max(weight.shape[1] - 1)
 
 
-def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int, starts: int = 1) -> Tensor:
+def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int, starts: int = 1, rows: Rows | None = None) -> Tensor:
     """Seeds and fits all groups: x [G, N, d], metric [M, d, d], weight [G, N] >= 0 -> centroids [G, k, d].
 
     Point n has the metric weight[n] * metric[n % M]; weight 0 is padding, and s^2 under block scales s. One start is the
@@ -72,7 +82,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int, star
     """
     if starts == 1 or x.shape[1] >= 1 << 24:            # more points are more than torch.multinomial takes
         return ops.fit(x, metric, weight, seed(x, weight, k)[None], ((iterations, 1),))
-    return ops.fit(x, metric, weight, draw(x, weight, k, starts), ((min(iterations, _TRIAL_ITERATIONS), 1), (iterations, 1)))
+    return ops.fit(x, metric, weight, draw(x, weight, k, starts, rows), ((min(iterations, _TRIAL_ITERATIONS), 1), (iterations, 1)))
 
 
 def compress(centroids: Tensor) -> Codebooks:

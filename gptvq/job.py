@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, ranks
 from .config import VQConfig
 from .errors import ConfigError, FormatError, GptvqError
-from .journal import FOLDER, Journal, discard, require_same, stored_job
+from .journal import FOLDER, Follower, Journal, discard, require_same, stored_job
 from .machine import device_class, versions
 from .model import Block
 from .redo import Redo, plan_redo
@@ -52,7 +52,10 @@ class Run:
     # ---- the folder
     def claim(self, out: str | os.PathLike, source) -> Path:
         """Proves that the folder may be used, before any work."""
-        folder = Path(out)
+        folder = self.folder = Path(out)
+        if ranks.rank():
+            return folder
+        self.folder = None                                      # not ours until it is proven
         begun, finished = stored_job(folder), self._finished(folder)
         ours = self.resume != "never" and ((folder / FOLDER).is_dir() or finished is not None)
         stored = begun or (finished.job if finished else None)
@@ -67,7 +70,7 @@ class Run:
     def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report) -> bool:
         """Opens the journal -> whether the checkpoint is complete already.
 
-        Raises ResumeMismatch where the folder holds another job.
+        Rank 0 does, and the others follow.  Raises ResumeMismatch where the folder holds another job.
         """
         self.report = report
         report.job = self._job(stream, report.calibration)
@@ -77,12 +80,22 @@ class Run:
         self._noted = len(report.warnings)                      # those every run finds anew
         if self.folder is None:
             return False
+        complete = ranks.agree(int(not ranks.rank() and self._open(stream, specs))) == 1
+        if ranks.rank():
+            if complete:
+                self.report = Report.load(self.folder)
+                self.report.tokenizer = stream.tokenizer
+            elif self.resume != "never":
+                self.journal = Follower(self.folder)
+                self._plan_redo(stream, specs, self.journal.job)
+        ranks.wait()                                            # lest a block be added while somebody is still reading
+        return complete
+
+    def _open(self, stream: BlockStream, specs: dict[str, QuantSpec]) -> bool:
+        report = self.report
         begun = stored_job(self.folder) if self.resume != "fresh" else None
         finished = self._finished(self.folder) if begun is None else None
-        if self.patterns:
-            self.redo = plan_redo(self.folder, self.patterns, [b.name for b in stream.blocks], specs, report.job, begun)
-            report.job["redo"] = self.redo.field
-            report.redone = {**self.redo.field, "from": stream.blocks[self.redo.first].name}
+        self._plan_redo(stream, specs, begun)
         if finished is not None and self.resume == "auto" and not self.overwrite:
             if not self.patterns:
                 require_same(self.folder, finished.job, report.job)
@@ -99,6 +112,12 @@ class Run:
         other = self.overwrite and begun is not None and begun != report.job
         self.journal = Journal(self.folder, report.job, fresh=self.resume == "fresh" or other)
         return False
+
+    def _plan_redo(self, stream: BlockStream, specs: dict[str, QuantSpec], begun: dict | None) -> None:
+        if self.patterns:
+            self.redo = plan_redo(self.folder, self.patterns, [b.name for b in stream.blocks], specs, self.report.job, begun)
+            self.report.job["redo"] = self.redo.field
+            self.report.redone = {**self.redo.field, "from": stream.blocks[self.redo.first].name}
 
     def take_over(self, stream: BlockStream) -> None:
         """Puts the blocks in the journal in the place of the dense ones, and what is noted of them into the report."""
@@ -133,10 +152,12 @@ class Run:
         if self.folder is None:
             return
         self.progress.stage("writing the checkpoint")
-        checkpoint.save(stream.model, stream.tokenizer, self.folder, self.report, self._stored(stream))
+        if not ranks.rank():
+            checkpoint.save(stream.model, stream.tokenizer, self.folder, self.report, self._stored(stream))
         if self.journal is not None:
             self.journal.remove()
             self.journal = None
+        ranks.wait()
 
     def give_up(self) -> None:
         """After an error: a journal without a finished block is of no use."""

@@ -154,6 +154,20 @@ class Journal:
                                       "over (--fresh, resume=\"fresh\")")
 
 
+class Follower(Journal):
+    """The journal as the other processes of a job see it, which read it once and leave the writing to rank 0."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.blocks, self._lock = folder / FOLDER, [], -1
+        self.job = self._read() or {}
+
+    def commit(self, line: dict, tensors: dict[str, Tensor], streams: dict[str, list[Tensor] | TensorList]) -> None:
+        self.blocks.append(line)
+
+    def remove(self) -> None:
+        pass
+
+
 def stored_job(folder: Path) -> dict | None:
     """The job of an unfinished run in `folder`, None where there is none; takes no lock and changes nothing."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ranks import Rows
 from .scaling import fit_scales, scales_of
 from .spec import QuantSpec
 
@@ -27,17 +28,19 @@ class Problem:
     """Weights W [rows, n] and Hessian H [n, n] of a layer, n = vectors * dim (columns past the layer's are zero).
 
     An `index` is [rows, vectors] uint8, `centroids` [row groups, strips, K, d], both in natural column order.
-    Block scales live here because every decode needs them: `scale` is [rows, vectors] or None.
+    Block scales live here because every decode needs them: `scale` is [rows, vectors] or None.  `rows`: of which share of a
+    layer the weights are; scales and errors are those of the whole layer.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, spec: QuantSpec):
+    def __init__(self, weight: Tensor, hessian: Tensor, spec: QuantSpec, rows: Rows | None = None):
         n = spec.vectors * spec.dim
         self.spec = spec
+        self.rows = rows or Rows(spec)
         self.W = torch.nn.functional.pad(weight, (0, n - spec.cols))
         self.H = hessian
         self.strip = torch.arange(spec.vectors, device=weight.device) * spec.dim // spec.group_cols
         self.group = torch.arange(spec.rows, device=weight.device) // spec.group_rows
-        self.power = float((weight_loss(self.W, self.H)))
+        self.power = float(weight_loss(self.W, self.H, self.rows))
         self.scale: Tensor | None = None
         if spec.scale_block:
             self.scale_codes = torch.zeros(spec.rows, spec.scale_blocks, dtype=torch.uint8, device=weight.device)
@@ -49,7 +52,7 @@ class Problem:
         if self.scale is None:
             return
         block = self.spec.scale_block
-        codes, sz = fit_scales(W[:, : self.spec.cols - first], block)
+        codes, sz = fit_scales(W[:, : self.spec.cols - first], block, self.rows)
         at = slice(first // block, first // block + codes.shape[1])
         self.scale_codes[:, at], self.sz[at] = codes, sz
         vector = torch.arange(first // self.spec.dim, -(-last // self.spec.dim), device=W.device)
@@ -78,10 +81,11 @@ class Problem:
 
     def error(self, index: Tensor, centroids: Tensor) -> float:
         """Relative layer error tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
-        loss = float(weight_loss(self.W - self.decode(index, centroids), self.H))
+        loss = float(weight_loss(self.W - self.decode(index, centroids), self.H, self.rows))
         return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf")
 
 
-def weight_loss(W: Tensor, H: Tensor) -> Tensor:
-    """tr(W H W^T) as a float64 scalar."""
-    return (ops.matmul(W, H).double() * W).sum(1).sum()         # row by row: the same for any number of threads
+
+def weight_loss(W: Tensor, H: Tensor, rows: Rows) -> Tensor:
+    """tr(W H W^T) of the layer as a float64 scalar, W the rows of a share."""
+    return rows.join((ops.matmul(W, H).double() * W).sum(1)).sum()      # row by row: the same for any number of threads and shares

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, ranks
 from .calibration import (
     calibration_windows,
     check_tokens,
@@ -45,6 +45,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     Memory: of a folder's model one block at a time; two hidden states of every calibration token (the dense model's and the
     quantized one's) and, for the block at hand, about four more, in files where they are large.  `Recipe(compensate=0)`
     needs only one.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
+    Where torch.distributed is initialized, all its processes make this call with the same arguments and share the work; `out` is
+    one folder that all of them see.  The result is the same, byte by byte, as of one process.
     Raises ConfigError for unusable arguments, before any work, ResumeMismatch where `out` holds another job, NumericalError
     for non-finite weights or activations, and GptvqError under `strict`.
     """
@@ -54,8 +56,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     if not isinstance(config, VQConfig):
         raise ConfigError(f"config: got {type(config).__name__}, need a VQConfig or a preset's name")
     run = Run(config, pick_device(device), resume, (redo,) if isinstance(redo, str) else tuple(redo), strict, overwrite,
-              progress or Progress())
-    new = out is not None and not Path(out).exists()
+              progress if progress and not ranks.rank() else Progress())
+    new = out is not None and not ranks.rank() and not Path(out).exists()
     try:
         if out is not None:
             run.claim(out, model)
@@ -89,7 +91,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
                           "tokens": tokens.numel(), "sha256": tokens_sha256(tokens)}
     complete = run.begin(stream, specs, report)
     wanted = None
-    if held_out is not None and run.report.check.get("sha256") != tokens_sha256(held_out):
+    if held_out is not None and not ranks.rank() and run.report.check.get("sha256") != tokens_sha256(held_out):
         with run.timed("check"):
             wanted = stream.logits(held_out, device)
     if not complete:
@@ -118,6 +120,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     if run.done:
         hidden = activations.stored("hidden", run.done - 1)
         dense = activations.stored("dense", run.done - 1) if recipe.compensate else []
+        ranks.wait()                                            # before somebody replaces them
     else:
         progress.stage("embedding the calibration samples")
         with run.timed("embed"):
@@ -180,7 +183,7 @@ def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidd
         progress.stage(f"solving {full}")
         with run.timed("solve"):
             weight = inputs.target(full, dense_weight(linear).float(), recipe)
-            vq, record = solve(weight, hessian, specs[full], recipe, full)
+            vq, record = solve(weight, hessian, specs[full], recipe, full, ranks.size() > 1)
         if record.repair:
             run.fallback(f"{full}: its Hessian took a repair: {record.repair}")
         packed[full] = VQLinear.from_weight(vq, linear.bias, full)

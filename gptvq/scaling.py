@@ -1,25 +1,31 @@
 """Block scales: one 4-bit logarithmic scale per row and block of columns."""
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .ranks import Rows
 
-def fit_scales(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+
+def fit_scales(weight: Tensor, block: int, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
     """[rows, cols] -> (codes u8 [rows, blocks], (z, a) f16 [blocks, 2]) with scale 2**(z + a * code) about max|w|.
 
     z is the least log2 max|w| of a block column over the rows, a a fifteenth of its range; a block of zeros counts as
-    scale 1 unless its column holds larger ones.  Formula: arXiv 2402.15319 section 3.2, "blockwise data normalization".
+    scale 1 unless its column holds larger ones.  `rows`: of which share of a layer the weight is.  Formula: arXiv 2402.15319 section 3.2, "blockwise data normalization".
     """
-    rows, cols = weight.shape
+    count, cols = weight.shape
+    least, largest = (rows.least, rows.largest) if rows is not None else (lambda x: x, lambda x: x)
     blocks = -(-cols // block)
-    padded = weight.new_zeros(rows, blocks * block)
+    padded = weight.new_zeros(count, blocks * block)
     padded[:, :cols] = weight
-    peak = padded.view(rows, blocks, block).abs().amax(2)
+    peak = padded.view(count, blocks, block).abs().amax(2)
     log = torch.where(peak > 1e-30, peak, torch.ones_like(peak)).double().log2()
     # A zero block follows its column: as an outlier at log2 = 0 it would stretch the range of all other rows.
-    log = torch.where(peak > 1e-30, log, log.masked_fill(peak <= 1e-30, torch.inf).amin(0).nan_to_num(posinf=0.0))
-    low, high = log.amin(0), log.amax(0)
+    log = torch.where(peak > 1e-30, log, least(log.masked_fill(peak <= 1e-30, torch.inf).amin(0)).nan_to_num(posinf=0.0))
+    low, high = least(log.amin(0)), largest(log.amax(0))
     sz = torch.stack([low, (high - low) / 15], 1).to(torch.float16)
     z, a = sz.double().unbind(1)
     codes = ((log - z) / a.clamp_min(1e-12)).round().clamp(0, 15)

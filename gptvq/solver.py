@@ -16,6 +16,7 @@ from .config import Recipe, VQConfig
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian, HessianFactor, pad
 from .problem import Problem, solvable, solving_bytes
+from .ranks import Rows
 from .refine import adam_codebook, coordinate_descent, svd_codebook, update_codebook
 from .spec import QuantSpec
 from .weight import VQWeight
@@ -77,19 +78,23 @@ def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec
 
 @torch.no_grad()
 def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Recipe = Recipe(),
-          name: str = "weight") -> tuple[VQWeight, LayerRecord]:
-    """Quantizes one layer to `spec` -> the packed weight and its record."""
+          name: str = "weight", shared: bool = False) -> tuple[VQWeight, LayerRecord]:
+    """Quantizes one layer to `spec` -> the packed weight and its record.
+
+    shared: every process of the group is here with the same layer, and each solves some of its rows.
+    """
     start = time.perf_counter()
     hessian = hessian if isinstance(hessian, Hessian) else Hessian.from_matrix(hessian)
-    ops.require_memory(weight.device, solving_bytes(spec.rows, spec), f"{name}: solving {spec.rows} x {spec.cols} weights",
+    rows = Rows(spec, shared)
+    ops.require_memory(weight.device, solving_bytes(rows.spec.rows, spec), f"{name}: solving {rows.spec.rows} x {spec.cols} weights",
                        lambda free: solvable(spec, free))
-    problem = _problem(weight, hessian, spec, recipe, name)
+    problem = _problem(weight, hessian, spec, recipe, name, rows)
     order = _visiting_order(problem, recipe)
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
     factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype)
     usable = factor.weighting(problem.H[: spec.cols, : spec.cols])
     if factor.repair not in ("", "float64"):
-        problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), spec)
+        problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), rows.spec, rows)
 
     index, centroids = column_pass(problem, factor, order, recipe, None)
     best = _Best(problem, spec)
@@ -104,8 +109,10 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     if not math.isfinite(best.error):
         raise NumericalError(f"{name}: the layer error is not finite; check the weights' range ({float(weight.abs().max()):.3g}) "
                              "and the calibration activations, or use dtype float64")
-    vq = VQWeight.from_parts(spec, best.index, best.codebooks.tables, best.codebooks.gs,
-                             *((problem.scale_codes, problem.sz) if spec.scale_block else ()))
+    tables = best.codebooks.tables if spec.svd_rank else {
+        name: rows.join(table, groups=True) for name, table in best.codebooks.tables.items()}
+    vq = VQWeight.from_parts(spec, rows.join(best.index), tables, rows.join(best.codebooks.gs, groups=True),
+                             *((rows.join(problem.scale_codes), problem.sz) if spec.scale_block else ()))
     digest = hashlib.sha256()
     for buffer in vq.buffers.values():
         digest.update(buffer.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -114,7 +121,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
                            hessian.tokens, time.perf_counter() - start, digest.hexdigest(), hessian.dropped, hessian.dead())
 
 
-def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str) -> Problem:
+def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str, rows: Rows) -> Problem:
     if tuple(weight.shape) != (spec.rows, spec.cols):
         raise ConfigError(f"{name}: got a weight {tuple(weight.shape)}, the spec is for ({spec.rows}, {spec.cols})")
     if not bool(torch.isfinite(weight).all()):
@@ -127,7 +134,8 @@ def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, 
     if len(H) != spec.cols:
         raise ConfigError(f"{name}: got a Hessian {tuple(H.shape)} for a weight with {spec.cols} columns")
     dtype = getattr(torch, recipe.dtype)
-    return Problem(weight.detach().to(dtype), pad(H.to(weight.device, dtype), spec.vectors * spec.dim), spec)
+    share = weight.detach()[rows.first: rows.last].to(dtype)
+    return Problem(share, pad(H.to(weight.device, dtype), spec.vectors * spec.dim), rows.spec, rows)
 
 
 def _visiting_order(problem: Problem, recipe: Recipe) -> Tensor:
@@ -199,7 +207,8 @@ def fit_strip(problem: Problem, centroids: Tensor, strip: int, W: Tensor, metric
     missing = spec.row_groups * spec.group_rows - spec.rows          # a last shorter group is filled with points of weight 0
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).reshape(spec.row_groups, -1, d)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)).reshape(spec.row_groups, -1)
-    centroids[:, strip] = codebook.fit(x, metric[at], weight, spec.codewords, recipe.em_iterations, recipe.em_starts)
+    centroids[:, strip] = codebook.fit(x, metric[at], weight, spec.codewords, recipe.em_iterations, recipe.em_starts,
+                                       problem.rows)
 
 
 def _blocks(spec: QuantSpec, recipe: Recipe) -> list[tuple[int, int]]:

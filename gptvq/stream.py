@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import ranks
 from .checkpoint import unique_tensors
 from .errors import FormatError, NumericalError
 from .journal import Journal
@@ -180,12 +181,15 @@ class Activations:
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """For a stream behind a block, which a commit makes part of the journal."""
+        if ranks.rank():
+            return self.scratch()                               # the journal's are those of rank 0
         return TensorList(self.journal.path(kind, block), self.samples) if self.on_disk else []
 
     def scratch(self) -> list[Tensor] | TensorList:
         """For what nobody needs after the block."""
         self._scratches += 1
-        return TensorList(self.journal.folder / f"scratch-{self._scratches}", self.samples, scratch=True) if self.on_disk else []
+        path = self.journal.folder / f"scratch-{ranks.rank()}-{self._scratches}" if self.on_disk else None
+        return TensorList(path, self.samples, scratch=True) if self.on_disk else []
 
     def stored(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """A stream as it was committed behind a block."""

@@ -21,6 +21,7 @@ LAYERS = [
     {"triton_kernels"},
     {"backends"},
     {"ops"},
+    {"ranks"},
     {"hessian", "scaling", "codebook"},
     {"weight"},
     {"problem"},

@@ -1,12 +1,14 @@
 """Many short runs of quantize() in processes of their own: a server that has imported everything forks one child for each.
 
 As a program: reads one JSON request per line, answers each with one line.  `Forks` is its client.  A child may be told to die
-by SIGKILL after some seconds, or at its n-th step on the disk: halfway through the first write to a file, or before the call.
+by SIGKILL after some seconds, at its n-th step on the disk (halfway through the first write to a file, or before the call), or at
+its n-th exchange with other processes.  With `ranks` there are several children for one run, of which number `dies` (0) does so.
 """
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ class Forks:
         self.server.stdin.flush()
 
     def result(self):
-        """{"signal", "error", "steps", "peak", "seconds"}; only the first and the last of one that was killed."""
+        """{"signal", "error", "steps", "exchanges", "peak", "seconds"} and those of "others"; only the first and the last of one that was killed."""
         return json.loads(self.server.stdout.readline())
 
     def run(self, **request):
@@ -70,6 +72,22 @@ def steps_until(fatal):
     return count
 
 
+def exchanges_until(fatal):
+    """Counts what this process gathers from others, and dies at number `fatal`."""
+    import torch.distributed as dist
+
+    count, gather = [0], dist.all_gather
+
+    def counted(*args):
+        count[0] += 1
+        if count[0] == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(*args)
+
+    dist.all_gather = counted
+    return count
+
+
 def job(request):
     import torch
     from job.tiny_models import build, preset
@@ -83,16 +101,44 @@ def job(request):
 
 def child(request, answer):
     from gptvq import GptvqError
+    from gptvq.ranks import torchrun
 
-    error, count, report = None, steps_until(request.get("fatal")), os.fdopen(answer, "w")
+    error, report = None, os.fdopen(answer, "w")
+    mortal = request["rank"] == request.get("dies", 0)
+    count, exchanges = steps_until(request.get("fatal") if mortal else None), exchanges_until(request.get("exchange") if mortal else None)
     try:
         if "file_limit" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
-        job(request)
+        with torchrun("cpu"):
+            job(request)
     except GptvqError as caught:
         error = f"{type(caught).__name__}: {caught}"
     with report:
-        json.dump({"error": error, "steps": count[0], "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}, report)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        json.dump({"error": error, "steps": count[0], "exchanges": exchanges[0], "peak": peak}, report)
+
+
+def fork(request, port):
+    """(pid, where its answer comes from)."""
+    get, put = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        if request.get("ranks", 1) > 1:                     # what torchrun tells its processes
+            os.environ.update(RANK=str(request["rank"]), WORLD_SIZE=str(request["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            child(request, put)
+        finally:
+            os._exit(0)
+    os.close(put)
+    return pid, get
+
+
+def result_of(pid, get, began):
+    with os.fdopen(get) as answer:
+        data = answer.read()
+    _, status = os.waitpid(pid, 0)
+    return {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "seconds": time.monotonic() - began,
+            **(json.loads(data) if data else {})}
 
 
 def serve():
@@ -104,25 +150,15 @@ def serve():
         job({"model": os.path.join(folder, "dense"), "out": os.path.join(folder, "again")})
     for line in sys.stdin:
         request, began = json.loads(line), time.monotonic()
-        get, put = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(request, put)
-            finally:
-                os._exit(0)
-        os.close(put)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        forks = [fork({**request, "rank": rank}, port) for rank in range(request.get("ranks", 1))]
         if "kill_after" in request:
             time.sleep(request["kill_after"])
-            os.kill(pid, signal.SIGKILL)
-        data = b""
-        while piece := os.read(get, 65536):
-            data += piece
-        os.close(get)
-        _, status = os.waitpid(pid, 0)
-        result = {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "seconds": time.monotonic() - began,
-                  **(json.loads(data) if data else {})}
-        print(json.dumps(result), flush=True)
+            os.kill(forks[request.get("dies", 0)][0], signal.SIGKILL)
+        first, *others = [result_of(*found, began) for found in forks]
+        print(json.dumps({**first, "others": others}), flush=True)
 
 
 if __name__ == "__main__":

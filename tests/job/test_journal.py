@@ -76,7 +76,7 @@ def test_the_same_job_goes_on(job, monkeypatch):
     solved = []
     module = sys.modules["gptvq.quantize"]
     solve = module.solve
-    monkeypatch.setattr(module, "solve", lambda *args: (solved.append(args[-1]), solve(*args))[1])
+    monkeypatch.setattr(module, "solve", lambda *args: (solved.append(args[4]), solve(*args))[1])
     report = go(*job, progress)
     assert any("1 of 2 blocks of this job are done" in str(text) for text in progress.said) and 0 not in progress.said
     assert len(solved) == 7 and all(".layers.1." in name for name in solved) and len(report.layers) == 14

@@ -71,6 +71,18 @@ def test_limits_are_numbers(value, my_model, tmp_path, capsys):
     assert stop.value.code == 2 and "need a number of nats" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_torchrun(my_model, tmp_path, capsys):
+    """Started by torchrun, two processes write what one does, and one of them speaks."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "gptvq.cli",
+                           *words(my_model, tmp_path / "two", "--device", "cpu")], env=ENV, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1 and done.stdout.count("KL to the dense model") == 1
+    assert run(capsys, my_model, tmp_path / "one")[0] == 0
+    for name in ("model.safetensors", "config.json", "report.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_an_interrupted_command_goes_on(my_model, tmp_path, capsys):
     child = subprocess.Popen([sys.executable, "-m", "gptvq.cli", *words(my_model, tmp_path / "o", "--samples", 32)], env=ENV,
