@@ -5,9 +5,8 @@ import argparse
 import json
 import os
 import sys
-import time
 
-from . import __version__
+from . import __version__, cli_use
 from .config import ACTIVATIONS, METHODS, PRESETS, Recipe, VQConfig
 from .errors import ConfigError, GptvqError
 
@@ -60,13 +59,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     _placement(p)
 
-    p = _command(commands, eval_, "perplexity of a dense or packed model on a text",
-                 "example:\n  gptvq eval out --text wiki.test.txt --max-windows 40 --json result.json")
+    p = _command(commands, eval_, "perplexity, divergence from the dense model, and task accuracies",
+                 "examples:\n  gptvq eval out --text wiki.test.txt --max-windows 40 --json result.json\n"
+                 "  gptvq eval out --text wiki.test.txt --against ./SmolLM2-135M\n  gptvq eval out --tasks arc_easy,piqa --limit 200")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    p.add_argument("--text", required=True, metavar="FILE|DATASET", help="text to predict: a file or a dataset's name")
+    p.add_argument("--text", metavar="FILE|DATASET", help="text to predict: a file or a dataset's name")
     p.add_argument("--window", type=_positive, metavar="N", help="tokens per window, default 2048 or the model's maximum")
     p.add_argument("--max-windows", type=_positive, metavar="N", help="stop after N windows, default all")
     p.add_argument("--json", metavar="FILE", help="also write the result here; - for standard output")
+    cli_use.eval_options(p, _positive)
     _placement(p, packed=True)
 
     p = _command(commands, generate, "continue a prompt, streaming the text",
@@ -84,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     p = _command(commands, inspect, "what a packed checkpoint holds, layer by layer", "example:\n  gptvq inspect out")
     p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
     p.add_argument("--json", metavar="FILE", help="write the table here instead of printing it; - for standard output")
+    p.add_argument("--html", nargs="?", const="", metavar="FILE", help="write the HTML report here, default FOLDER/report.html")
+
+    cli_use.add(commands, _command, _placement, _positive, MODEL_HELP)
 
     p = _command(commands, doctor, "what this machine offers and which kernels serve it", "example:\n  gptvq doctor --json -")
     p.add_argument("--json", metavar="FILE", help="write the findings here instead of printing them; - for standard output")
@@ -114,40 +118,34 @@ def config_from(args: argparse.Namespace) -> VQConfig:
 def quantize(args):
     config = config_from(args)                          # what is wrong here is reported before the slow imports
     calibration = named_text(args.calibration, "--calibration")
-    _quiet()
+    quiet()
     from .quantize import quantize as run
     from .report import RichProgress
     with RichProgress() as progress:
         run(args.model, args.out, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
             device=args.device, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+    cli_use.write_page(args.out, None)
     print(f"written to {args.out}; try: gptvq generate {args.out} \"Once upon a time\"")
 
 
 def eval_(args):
-    _quiet()
-    from .calibration import read_tokens
-    from .evaluate import default_window, perplexity
+    if not (args.text or args.tasks) or args.against and not args.text:
+        args.wrong_usage("give --text or --tasks, and --text with --against")
+    quiet()
     from .hf import open_model
-    from .report import clock, environment
-    text = named_text(args.text, "--text")
+    from .report import environment
+    text = args.text and named_text(args.text, "--text")
     model, tokenizer = open_model(args.model, args.device, args.dtype, args.activations)
-    tokens = read_tokens(text, tokenizer, "--text")
-    window = args.window or default_window(model)
-    windows = min(len(tokens) // window, args.max_windows or len(tokens))
-    began = time.perf_counter()
-    value = perplexity(model, tokens, window, args.max_windows, progress=_show_window if sys.stderr.isatty() else None)
-    seconds = time.perf_counter() - began
-    row = {"model": args.model, "text": args.text, "perplexity": value, "window": window, "windows": windows,
-           "dtype": str(model.dtype)[6:], "seconds": seconds, "environment": environment()}
-    if args.json != "-":
-        print(f"perplexity {value:.3f}  ({windows} windows of {window} tokens, {row['dtype']}, {clock(seconds)})")
-    _write_json(args.json, row)
+    row = {"model": args.model, "dtype": str(model.dtype)[6:], "environment": environment()}
+    row.update(cli_use.on_text(args, text, model, tokenizer, _show_window if sys.stderr.isatty() else None) if text else {})
+    row.update(cli_use.on_tasks(args, model, tokenizer) if args.tasks else {})
+    write_json(args.json, row)
 
 
 def generate(args):
     if args.temperature < 0:
         raise ConfigError(f"--temperature: got {args.temperature}, need 0 (no sampling) or more")
-    _quiet()
+    quiet()
     import torch
     from transformers import TextStreamer
 
@@ -165,8 +163,11 @@ def inspect(args):
     report = Report.load(args.folder)
     if not os.path.exists(os.path.join(args.folder, "config.json")):
         raise ConfigError(f"{args.folder}: no config.json, so this checkpoint was never finished; quantize again with --overwrite")
+    if args.html is not None:
+        cli_use.write_page(args.folder, args.html)
+        return
     if args.json:
-        _write_json(args.json, report.to_dict())
+        write_json(args.json, report.to_dict())
         return
     from rich.console import Console
     console = Console()
@@ -183,7 +184,7 @@ def doctor(args):
     from .doctor import diagnose
     findings = diagnose()
     if args.json:
-        _write_json(args.json, findings)
+        write_json(args.json, findings)
         return
     width = max(map(len, findings))
     for topic, text in findings.items():
@@ -191,7 +192,7 @@ def doctor(args):
 
 
 def demo(args):
-    _quiet()
+    quiet()
     from .demo import run
     run(args)
 
@@ -255,7 +256,7 @@ def _show_window(done: int, windows: int, so_far: float) -> None:
     print(f"\r{line:<50}\r", end="", file=sys.stderr, flush=True)
 
 
-def _write_json(path: str | None, values: dict) -> None:
+def write_json(path: str | None, values: dict) -> None:
     if not path:
         return
     from .report import finite
@@ -270,7 +271,7 @@ def _write_json(path: str | None, values: dict) -> None:
             raise ConfigError(f"--json {path}: cannot be written ({error.strerror}); give another path") from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps advice and loading bars of transformers out of this program's output; downloads still show theirs on a terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")      # read when tqdm is imported

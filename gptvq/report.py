@@ -80,6 +80,7 @@ class Report:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes report.json into an existing `folder`, all or nothing; numbers that are not finite become null."""
         path = Path(folder) / REPORT_FILE
+        self.environment.setdefault("peak_memory", peak_memory())
         partial = path.with_suffix(".json.partial")
         text = json.dumps(finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
         try:
@@ -240,6 +241,15 @@ def clock(seconds: float) -> str:
     """Seconds as "m:ss" or "h:mm:ss"."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held so far, in RAM; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:                                 # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment() -> dict[str, Any]:
