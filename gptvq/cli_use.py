@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import time
 
@@ -177,6 +178,7 @@ def on_text(args, text: str, model, tokenizer, progress) -> dict:
 def on_tasks(args, model, tokenizer) -> dict:
     """The task accuracies of `gptvq eval`."""
     from .tasks import run_tasks
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)        # it warns of models that are not named by a string
     found = run_tasks(model, tokenizer, [task.strip() for task in args.tasks.split(",") if task.strip()], args.task_folder, args.limit, args.shots)
     if args.json != "-":
         for task, values in found.items():

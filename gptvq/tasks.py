@@ -31,9 +31,11 @@ def run_tasks(model: nn.Module, tokenizer, tasks: Sequence[str], folder: str | o
         raise ConfigError(f"tasks: lm-eval knows no {', '.join(missing)}; name its tasks, or give your own YAML files with --task-folder")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     try:
-        found = simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=shots, bootstrap_iters=0)
+        found = simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=shots, bootstrap_iters=0,
+                                random_seed=None, numpy_random_seed=None, torch_random_seed=None)      # the caller's generators stay as they are
     except (OSError, ValueError, ConnectionError) as error:     # data sets that are not there, files that are none
         raise ConfigError(f"tasks {', '.join(tasks)}: lm-eval cannot run them ({type(error).__name__}: {error}); without a network, give "
                           "--task-folder with YAML files that name local data") from error
-    return {task: {metric.removesuffix(",none"): value for metric, value in values.items() if isinstance(value, (int, float))
-                   and "stderr" not in metric} for task, values in found["results"].items()}
+    # Keys are "metric,filter"; others name the task and count its items.
+    return {task: {metric.removesuffix(",none"): value for metric, value in values.items() if "," in metric and "stderr" not in metric}
+            for task, values in found["results"].items()}
