@@ -71,9 +71,10 @@ setup(
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "setuptools>=70", "wheel", "cmake>=3.24", "ninja",
                  "pybind11>=2.13"],
         "datasets": ["datasets>=2.19"],
+        "eval": ["lm-eval>=0.4.8"],
         # llama-cpp-python compiles for the processor at hand (10 minutes): the baselines of bench.gemv and bench.decode.
         "bench": ["matplotlib>=3.8", "llama-cpp-python>=0.3.36"],
     },
-    entry_points={"console_scripts": ["gptvq = gptvq.cli:main"]},
+    entry_points={"console_scripts": ["gptvq = gptvq.cli:main"], "vllm.general_plugins": ["gptvq = gptvq.vllm:register"]},
     zip_safe=False,
 )

@@ -27,7 +27,7 @@ LAYERS = [
     {"solver"},
     {"linear"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "plan", "report", "evaluate", "hf", "vllm", "export", "doctor",
-     "bands", "code_use", "plots", "page_style", "page", "chat", "kernel_speed", "tasks"},
+     "bands", "code_use", "plots", "page_style", "page", "chat", "kernel_speed", "tasks", "shard"},
     {"quantize"},
     {"cli", "cli_use", "completion", "demo", "__main__"},
     {"__init__"},
