@@ -27,11 +27,12 @@ def vllm():
     if importlib.util.find_spec("vllm") is not None:
         linear = importlib.import_module("vllm.model_executor.layers.linear")
         from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-        patch = pytest.MonkeyPatch()
+        patch, asking = pytest.MonkeyPatch(), (linear, importlib.import_module("vllm.model_executor.parameter"))
 
         def ranked(rank, size):
-            patch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
-            patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: size)
+            for module in asking:
+                patch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+                patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
         with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
             yield importlib.import_module("gptvq.vllm"), linear, ranked
