@@ -78,7 +78,7 @@ class Report:
         }
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes report.json into an existing `folder`, all or nothing; numbers that are not finite become null."""
+        """Writes report.json into an existing `folder`, all or nothing; numbers that are not finite become null, report.html goes."""
         path = Path(folder) / REPORT_FILE
         self.environment.setdefault("peak_memory", peak_memory())
         partial = path.with_suffix(".json.partial")
@@ -89,6 +89,7 @@ class Report:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            path.with_suffix(".html").unlink(missing_ok=True)           # of an earlier run
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise GptvqError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose a writable "

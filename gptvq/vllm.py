@@ -63,7 +63,7 @@ class GptvqVllmConfig(QuantizationConfig):
         return []                                       # the settings are in config.json, which vLLM reads anyway
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self.layers, self.experts = hf_to_vllm_mapper.apply_dict(self.layers), hf_to_vllm_mapper.apply_list(self.experts)
 
     def get_quant_method(self, layer: nn.Module, prefix: str):
         """Of a linear, packed in whole or in part; None leaves anything else to vLLM.  ConfigError for experts."""

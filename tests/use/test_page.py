@@ -129,6 +129,12 @@ def test_write_and_refuse(packed, tmp_path, capsys):
         write_page(tmp_path / "copy")
 
 
+def test_a_new_report_takes_the_old_page_away(tmp_path):
+    (tmp_path / "report.html").write_text("of another model")
+    made_up().save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
 # ---- numbers
 @pytest.mark.parametrize("spec", [QuantSpec(40, 50, 2, 2, 16, 32), QuantSpec(33, 21, 1, 3, 5, 8), QuantSpec(16, 36, 4, 2, 16, 36)])
 def test_use_against_a_plain_count(spec):
