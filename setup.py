@@ -73,9 +73,10 @@ setup(
                  "triton>=3.6,<3.9; platform_system == 'Linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"],
         "datasets": ["datasets>=2.19"],
         "peft": ["peft>=0.21"],
+        "eval": ["lm-eval>=0.4.8"],
         # llama-cpp-python compiles for the processor at hand (10 minutes): the baselines of bench.gemv and bench.decode.
         "bench": ["matplotlib>=3.8", "llama-cpp-python>=0.3.36"],
     },
-    entry_points={"console_scripts": ["gptvq = gptvq.cli:main"]},
+    entry_points={"console_scripts": ["gptvq = gptvq.cli:main"], "vllm.general_plugins": ["gptvq = gptvq.vllm:register"]},
     zip_safe=False,
 )

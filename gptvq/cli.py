@@ -5,10 +5,9 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-from . import __version__, cli_job, cli_plan
+from . import __version__, cli_job, cli_plan, cli_use
 from .cli_plan import config_from, positive
 from .config import ACTIVATIONS
 from .errors import ConfigError, GptvqError
@@ -59,13 +58,15 @@ def parser() -> argparse.ArgumentParser:
     cli_job.options(p)
     placement(p)
 
-    p = _command(commands, eval_, "perplexity of a dense or packed model on a text",
-                 "example:\n  gptvq eval out --text wiki.test.txt --max-windows 40 --json result.json")
+    p = _command(commands, eval_, "perplexity, divergence from the dense model, and task accuracies",
+                 "examples:\n  gptvq eval out --text wiki.test.txt --max-windows 40 --json result.json\n"
+                 "  gptvq eval out --text wiki.test.txt --against ./SmolLM2-135M\n  gptvq eval out --tasks arc_easy,piqa --limit 200")
     p.add_argument("model", metavar="MODEL", help=cli_plan.MODEL_HELP)
-    p.add_argument("--text", required=True, metavar="FILE|DATASET", help="text to predict: a file or a dataset's name")
+    p.add_argument("--text", metavar="FILE|DATASET", help="text to predict: a file or a dataset's name")
     p.add_argument("--window", type=positive, metavar="N", help="tokens per window, default 2048 or the model's maximum")
     p.add_argument("--max-windows", type=positive, metavar="N", help="stop after N windows, default all")
     p.add_argument("--json", metavar="FILE", help="also write the result here; - for standard output")
+    cli_use.eval_options(p, positive)
     placement(p, packed=True)
 
     p = _command(commands, generate, "continue a prompt, streaming the text",
@@ -83,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     p = _command(commands, inspect, "what a packed checkpoint holds, layer by layer", "example:\n  gptvq inspect out")
     p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
     p.add_argument("--json", metavar="FILE", help="write the table here instead of printing it; - for standard output")
+    p.add_argument("--html", nargs="?", const="", metavar="FILE", help="write the HTML report here, default FOLDER/report.html")
+
+    cli_use.add(commands, _command, placement, positive, cli_plan.MODEL_HELP)
 
     cli_plan.add(commands, _command, placement)
 
@@ -118,6 +122,7 @@ def quantize(args):
                      device=device, dtype=args.dtype, overwrite=args.overwrite, progress=progress, **more)
     if not first:
         return 0
+    cli_use.write_page(args.out, None)
     code, text = cli_job.verdict(report, args)
     print(text, file=sys.stderr if code else sys.stdout)
     print(f"written to {args.out}; try: gptvq generate {args.out} \"Once upon a time\"")
@@ -125,23 +130,16 @@ def quantize(args):
 
 
 def eval_(args):
+    if not (args.text or args.tasks) or args.against and not args.text:
+        args.wrong_usage("give --text or --tasks, and --text with --against")
     quiet()
-    from .calibration import read_tokens
-    from .evaluate import default_window, perplexity
     from .hf import open_model
-    from .report import clock, environment
-    text = named_text(args.text, "--text")
+    from .report import environment
+    text = args.text and named_text(args.text, "--text")
     model, tokenizer = open_model(args.model, args.device, args.dtype, args.activations)
-    tokens = read_tokens(text, tokenizer, "--text")
-    window = args.window or default_window(model)
-    windows = min(len(tokens) // window, args.max_windows or len(tokens))
-    began = time.perf_counter()
-    value = perplexity(model, tokens, window, args.max_windows, progress=_show_window if sys.stderr.isatty() else None)
-    seconds = time.perf_counter() - began
-    row = {"model": args.model, "text": args.text, "perplexity": value, "window": window, "windows": windows,
-           "dtype": str(model.dtype)[6:], "seconds": seconds, "environment": environment()}
-    if args.json != "-":
-        print(f"perplexity {value:.3f}  ({windows} windows of {window} tokens, {row['dtype']}, {clock(seconds)})")
+    row = {"model": args.model, "dtype": str(model.dtype)[6:], "environment": environment()}
+    row.update(cli_use.on_text(args, text, model, tokenizer, _show_window if sys.stderr.isatty() else None) if text else {})
+    row.update(cli_use.on_tasks(args, model, tokenizer) if args.tasks else {})
     write_json(args.json, row)
 
 
@@ -168,6 +166,9 @@ def inspect(args):
     if not os.path.exists(os.path.join(args.folder, "config.json")):
         raise ConfigError(f"{args.folder}: no config.json, so this checkpoint was never finished; quantize again with --overwrite")
     read_structure(Path(args.folder))
+    if args.html is not None:
+        cli_use.write_page(args.folder, args.html)
+        return
     if args.json:
         write_json(args.json, report.to_dict())
         return

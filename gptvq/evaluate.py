@@ -27,7 +27,29 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
     context only.  The model is moved where `device` says, if given; `progress(windows done, of, perplexity so far)` is called
     after each window.  ConfigError: fewer tokens than one window.  NumericalError: a loss that is not finite.
     """
-    window = default_window(model) if window is None else window
+    parts = windows_of(tokens, default_window(model) if window is None else window, max_windows)
+    windows, window = parts.shape
+    if device is not None:
+        model.to(device)
+    place = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for i, ids in enumerate(parts):
+            total += _nll(model, ids[None].to(place))
+            if not math.isfinite(total):
+                raise NumericalError(f"window {i + 1} of {windows}: the loss is {total}; the model's weights or activations "
+                                     "overflow, try dtype bfloat16 or float32")
+            if progress is not None:
+                progress(i + 1, windows, _exp(total / (i + 1) / (window - 1)))
+    finally:
+        model.train(training)
+    return _exp(total / windows / (window - 1))
+
+
+def windows_of(tokens: Tensor, window: int, max_windows: int | None = None) -> Tensor:
+    """int [n] -> [windows, window], at most `max_windows`; a last partial window is dropped.  ConfigError: none fits, or a bad number."""
     if window < 2:
         raise ConfigError(f"window: got {window}, need at least 2 tokens")
     if max_windows is not None and max_windows < 1:
@@ -37,23 +59,35 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
     if windows == 0:
         raise ConfigError(f"text of {len(tokens)} tokens is shorter than one window of {window}: give a longer text, or a smaller "
                           "window")
-    if device is not None:
-        model.to(device)
-    place = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total = 0.0
-    try:
-        for i, ids in enumerate(tokens[: windows * window].view(windows, 1, window)):
-            total += _nll(model, ids.to(place))
-            if not math.isfinite(total):
-                raise NumericalError(f"window {i + 1} of {windows}: the loss is {total}; the model's weights or activations "
-                                     "overflow, try dtype bfloat16 or float32")
-            if progress is not None:
-                progress(i + 1, windows, _exp(total / (i + 1) / (window - 1)))
-    finally:
-        model.train(training)
-    return _exp(total / windows / (window - 1))
+    return tokens[: windows * window].view(windows, window)
+
+
+@torch.inference_mode()
+def agreement(model, dense, tokens: Tensor, window: int | None = None, max_windows: int | None = None, progress=None) -> dict[str, float]:
+    """How far `model` is from `dense`, on the windows that `perplexity` would take: means over all predicted tokens.
+
+    {"kl": KL(dense || model) in nats, "top1": share of tokens for which both find the same one likeliest, "perplexity",
+    "dense_perplexity", "windows", "window"}.  Each model runs where it is.  ConfigError: different vocabularies.  NumericalError: a
+    divergence that is not finite.
+    """
+    parts = windows_of(tokens, default_window(dense) if window is None else window, max_windows)
+    total = torch.zeros(4, dtype=torch.float64)
+    for i, ids in enumerate(parts):
+        ours, theirs = (one(input_ids=ids[None].to(next(one.parameters()).device), use_cache=False).logits[0, :-1].cpu() for one in (model, dense))
+        if ours.shape != theirs.shape:
+            raise ConfigError(f"the models' vocabularies differ: got {ours.shape[-1]} and {theirs.shape[-1]} tokens, need the dense model that was "
+                              "quantized")
+        for q, p, target in zip(ours.split(_CHUNK), theirs.split(_CHUNK), ids[1:].cpu().split(_CHUNK)):
+            q, p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+            nll = (-one.gather(1, target[:, None]).sum(dtype=torch.float64) for one in (q, p))
+            total += torch.stack([(p.exp() * (p - q)).sum(dtype=torch.float64), (p.argmax(-1) == q.argmax(-1)).sum().double(), *nll])
+        if not bool(torch.isfinite(total).all()):
+            raise NumericalError(f"window {i + 1} of {len(parts)}: the divergence is {float(total[0])}; a model's weights or activations overflow, "
+                                 "try dtype bfloat16 or float32")
+        if progress is not None:
+            progress(i + 1, len(parts), float(total[0]) / (i + 1) / (parts.shape[1] - 1))
+    kl, same, ours, theirs = (total / parts.shape[0] / (parts.shape[1] - 1)).tolist()
+    return {"kl": kl, "top1": same, "perplexity": _exp(ours), "dense_perplexity": _exp(theirs), "windows": parts.shape[0], "window": parts.shape[1]}
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -101,3 +102,17 @@ def _matrices(fused: nn.Module, index: int) -> dict[str, tuple[Tensor, Tensor | 
             halves.append((tensor[::2], tensor[1::2]))
     (gate, up), (gate_bias, up_bias) = halves
     return {"gate_proj": (gate, gate_bias), "up_proj": (up, up_bias), "down_proj": down}
+
+
+@torch.no_grad()
+def fused_parameter(fused: nn.Module, parameter: str, dtype: torch.dtype, part: Callable[[str], Tensor]) -> Tensor:
+    """A parameter of the fused module (on meta), from part("EXPERT.LINEAR.weight" or ".bias"): the reverse of `unfuse`."""
+    shell = copy.copy(fused)
+    whole = torch.empty(getattr(fused, parameter).shape, dtype=dtype)
+    shell._parameters = {**fused._parameters, parameter: whole}
+    for index in range(len(whole)):
+        for linear, views in _matrices(shell, index).items():
+            for view, leaf in zip(views, ("weight", "bias")):
+                if view is not None and not view.is_meta:       # views of `whole`: writing into them fills it
+                    view.copy_(part(f"{index}.{linear}.{leaf}"))
+    return whole

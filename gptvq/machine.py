@@ -42,6 +42,15 @@ def available_memory() -> int:
     return free
 
 
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held so far, in RAM; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:                                 # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def environment() -> dict[str, Any]:
     """Processor, cores and versions of what decides the bytes and the speed of a run; JSON ready."""
     import torch

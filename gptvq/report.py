@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint
 from .config import VQConfig
 from .errors import FormatError, GptvqError
-from .machine import environment
+from .machine import environment, peak_memory
 from .spec import QuantSpec
 from .storage import write_text
 from .tensorfile import check_kinds
@@ -102,12 +102,17 @@ class Report:
         }
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes report.json and times.json into an existing `folder`, each all or nothing; numbers that are not finite become null."""
+        """Writes report.json and times.json into an existing `folder`, each all or nothing; report.html, which shows them, goes.
+
+        Numbers that are not finite become null.
+        """
+        self.environment.setdefault("peak_memory", peak_memory())
         values = finite(self.to_dict())
         times = {"seconds": values["totals"].pop("seconds"), "stages": values.pop("stages"), "environment": values.pop("environment"),
                  "layers": {layer["name"]: layer.pop("seconds") for layer in values["layers"]}}
         for name, content in ((TIMES_FILE, times), (REPORT_FILE, values)):
             write_text(Path(folder) / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        (Path(folder) / REPORT_FILE).with_suffix(".html").unlink(missing_ok=True)       # of an earlier run
         return Path(folder) / REPORT_FILE
 
     @classmethod

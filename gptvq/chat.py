@@ -1,0 +1,98 @@
+"""A conversation with a model, answered piece by piece."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .errors import ConfigError
+
+
+class Chat:
+    """Turns of a conversation.  `say` streams an answer; Ctrl-C in it keeps what was said so far and passes the interrupt on.
+
+    `model` is a folder, hub id or .gguf file, or a model whose `tokenizer` is given.  ConfigError: no tokenizer, or none with a
+    chat template.  With `temperature` 0 the likeliest token is taken; else `seed` decides, and the caller's generator stays as it is.
+    """
+
+    def __init__(self, model: str | os.PathLike | nn.Module, tokenizer=None, *, system: str = "", temperature: float = 0.0,
+                 max_new_tokens: int = 512, seed: int = 0):
+        if not isinstance(model, nn.Module):
+            from .hf import open_model
+            model, tokenizer = open_model(model)
+        if tokenizer is None:
+            raise ConfigError("chat: the model has no tokenizer; copy its tokenizer files into its folder")
+        if not tokenizer.chat_template:
+            raise ConfigError("chat: this model's tokenizer has no chat template, so it was not made for conversations; use `gptvq generate`")
+        if not temperature >= 0:
+            raise ConfigError(f"temperature: got {temperature}, need 0 (no sampling) or more")
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self.turns: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forgets the conversation, not the system prompt."""
+        self.turns = []
+
+    def say(self, text: str, write: Callable[[str], None] = lambda piece: None) -> str:
+        """The answer to `text`, each piece passed to `write` as it comes.  ConfigError: a message longer than the model's positions."""
+        self.turns.append({"role": "user", "content": text})
+        streamer = _Streamer(self.tokenizer, write)
+        try:
+            ids = self._fitting_ids().to(next(self.model.parameters()).device)
+            sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                torch.manual_seed(self.seed + len(self.turns))
+                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, streamer=streamer,
+                                    **sampling)
+        except Exception:
+            self.turns.pop()
+            raise
+        except KeyboardInterrupt:
+            self._answered(streamer.text)
+            raise
+        self._answered(streamer.text)
+        return streamer.text
+
+    def _answered(self, text: str) -> None:
+        self.turns.append({"role": "assistant", "content": text})
+
+    def _fitting_ids(self):
+        """Ids [1, n] of the conversation; the oldest exchanges are left out where the model's positions would not hold it."""
+        config = self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
+        room = getattr(config, "max_position_embeddings", None)
+        while True:
+            ids = self.tokenizer.apply_chat_template(self._opening + self.turns, add_generation_prompt=True, return_tensors="pt",
+                                                     return_dict=True)["input_ids"]
+            if not room or ids.shape[1] + min(self.max_new_tokens, room // 4) <= room:
+                return ids
+            if len(self.turns) <= 1:
+                raise ConfigError(f"chat: the message takes {ids.shape[1]} of the model's {room} positions and leaves no room for an answer; "
+                                  "shorten it")
+            del self.turns[:2]
+
+
+class _Streamer:
+    """Takes ids as `generate` finds them; whole characters go out, words that may still change wait."""
+
+    def __init__(self, tokenizer, write: Callable[[str], None]):
+        self.tokenizer, self.write = tokenizer, write
+        self.text, self._ids, self._prompt = "", [], True
+
+    def put(self, ids) -> None:
+        if self._prompt:                                # generate hands over the prompt first
+            self._prompt = False
+            return
+        self._ids += ids.flatten().tolist()
+        self._emit(self.tokenizer.decode(self._ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        self._emit(self.tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _emit(self, text: str) -> None:
+        piece, self.text = text[len(self.text):], text if len(text) > len(self.text) else self.text
+        if piece:
+            self.write(piece)
