@@ -23,7 +23,7 @@ from gptvq.linear import VQLinear
 from gptvq.model import dense_weight, find_blocks, linears
 from gptvq.weight import VQWeight
 
-from . import llamacpp, runner
+from . import decode_gpu, llamacpp, runner
 from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Contender, Shape, label, random_weight, ring_bytes, with_ggml
 
 PARTS = ("tokens", "linears")
@@ -32,21 +32,29 @@ EXAMPLE = """examples:
   python -m bench.decode --json bench/results/decode-cpu.json
   python -m bench.decode --packed my-model-2.25 --tokens 128
   python -m bench.decode --table bench/results/decode-cpu.json
+  python -m bench.decode --device cuda --shape llama2-7b --modes eager,graph --json decode-gpu.json
 
 tokens per second: greedy, batch 1, with a cache, the prompt not timed.  Without --packed the packed weights are random, with the
 standard deviation of those they replace: what such a model says is noise, but it says it as fast.  The dense weights of the head and
 the embedding are bfloat16 here and Q8_0 in llama.cpp.  linears: every linear of the decoder blocks once, in ms; weights are random,
-in as many copies as make at least 192 MB, so that no cache holds them."""
+in as many copies as make at least 192 MB, so that no cache holds them.  --shape: a model of those sizes with random weights on any
+device, its steps called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    print(show([row for path in args.table for row in runner.load(path)["rows"]] if args.table else measure(args, argv)))
+    how = decode_gpu.measure if args.shape else measure
+    print(show([row for path in args.table for row in runner.load(path)["rows"]] if args.table else how(args, argv)))
 
 
 def parser():
     p = runner.parser("decode", "Decoding speed of a whole model.", EXAMPLE)
     p.add_argument("--model", metavar="PATH", help="the dense model, a folder or a .gguf file; default the demo's SmolLM2-135M")
+    p.add_argument("--shape", choices=tuple(decode_gpu.MODELS), help="no model: random weights of these sizes")
+    p.add_argument("--device", default="cpu", metavar="NAME", help="with --shape: cpu, cuda or cuda:N, default %(default)s")
+    p.add_argument("--modes", type=runner.names, default=["eager"], metavar="A,B",
+                   help=f"with --shape: of {','.join(decode_gpu.MODES)}; default eager")
+    p.add_argument("--no-dense", dest="dense", action="store_false", help="with --shape: without the dense model beside the packed ones")
     p.add_argument("--packed", metavar="FOLDER", help="a packed checkpoint of it, in the place of random packed weights")
     p.add_argument("--presets", type=runner.names, default=["2d-2.25-s64", "2d-3.125-s64"], metavar="A,B",
                    help="default 2d-2.25-s64,2d-3.125-s64; not used for the whole model with --packed")

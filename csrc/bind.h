@@ -28,7 +28,7 @@ inline TensorArg tensor(const char* name, const std::optional<Arg>& a) {
 }
 
 // For what a kernel reads several numbers at a time.
-inline void require_aligned(const char* name, const TensorArg& t, std::int64_t bytes) {
+inline void require_alignment(const char* name, const TensorArg& t, std::int64_t bytes) {
   if (t.address % static_cast<std::uintptr_t>(bytes))
     throw std::invalid_argument(std::string(name) + ": got an address that is not a multiple of " + std::to_string(bytes) +
                                 " bytes, need one (a copy has it)");

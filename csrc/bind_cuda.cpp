@@ -15,7 +15,7 @@ void pack(const Arg& codes_arg, const Arg& idx_arg, const SpecArg& fields, int d
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   codes.require("codes", "uint8", {s.rows, s.vectors()});
   idx.require("idx", "uint8", {s.tiles(), s.blocks(), s.block_bytes()});
-  require_aligned("idx", idx, 4);
+  require_alignment("idx", idx, 4);
   cuda::pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s, device, stream);
 }
 
@@ -24,7 +24,7 @@ void unpack(const Arg& idx_arg, const Arg& codes_arg, const SpecArg& fields, int
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   codes.require("codes", "uint8", {s.rows, s.vectors()});
   idx.require("idx", "uint8", {s.tiles(), s.blocks(), s.block_bytes()});
-  require_aligned("idx", idx, 4);
+  require_alignment("idx", idx, 4);
   cuda::unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s, device, stream);
 }
 
@@ -34,7 +34,7 @@ void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, con
   const TensorArg out = tensor(out_arg);
   const OutType type = float_type("out", out.dtype);
   const Packed weight = checked_weight(idx_arg, cb_arg, gs_arg, sc_arg, table_arg, s);
-  require_aligned("idx", tensor(idx_arg), 4);
+  require_alignment("idx", tensor(idx_arg), 4);
   out.require("out", out.dtype.c_str(), {s.rows, s.cols});
   cuda::dequantize(weight, out.data<void>(), type, s, device, stream);
 }
@@ -62,8 +62,8 @@ void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& s
   centroids.require("centroids", "float32", {shape[0], shape[1], shape[2], d});
   strip.require("strip", "int64", {c.n});
   Q.require("Q", "float32", {c.rows, c.n * d});
-  require_aligned("centroids", centroids, 4 * d);
-  require_aligned("Q", Q, 4 * d);
+  require_alignment("centroids", centroids, 4 * d);
+  require_alignment("Q", Q, 4 * d);
   const float* scale = nullptr;
   if (scale_arg) {
     const TensorArg t = tensor(*scale_arg);

@@ -111,11 +111,11 @@ _by_strip = WeakTensorKeyDictionary()
 
 def _columns_by_strip(strip: Tensor, strips: int) -> tuple[Tensor, Tensor]:
     """(columns sorted by strip, where each strip's begin [strips + 1]); kept, since a layer asks for one again and again."""
-    known = _by_strip.get(strip)
-    if known is None or known[0] != (strips, strip._version):
+    known, made_from = _by_strip.get(strip), (strips, 0 if strip.is_inference() else strip._version)
+    if known is None or known[0] != made_from:
         order = torch.argsort(strip, stable=True)
         bounds = torch.searchsorted(strip[order], torch.arange(strips + 1, device=strip.device))
-        known = _by_strip[strip] = (strips, strip._version), order, bounds
+        known = _by_strip[strip] = made_from, order, bounds
     return known[1:]
 
 

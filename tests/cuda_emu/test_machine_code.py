@@ -15,8 +15,8 @@ MOST_REGISTERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _all_compiled():
+@pytest.fixture(scope="module")
+def all_compiled():
     with ThreadPoolExecutor(2) as workers:
         list(workers.map(lambda job: compiled(*job), [(name, architecture) for name in FILES for architecture in ARCHITECTURES]))
 
@@ -24,7 +24,7 @@ def _all_compiled():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", FILES)
-def test_registers(name, architecture):
+def test_registers(all_compiled, name, architecture):
     found = resources(name, architecture)
     assert found
     table = MOST_REGISTERS.get(name, {})

@@ -139,6 +139,21 @@ def test_collect(machine, layer, f):
     assert len(results) == 1                                  # not one bit depends on who comes first
 
 
+def test_collect_of_changed_strips_and_without_versions(machine):
+    """What is remembered of `strip` is forgotten when it changes; inference tensors do not count their changes."""
+    layer = LAYERS[1]
+    index, _, strip, _ = codes_of(*layer)
+    values, shape = torch.randn(layer[0], layer[1], 2), (layer[2], layer[3], layer[4])
+    place = on(machine.device, (index, values, strip.clone()))
+    for _ in range(2):
+        got = ops.collect(*place, layer[-1], shape).cpu()
+        assert torch.allclose(got, reference.collect(index, values, place[2].cpu(), layer[-1], shape))
+        place[2].copy_(strip.flip(0))
+    with torch.inference_mode():
+        got = ops.collect(*on(machine.device, (index, values)), strip.to(machine.device) + 0, layer[-1], shape).cpu()
+    assert torch.allclose(got, reference.collect(index, values, strip, layer[-1], shape))
+
+
 def test_collect_where_sums_do_not_fit(machine):
     """More numbers per centroid than the kernel has shared memory for are summed by the reference."""
     index, _, strip, _ = codes_of(*LAYERS[2])
