@@ -1,8 +1,9 @@
 """No kernel spills registers or uses a stack, and none takes more registers than its table says."""
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from machine_code import ARCHITECTURES, ROOT, compiled, resources
+from machine_code import ARCHITECTURES, ROOT, compiled, instructions, resources
 
 FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem != "runtime")
 #: most registers of a thread by file and kernel; a block's threads times these, rounded up to 8, must fit into 65,536
@@ -41,3 +42,22 @@ def test_registers(all_compiled, name, architecture):
 def test_every_kernel_file_is_built():
     listed = (ROOT / "CMakeLists.txt").read_text()
     assert not [name for name in FILES if f"csrc/cuda/{name}.cu" not in listed]
+
+
+#: instructions of a warp for one centroid and one point: D fused steps, 1.5 for the minimum, c^T M c shared by the unit's points
+E_STEP = {"em_kernel<2, 4>": 5.5, "em_kernel<2, 8>": 4.6, "em_kernel<4, 8>": 8.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_instructions_of_the_e_step(architecture):
+    found = instructions("em", architecture)
+    for kernel, most in E_STEP.items():
+        body = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", found[kernel])]
+        back = [(int(re.search(r"0x([0-9a-f]+)", text)[1], 16), at) for at, text in body if re.search(r"\bBRA\b.*0x", text)]
+        loops = [[text for at, text in body if first <= at <= last] for first, last in back if first < last]
+        points = int(kernel[-2])
+        e_step, = (loop for loop in loops if not any("LDG" in text for text in loop)
+                   and [sum(name in text for text in loop) for name in ("FMNMX", "FSETP")] == [3 * points, points])
+        assert len(e_step) / (4 * points) <= most, (kernel, len(e_step))
+        assert not re.search(r"ATOMS\.CAS", found[kernel])              # the sums' additions are the hardware's own
