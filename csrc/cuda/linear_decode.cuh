@@ -164,7 +164,8 @@ struct Table<F, Lookup::cta_table> {
   const unsigned char* table;       // in shared memory
   std::uint32_t bank;               // 4 lane
 
-  __device__ __forceinline__ Table(const uint4* entries, int lane) : table(reinterpret_cast<const unsigned char*>(entries)), bank(4 * lane) {}
+  __device__ __forceinline__ Table(const uint4* entries, int lane)
+      : table(reinterpret_cast<const unsigned char*>(entries)), bank(4 * lane) {}
   __device__ __forceinline__ std::uint32_t at(std::uint32_t shifted) const {
     return *reinterpret_cast<const std::uint32_t*>(table + ((shifted & 0x7f80) | bank));
   }

@@ -9,6 +9,7 @@ FILES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem !
 MOST_REGISTERS = {
     "packing": {"pack_kernel": 32, "unpack_kernel": 32, "dequantize_kernel": 48},
     "centroids": {"decode_kernel": 24, "collect_kernel": 48},
+    "linear_half": {"linear_half_inputs_kernel": 32, "linear_half_kernel": 128},
     "linear": {"linear_exact_kernel": 40, "linear_sum_kernel": 32},
     "linear_1d": {"linear_inputs_kernel": 32, "linear_tile_kernel": 64, "linear_tile_tokens_kernel": 128},
     "linear_2d": {"linear_inputs_kernel": 32, "linear_tile_kernel": 64, "linear_tile_tokens_kernel": 128},
