@@ -112,7 +112,7 @@ class Steps:
         self.position.zero_()
 
 
-@torch.inference_mode()
+@torch.no_grad()                        # not inference_mode, in which layers called on one input are not computed together
 def compare(models: dict[str, nn.Module], mode: str, args, place: torch.device) -> list[dict]:
     steps = {name: Steps(model, mode, place) for name, model in models.items()}
 

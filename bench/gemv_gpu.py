@@ -19,6 +19,7 @@ CUBLAS = {"cublas fp16": torch.float16, "cublas bf16": torch.bfloat16}
 COPY = "copy"
 
 
+@torch.inference_mode()                 # whose inputs keep layers called on one of them from being computed together, as q, k and v are
 def measure(args, argv: list[str] | None) -> list[dict]:
     """The rows of every shape and number of tokens; `args` are those of bench.gemv."""
     place = torch.device(args.device)
@@ -79,7 +80,6 @@ class Size:
                          lambda: target.copy_(source))
 
 
-@torch.inference_mode()
 def compare(size: Size, presets: list[str], activations: list[str], repeats: int, left_out: set[str]) -> list[dict]:
     """The rows of all contenders for one x; `left_out` are names that the log has said the reason of."""
     found = [one for preset in presets for one in size.packed(preset, activations)]

@@ -43,8 +43,15 @@ def test_gemv(tmp_path, capsys):
     assert all(said.count(f"no rows of {name}: {name} runs on GPUs") == 1 for name in peers.PEERS)
 
 
-def test_a_ring_is_rotated():
-    """Every product of a pass has its own weight."""
+def test_a_ring_is_rotated(monkeypatch):
+    """Every product of a pass has its own weight, and is computed by itself."""
+    seen = []
+    monkeypatch.setattr(gemv_gpu, "Size", lambda *args, make=gemv_gpu.Size: seen.append(make(*args)) or seen[-1])
+    args = gemv.parser().parse_args(["--shapes", "32x256", "--presets", "2d-2.25", "--activations", "a16", "--repeats", "1"])
+    gemv_gpu.measure(args, [])
+    assert seen[0].x.is_inference()
+    monkeypatch.undo()
+    monkeypatch.setattr("bench.device.RING_BYTES", 1 << 16)
     size = gemv_gpu.Size(32, 256, 1, torch.float32, CPU)
     packed, = size.packed("2d-2.25", ["fp32"])
     assert packed.calls * packed.nbytes >= 1 << 16 > (packed.calls - 1) * packed.nbytes

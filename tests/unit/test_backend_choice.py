@@ -1,0 +1,83 @@
+"""Which backend serves a device, and what is said where the one asked for cannot."""
+import pytest
+import torch
+
+from gptvq import ops
+from gptvq.backends import cuda, cuda_call, native, reference
+from gptvq.doctor import diagnose
+from gptvq.errors import BackendUnavailable, ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+FOUND = {"available": True, "device_count": 1, "runtime": 13000, "driver": 13000, "why": ""}
+MISSING = {"available": False, "device_count": 0, "runtime": 13000, "driver": 0}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability, found): a machine with a made-up GPU, or without."""
+    def pretend(capability=(9, 0), found=FOUND, kernels=True):
+        monkeypatch.setattr(native, "_C", object())
+        monkeypatch.setattr(native, "cuda_info", lambda: found)
+        monkeypatch.setattr(cuda_call, "kernels", object() if kernels else None)
+        monkeypatch.setattr(cuda, "_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: found["available"])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA T4")
+    return pretend
+
+
+def test_the_first_that_serves_is_taken(gpu, monkeypatch):
+    monkeypatch.delenv("GPTVQ_BACKEND", raising=False)
+    gpu()
+    assert ops.backend(GPU) is cuda and ops.backend(CPU) is native and cuda.serves(GPU) and not cuda.serves(CPU)
+    gpu((7, 5))
+    assert ops.backend(GPU) is reference
+    gpu(kernels=False)
+    assert ops.backend(GPU) is reference
+    monkeypatch.setenv("GPTVQ_BACKEND", "reference")
+    assert ops.backend(CPU) is reference
+
+
+@pytest.mark.parametrize("device, machine, message", [
+    (GPU, dict(capability=(7, 5)), "NVIDIA T4 has compute capability 7.5, and the kernels need 8.0 or newer"),
+    (GPU, dict(kernels=False), "gptvq was built without CUDA"),
+    (GPU, dict(capability=(0, 0), found={**MISSING, "why": "CUDA driver version is insufficient for CUDA runtime version"}),
+     "no NVIDIA GPU can be used: CUDA driver version is insufficient"),
+    (CPU, dict(found={**MISSING, "why": "the driver reports no CUDA device"}), "the driver reports no CUDA device"),
+    (CPU, dict(), "its kernels are for device type 'cuda', and the tensor is on 'cpu'"),
+])
+def test_what_is_missing_is_said(gpu, monkeypatch, device, machine, message):
+    gpu(**machine)
+    monkeypatch.setenv("GPTVQ_BACKEND", "cuda")
+    with pytest.raises(BackendUnavailable, match=f"GPTVQ_BACKEND=cuda, but .*{message}.*unset it to use another backend"):
+        ops.backend(device)
+
+
+def test_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setenv("GPTVQ_BACKEND", "magic")
+    with pytest.raises(BackendUnavailable, match="'magic' is unknown; choose one of native, cuda"):
+        ops.backend(CPU)
+
+
+def test_what_cuda_refuses_is_an_error_of_ours(monkeypatch):
+    """ValueError: an argument; RuntimeError: CUDA itself."""
+    class Kernels:
+        @staticmethod
+        def refuse(*args):
+            raise ValueError("idx: got nothing")
+
+        @staticmethod
+        def fail(*args):
+            raise RuntimeError("kernel: CUDA says: out of memory")
+
+    monkeypatch.setattr(cuda_call, "kernels", Kernels)
+    with pytest.raises(ConfigError, match="refuse: idx: got nothing"):
+        cuda_call.call("refuse", torch.zeros(2))
+    with pytest.raises(BackendUnavailable, match="fail on cpu: kernel: CUDA says: out of memory"):
+        cuda_call.call("fail", torch.zeros(2))
+    with pytest.raises(ConfigError, match="refuse: got tensors on cpu and meta, need all on one device"):
+        cuda_call.call("refuse", torch.zeros(2), torch.zeros(2, device="meta"))
+
+
+def test_doctor_has_a_line_for_it():
+    line = diagnose()["CUDA kernels"]
+    assert line.startswith("run on ") if cuda.serves(torch.device("cuda")) else line.startswith("none: ")
