@@ -138,7 +138,11 @@ struct Table<F, Lookup::registers> {
   }
 };
 
-// 64 pairs of bytes, one word per bank: no two lanes ever wait for each other.
+// 64 pairs of bytes, one word per bank: no two lanes ever wait for each other.  Its address ends in zeros, which take the codes.
+struct alignas(128) PairTable {
+  std::uint32_t word[32];
+};
+
 template <class F>
 struct Table<F, Lookup::warp_table> {
   SharedAddress table;              // of the warp, a multiple of 128

@@ -68,7 +68,7 @@ template <class F>
 __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __grid_constant__ LinearBatch batch) {
   constexpr bool by_group = F::lookup == Lookup::cta_table, warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_SHARED(uint4, entries, by_group ? 256 * 8 : 1);
-  GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kTokensWarps * 32 : 1);
+  GPTVQ_SHARED(PairTable, tables, warp_table ? 2 * kTokensWarps : 1);
   GPTVQ_SHARED(float, sums, by_group ? 1 : kTokensWarps * 128);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, first = blockIdx.y * kHalfTokens;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __
 #pragma unroll 1
     for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
       if constexpr (warp_table) {
-        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables + 32 * turn);
-        table.table = shared_address(tables + 32 * turn);
+        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
+        table.table = shared_address(&tables[turn]);
         turn ^= 1;
       } else {
         table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
