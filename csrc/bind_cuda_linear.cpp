@@ -22,9 +22,9 @@ std::unique_ptr<cuda::Linear> prepare(const Arg& idx, const Arg& cb, const Arg& 
   return std::make_unique<cuda::Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, bias);
 }
 
-Activations activations_of(int code) {
-  if (code < 0 || code > 2) throw std::invalid_argument("activations: got " + std::to_string(code) + ", need 0, 1 or 2");
-  return static_cast<Activations>(code);
+cuda::Arithmetic arithmetic_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("arithmetic: got " + std::to_string(code) + ", need 0, 1, 2 or 3");
+  return static_cast<cuda::Arithmetic>(code);
 }
 
 void check_layers(const std::vector<const cuda::Linear*>& layers, std::int64_t tokens) {
@@ -38,21 +38,21 @@ void check_layers(const std::vector<const cuda::Linear*>& layers, std::int64_t t
   }
 }
 
-std::int64_t scratch(const std::vector<const cuda::Linear*>& layers, std::int64_t tokens, int activations, int device) {
+std::int64_t scratch(const std::vector<const cuda::Linear*>& layers, std::int64_t tokens, int arithmetic, int device) {
   check_layers(layers, tokens);
-  return cuda::linear_scratch(layers, tokens, activations_of(activations), device);
+  return cuda::linear_scratch(layers, tokens, arithmetic_of(arithmetic), device);
 }
 
 // Addresses of contiguous x [tokens, cols], y [tokens, rows] and `linear_scratch` bytes.
 void run(const std::vector<const cuda::Linear*>& layers, std::uintptr_t x, int type, std::int64_t tokens,
-         const std::vector<std::uintptr_t>& y, int activations, std::uintptr_t scratch_memory, std::int64_t scratch_bytes, int device,
+         const std::vector<std::uintptr_t>& y, int arithmetic, std::uintptr_t scratch_memory, std::int64_t scratch_bytes, int device,
          std::uint64_t stream) {
   check_layers(layers, tokens);
   if (layers.size() != y.size())
     throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) +
                                 ", one per layer");
   if (type < 0 || type > 2) throw std::invalid_argument("type: got " + std::to_string(type) + ", need 0, 1 or 2");
-  const Activations kind = activations_of(activations);
+  const cuda::Arithmetic kind = arithmetic_of(arithmetic);
   const std::int64_t need = cuda::linear_scratch(layers, tokens, kind, device);
   if (scratch_bytes < need || (need && (!scratch_memory || scratch_memory % 16)))
     throw std::invalid_argument("scratch: got " + std::to_string(scratch_bytes) + " bytes, need " + std::to_string(need) +
@@ -74,11 +74,11 @@ void bind_cuda_linear(py::module_& m) {
       .def(py::init(&prepare), py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true), py::arg("scale_table").none(true),
            py::arg("bias").none(true), py::arg("spec"), py::arg("device"), py::arg("stream"))
       .def_property_readonly("fast", &cuda::Linear::fast, "whether the integer kernels take this shape");
-  m.def("linear_scratch", &scratch, py::arg("layers"), py::arg("tokens"), py::arg("activations"), py::arg("device"),
+  m.def("linear_scratch", &scratch, py::arg("layers"), py::arg("tokens"), py::arg("arithmetic"), py::arg("device"),
         "bytes of scratch memory that `linear` needs");
-  m.def("linear", &run, py::arg("layers"), py::arg("x"), py::arg("type"), py::arg("tokens"), py::arg("y"), py::arg("activations"),
+  m.def("linear", &run, py::arg("layers"), py::arg("x"), py::arg("type"), py::arg("tokens"), py::arg("y"), py::arg("arithmetic"),
         py::arg("scratch"), py::arg("scratch_bytes"), py::arg("device"), py::arg("stream"),
-        "y[i] = x W_i^T + b_i; type 0 float32, 1 float16, 2 bfloat16; activations 0 a16, 1 a8, 2 float32");
+        "y[i] = x W_i^T + b_i; type 0 float32, 1 float16, 2 bfloat16; arithmetic 0 a16, 1 a8, 2 float32, 3 float16");
   m.attr("most_tokens") = cuda::kMostTokens;
 }
 

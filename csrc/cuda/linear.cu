@@ -56,12 +56,15 @@ struct Launch {
   int warps = 1, ctas = 0, grain;
   std::int64_t step_at = 0, partial_at = 0, bytes = 0;      // in the scratch memory
 
-  Launch(const std::vector<const Linear*>& layers, const std::vector<void*>& y, std::size_t from, std::int64_t tokens, int device)
+  Launch(const std::vector<const Linear*>& layers, const std::vector<void*>& y, std::size_t from, std::int64_t tokens,
+         Arithmetic arithmetic, int device)
       : first(from), last(from), grain(grain_of(layers[from]->spec())) {
     const Spec& s = layers[from]->spec();
-    const bool several = tokens > 1 && grain != 16;           // those of 16 or 32 columns take one token at a time
+    const bool half = arithmetic == Arithmetic::fp16;
+    const bool several = half || (tokens > 1 && grain != 16);         // block scales of 16 or 32 columns: one token at a time
     int cta_tiles = 1;
-    if (several) with_format(s, [&](auto format) { cta_tiles = tiles_per_cta<decltype(format)::bits, decltype(format)::dim>(grain); });
+    if (several && !half)
+      with_format(s, [&](auto format) { cta_tiles = tiles_per_cta<decltype(format)::bits, decltype(format)::dim>(grain); });
     std::int64_t parts = 0;
     const auto parts_of = [&](const LinearLayer& w) {
       return by_group(s) ? w.row_groups * Spec::ceil_div(w.group_tiles, w.warps) : Spec::ceil_div(w.tiles, cta_tiles);
@@ -116,18 +119,18 @@ void launch_exact(const Linear& layer, const void* x, int type, std::int64_t tok
   });
 }
 
-bool integers(const Linear& layer, Activations activations) { return activations != Activations::fp32 && layer.fast(); }
+bool fast(const Linear& layer, Arithmetic arithmetic) { return arithmetic != Arithmetic::fp32 && layer.fast(); }
 
-// f(launch) for each launch of the integer kernels, exact(layer) for each layer that they do not take, in order.
+// f(launch) for each launch of the fast kernels, exact(layer) for each layer that they do not take, in order.
 template <class F, class G>
-void for_each_launch(const std::vector<const Linear*>& layers, const std::vector<void*>& y, std::int64_t tokens, Activations activations,
+void for_each_launch(const std::vector<const Linear*>& layers, const std::vector<void*>& y, std::int64_t tokens, Arithmetic arithmetic,
                      int device, F f, G exact) {
   for (std::size_t i = 0; i < layers.size();) {
-    if (!integers(*layers[i], activations)) {
+    if (!fast(*layers[i], arithmetic)) {
       exact(i++);
       continue;
     }
-    const Launch launch(layers, y, i, tokens, device);
+    const Launch launch(layers, y, i, tokens, arithmetic, device);
     f(launch);
     i = launch.last;
   }
@@ -151,34 +154,37 @@ Linear::Linear(const Packed& weight, const Spec& spec, const float* bias) : weig
   fast_ = whole_strips && (one_book || (spec.codewords() <= 16 && (spec.dim == 1 || spec.group_rows % 2 == 0)));
 }
 
-std::int64_t linear_scratch(const std::vector<const Linear*>& layers, std::int64_t tokens, Activations activations, int device) {
+std::int64_t linear_scratch(const std::vector<const Linear*>& layers, std::int64_t tokens, Arithmetic arithmetic, int device) {
   std::int64_t bytes = 0;
-  for_each_launch(layers, {}, tokens, activations, device, [&](const Launch& l) { bytes = std::max(bytes, l.bytes); }, [](std::size_t) {});
+  for_each_launch(layers, {}, tokens, arithmetic, device, [&](const Launch& l) { bytes = std::max(bytes, l.bytes); }, [](std::size_t) {});
   return bytes;
 }
 
 void linear(const std::vector<const Linear*>& layers, const void* x, OutType type, std::int64_t tokens, const std::vector<void*>& y,
-            Activations activations, void* scratch, int device, std::uint64_t stream) {
+            Arithmetic arithmetic, void* scratch, int device, std::uint64_t stream) {
   if (tokens == 0) return;
   if (tokens > kMostTokens)
     throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need at most " + std::to_string(kMostTokens));
   GPTVQ_DEVICE(device);
   for_each_launch(
-      layers, y, tokens, activations, device,
+      layers, y, tokens, arithmetic, device,
       [&](Launch launch) {
         LinearBatch& b = launch.batch;
         const Spec& s = layers[launch.first]->spec();
         char* memory = static_cast<char*>(scratch);
-        const int limit = activations == Activations::a8 ? 127 : 254 * 127 + 126;
+        const int limit = arithmetic == Arithmetic::a8 ? 127 : 254 * 127 + 126;
         b.type = static_cast<int>(type);
-        b.high_weight = activations == Activations::a8 ? 1 : 254;
+        b.high_weight = arithmetic == Arithmetic::a8 ? 1 : 254;
         b.x = reinterpret_cast<std::int8_t*>(memory);
         b.step = reinterpret_cast<float*>(memory + launch.step_at);
         b.partial = reinterpret_cast<float*>(memory + launch.partial_at);
         const Inputs in{x, reinterpret_cast<std::int8_t*>(memory), reinterpret_cast<float*>(memory + launch.step_at), b.tokens, b.type,
                         static_cast<int>(s.cols), limit, s.scale_block ? static_cast<int>(s.scale_block) : kChunk};
         with_format(s, [&](auto format) {
-          launch_linear<decltype(format)::bits, decltype(format)::dim>({in, b, launch.ctas, launch.warps, stream}, launch.grain);
+          using F = decltype(format);
+          const LinearLaunch of{in, b, launch.ctas, launch.warps, stream};
+          if (arithmetic == Arithmetic::fp16) launch_half<F::bits, F::dim>(of);
+          else launch_linear<F::bits, F::dim>(of, launch.grain);
         });
         if (b.splits > 1) {
           const dim3 grid(static_cast<unsigned>(Spec::ceil_div(b.total_rows, kSumThreads)), static_cast<unsigned>(tokens));

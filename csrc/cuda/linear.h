@@ -3,9 +3,11 @@
 #include <vector>
 
 #include "cpu/dequantize.h"
-#include "cpu/linear.h"
 
 namespace gptvq::cuda {
+
+// How x is multiplied: as 16-bit or 8-bit integers, in float32, or with everything rounded to float16 (to compare with).
+enum class Arithmetic { a16, a8, fp32, fp16 };
 
 // One packed weight.  Refers to the buffers of `weight` and to `bias` (float32 [rows] or null).
 class Linear {
@@ -30,11 +32,11 @@ class Linear {
 constexpr std::int64_t kMostTokens = 64;      // of a call
 
 // Bytes of scratch memory that `linear` needs.
-std::int64_t linear_scratch(const std::vector<const Linear*>& layers, std::int64_t tokens, Activations activations, int device);
+std::int64_t linear_scratch(const std::vector<const Linear*>& layers, std::int64_t tokens, Arithmetic arithmetic, int device);
 
 // y[i] [tokens, rows of i] = x [tokens, cols] times the weight of each layer (all with the same cols) transposed, plus its bias;
 // x and y of `type`, scratch aligned to 16 bytes.  The same bits on every call.
 void linear(const std::vector<const Linear*>& layers, const void* x, OutType type, std::int64_t tokens, const std::vector<void*>& y,
-            Activations activations, void* scratch, int device, std::uint64_t stream);
+            Arithmetic arithmetic, void* scratch, int device, std::uint64_t stream);
 
 }  // namespace gptvq::cuda

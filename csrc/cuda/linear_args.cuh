@@ -28,7 +28,8 @@ struct Inputs {
   int span;                         // columns with a common step: 256, 64, 32 or 16
 };
 
-constexpr int kLinearWarps = 16, kTokensWarps = 8;      // of a CTA, for one token and for several
+constexpr int kLinearWarps = 16, kTokensWarps = 8;      // most of a CTA, for one token and for several
+constexpr int kQuantizeWarps = 4;
 constexpr int kMostLayers = 8;      // of a launch: the parameters of a kernel have 4 KB
 
 struct LinearBatch {

@@ -138,7 +138,11 @@ struct Table<F, Lookup::registers> {
   }
 };
 
-// 64 pairs of bytes, one word per bank: no two lanes ever wait for each other.
+// 64 pairs of bytes, one word per bank: no two lanes ever wait for each other.  Its address ends in zeros, which take the codes.
+struct alignas(128) PairTable {
+  std::uint32_t word[32];
+};
+
 template <class F>
 struct Table<F, Lookup::warp_table> {
   SharedAddress table;              // of the warp, a multiple of 128
@@ -164,7 +168,8 @@ struct Table<F, Lookup::cta_table> {
   const unsigned char* table;       // in shared memory
   std::uint32_t bank;               // 4 lane
 
-  __device__ __forceinline__ Table(const uint4* entries, int lane) : table(reinterpret_cast<const unsigned char*>(entries)), bank(4 * lane) {}
+  __device__ __forceinline__ Table(const uint4* entries, int lane)
+      : table(reinterpret_cast<const unsigned char*>(entries)), bank(4 * lane) {}
   __device__ __forceinline__ std::uint32_t at(std::uint32_t shifted) const {
     return *reinterpret_cast<const std::uint32_t*>(table + ((shifted & 0x7f80) | bank));
   }

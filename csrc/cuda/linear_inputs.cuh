@@ -4,7 +4,6 @@
 
 namespace gptvq {
 
-constexpr int kQuantizeWarps = 4;
 constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero, lest 1 / step overflow
 
 // A warp per token and chunk.  Lane l reads columns 8 l .. 8 l + 7 to find the spans' peaks, and writes bytes 8 l .. of both planes.

@@ -19,4 +19,8 @@ int tiles_per_cta(int grain);
 template <int Bits, int Dim>
 void launch_linear(const LinearLaunch& launch, int grain);
 
+// The same in float16; `inputs.planes` is for x.
+template <int Bits, int Dim>
+void launch_half(const LinearLaunch& launch);
+
 }  // namespace gptvq::cuda

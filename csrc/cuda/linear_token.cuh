@@ -90,7 +90,7 @@ struct LaneRows {
   // are 0, those of the rows' last block.
   __device__ __forceinline__ void block_scales(const LinearLayer& w, const Place& at, int column, float (&scale)[2]) const {
     const int of = min((at.block(w) * 32 + column) >> w.scale_shift, w.scale_blocks - 1);
-    const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(sc + of / 2 * 16)) >> 4 * (of & 1);
+    const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(sc + (of >> 1) * 16)) >> 4 * (of & 1);
     scale[0] = __ldg(w.scale_table + 16 * of + (both & 15));
     scale[1] = __ldg(w.scale_table + 16 * of + (both >> 8 & 15));
   }
@@ -165,11 +165,11 @@ __device__ __forceinline__ void add_lanes(float (&sum)[2]) {
   }
 }
 
-// table: 64 centroids, two bytes each; by the whole warp.
+// By the whole warp.
 template <class F>
-__device__ __forceinline__ void fill_pairs(const std::int8_t* book, std::uint32_t* table) {
+__device__ __forceinline__ void fill_pairs(const std::int8_t* book, PairTable& table) {
   const auto* pairs = reinterpret_cast<const std::uint16_t*>(book) + lane_id();
-  table[lane_id()] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
+  table.word[lane_id()] = prmt(__ldg(pairs), __ldg(pairs + F::codewords / 2), 0x5140);
   __syncwarp();
 }
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   static_assert(F::lookup != Lookup::cta_table, "a table for one tile");
   constexpr bool warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_SHARED(float, partial, kLinearWarps * 16);
-  GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kLinearWarps * 32 : 1);
+  GPTVQ_SHARED(PairTable, tables, warp_table ? 2 * kLinearWarps : 1);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = blockIdx.x - w.first_cta;
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
     const Codes<F> codes = rows.codes(batch, w, at, t);
     if constexpr (warp_table) {
-      fill_pairs<F>(rows.codebook(batch, w, at, 0), tables + 32 * turn);
-      table.table = shared_address(tables + 32 * turn);
+      fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
+      table.table = shared_address(&tables[turn]);
       turn ^= 1;                    // a lane may still look something up in the last chunk's
     } else {
       table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});

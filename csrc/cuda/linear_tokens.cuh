@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
   constexpr int tiles = Shape::tiles;
   constexpr bool warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_DYN_SMEM(float, sums);                  // [warp][token tile][slot][lane]
-  GPTVQ_SHARED(std::uint32_t, tables, warp_table ? 2 * kTokensWarps * 32 : 1);
+  GPTVQ_SHARED(PairTable, tables, warp_table ? 2 * kTokensWarps : 1);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = (blockIdx.x - w.first_cta) * tiles, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
       scales[p].load(batch, w, at, rows);
       Table<F> table(batch.two_to_16);
       if constexpr (warp_table) {
-        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables + 32 * turn);
-        table.table = shared_address(tables + 32 * turn);
+        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
+        table.table = shared_address(&tables[turn]);
         turn ^= 1;
       } else {
         table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});

@@ -56,7 +56,7 @@ inline int multiprocessors(int device) {
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::size_t dynamic_bytes, std::uint64_t stream, A&&... args) {
-  if (dynamic_bytes > 48 * 1024)
+  if (dynamic_bytes > 16 * 1024)                // with up to 32 KB of static shared memory: a kernel has 48 KB unless it asks for more
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes)), name);
   kernel<<<grid, block, dynamic_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
   check_cuda(cudaGetLastError(), name);

@@ -1,6 +1,8 @@
 """y = W x by CUDA kernels that read the packed weight."""
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from .prepared import Remembered
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_FP16 = len(_MODES)
 _ALIGNMENT = 16                     # bytes, of the tensors that kernels read
 
 
@@ -21,7 +24,8 @@ class PreparedLinear:
     """f(x, activations) on a GPU: keeps the packed tensors alive and the kernels' view of them.
 
     A call queues kernels on torch's current stream and allocates nothing but its outputs and scratch memory, so that a CUDA graph can
-    capture it.  Up to `most_tokens` tokens at once are multiplied with the packed weight, more with the weight unpacked.
+    capture it.  Up to `most_tokens` tokens at once are multiplied with the packed weight, more with the weight unpacked.  Where
+    `GPTVQ_CUDA_LINEAR` is "fp16" when it is made, products are those of float16 instead of integers, to compare the two.
     """
 
     def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec):
@@ -29,6 +33,7 @@ class PreparedLinear:
         self.fields = tuple(spec.to_dict().values())[:7]
         self.packed = [dense(None if t is None else t.detach(), _ALIGNMENT) for t in (idx, cb, gs, sc, table)]
         self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.modes = {**_MODES, **_chosen()}
         self.kernel = call("Linear", *self.packed, self.bias, self.fields)
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
@@ -45,7 +50,7 @@ class PreparedLinear:
         for layer in layers:
             layer._check(x)
         x, device, kernels = x.contiguous(), self.device, cuda_call.kernels
-        tokens, mode, index = x.numel() // self.spec.cols, _MODES[activations], device.index or 0
+        tokens, mode, index = x.numel() // self.spec.cols, self.modes[activations], device.index or 0
         handles = [layer.kernel for layer in layers]
         try:
             size = kernels.linear_scratch(handles, tokens, mode, index)
@@ -62,6 +67,14 @@ class PreparedLinear:
     def _check(self, x: Tensor) -> None:
         if x.device != self.device:
             raise ConfigError(f"linear: got x on {x.device} and a weight on {self.device}, need both on one device")
+
+
+def _chosen() -> dict[str, int]:
+    """What GPTVQ_CUDA_LINEAR puts in the place of integers."""
+    choice = os.environ.get("GPTVQ_CUDA_LINEAR", "")
+    if choice not in ("", "fp16"):
+        raise BackendUnavailable(f"GPTVQ_CUDA_LINEAR={choice!r} is unknown; set it to fp16, or unset it")
+    return {"a16": _FP16, "a8": _FP16} if choice else {}
 
 
 prepare_linear = PreparedLinear

@@ -7,7 +7,7 @@ from packed_cases import random_codes, random_tables, random_weight, spec_id
 
 from gptvq import ops
 from gptvq.backends import reference
-from gptvq.errors import ConfigError
+from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.linear import VQLinear
 from gptvq.spec import FORMATS, QuantSpec
 
@@ -99,6 +99,25 @@ def test_error_of_the_whole(machine, form):
     for activations, most in (("a16", 1e-4), ("a8", 1.5e-2), ("fp32", 1e-6)):
         assert relative(layer.prepared(x, activations).cpu(), want) < most
         assert relative(layer.prepared(x[:1], activations).cpu(), want[:1]) < most
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if (s.rows, s.cols) in ((37, 1100), (33, 448), (35, 560), (21, 300))], ids=spec_id)
+def test_float16(machine, spec, monkeypatch):
+    """What the integers are compared with: weights, scales and inputs rounded to float16."""
+    monkeypatch.setenv("GPTVQ_CUDA_LINEAR", "fp16")
+    layer = Layer(spec, machine)
+    for tokens in (1, 9):
+        for _ in machine.orders(("random",)):
+            x = inputs(machine, tokens, spec.cols)
+            want, _ = layer.want(x, "fp32")
+            assert 1e-5 < relative(layer.prepared(x, "a16").cpu(), want) < 1e-3
+            layer.check(x, "fp32")
+
+
+def test_unknown_arithmetic(machine, monkeypatch):
+    monkeypatch.setenv("GPTVQ_CUDA_LINEAR", "fp8")
+    with pytest.raises(BackendUnavailable, match="GPTVQ_CUDA_LINEAR='fp8' is unknown"):
+        Layer(SPECS[0], machine)
 
 
 @pytest.mark.parametrize("form", [(2, 2), (2, 3), (4, 2)], ids=str)

@@ -12,6 +12,7 @@ MOST_REGISTERS = {
     "centroids": {"decode_kernel": 24, "collect_kernel": 48},
     "column_block": {"column_kernel": 160},
     "em": {"em_kernel": 128, "em_1d_kernel": 96},
+    "linear_half": {"linear_half_inputs_kernel": 32, "linear_half_kernel": 128},
     "linear": {"linear_exact_kernel": 40, "linear_sum_kernel": 32},
     "linear_1d": {"linear_inputs_kernel": 32, "linear_tile_kernel": 64, "linear_tile_tokens_kernel": 128},
     "linear_2d": {"linear_inputs_kernel": 32, "linear_tile_kernel": 64, "linear_tile_tokens_kernel": 128},
