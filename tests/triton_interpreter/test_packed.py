@@ -55,7 +55,8 @@ def test_linear(spec, tokens, device, launched):
     prepared = triton.prepare_linear(*weight, bias.to(device), spec)
     got = prepared(x.to(device), "a16")
     assert relative(got, x.double() @ dense.T + bias) <= 2e-6
-    assert launched == ["vq_gemv M=1" if tokens == 1 else "vq_gemv M=4" if tokens == 3 else "vq_gemm float32 M=32"]
+    words = "3 words " * (spec.code_bits in (3, 6))
+    assert launched == ["vq_gemm float32 M=32" if tokens == 20 else f"vq_gemv {words}M={1 if tokens == 1 else 4}"]
 
 
 FORMS = [QuantSpec(40, 70, *form, 16, 32, scale) for form, scale in itertools.product(sorted(FORMATS), (0, 32))]
@@ -73,7 +74,8 @@ def test_linear_in_half_types(spec, dtype, device):
         assert got.dtype == dtype and relative(got, x.double() @ dense.T) <= ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("tokens, kernel", [(0, None), (2, "vq_gemv M=2"), (8, "vq_gemv M=8"), (9, "vq_gemm float32 M=16"), (64, "vq_gemm float32 M=64"),
+@pytest.mark.parametrize("tokens, kernel", [(0, None), (2, "vq_gemv M=2"), (8, "vq_gemv M=8"), (9, "vq_gemm float32 M=16"),
+                                            (64, "vq_gemm float32 M=64"),
                                             (100, "vq_gemm float32 M=64"), (256, "vq_gemm float32 M=64"), (257, "dequantize")])
 def test_kernel_by_number_of_tokens(tokens, kernel, device, launched):
     spec = QuantSpec(33, 45, 2, 2, 8, 32, 16)
