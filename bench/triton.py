@@ -121,9 +121,10 @@ def quantization(preset: str, rows: int, cols: int, backends: dict, device: torc
     U = normal(n * d, n * d).triu(1) * 0.05 + torch.eye(n * d, device=device)
     roots = torch.linalg.inv(U.view(n, d, n, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
     centroids, strip = normal(spec.row_groups, spec.strips, k, d), torch.arange(n, device=device) * d // spec.group_cols
+    W = normal(rows, n * d)
     operations = {
         "fit": lambda backend: backend.fit(x, root @ root.transpose(1, 2), torch.ones(x.shape[:2], device=device), seeds, rounds),
-        "column_block": lambda backend: backend.column_block(x.new_ones(rows, n * d), U, roots, centroids, strip, None, spec.group_rows)}
+        "column_block": lambda backend: backend.column_block(W, U, roots, centroids, strip, None, spec.group_rows)}
     found = []
     for operation, run in operations.items():
         about = {"operation": operation, "preset": preset, "format": describe_format(spec), "shape": [rows, cols], "dtype": "float32"}

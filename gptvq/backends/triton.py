@@ -79,11 +79,13 @@ class PreparedLinear(_Packed):
         key = (*self.key, str(x.dtype), self.bias is not None)
         if tokens <= GEMV_TO:
             m, unit = power_of_two(tokens), self.constants["V"] * self.constants["DIM"]
-            launch("vq_gemv", f"M={m}", {**given, "tiles": self.spec.tiles, **self.counts},
+            variant = f"3 words M={m}" if self.constants["WORDS"] == 3 else f"M={m}"
+            launch("vq_gemv", variant, {**given, "tiles": self.spec.tiles, **self.counts},
                    lambda b: ((cdiv(rows, b["R"]),), {**self.constants, "M": m, "EVEN": self.spec.cols % (b["C"] * unit) == 0}), key)
         else:
             m = min(64, power_of_two(tokens, least=16))
-            launch("vq_gemm", f"{'float32 ' if x.dtype == torch.float32 else ''}M={m}", {**given, **self.counts},
+            variant = f"float32 M={m}" if x.dtype == torch.float32 else f"M={m}"
+            launch("vq_gemm", variant, {**given, **self.counts},
                    lambda b: ((cdiv(rows, b["R"]), cdiv(tokens, b["M"])), {**self.constants, **_operands(x.dtype)}), key)
         return y
 

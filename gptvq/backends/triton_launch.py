@@ -43,8 +43,11 @@ def why_not(device: torch.device) -> str:
         return f"triton {version()} is too old: it needs {'.'.join(map(str, OLDEST))} or newer"
     if device.type == "cpu":
         return "" if interpreted() else "Triton kernels need a GPU (TRITON_INTERPRET=1 interprets them on the CPU, very slowly: for tests)"
-    if device.type != "cuda":
-        return f"it has no kernels for device type {device.type!r}"
+    return _why_no_gpu(device) if device.type == "cuda" else f"it has no kernels for device type {device.type!r}"
+
+
+@functools.cache
+def _why_no_gpu(device: torch.device) -> str:
     if not torch.cuda.is_available():
         return "torch sees no GPU here"
     if not torch.version.hip and torch.cuda.get_device_capability(device) < CAPABILITY:

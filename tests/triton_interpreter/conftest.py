@@ -14,10 +14,9 @@ def device():
 
 
 @pytest.fixture
-def forced(monkeypatch, device):
-    """All operators on `device` by Triton."""
-    monkeypatch.setenv("GPTVQ_BACKEND", "triton")
-    return device
+def force(monkeypatch, device):
+    """force(): from here on all operators by Triton, which on a GPU takes no CPU tensors."""
+    return lambda: monkeypatch.setenv("GPTVQ_BACKEND", "triton")
 
 
 @pytest.fixture

@@ -55,7 +55,8 @@ def test_linear(spec, tokens, device, launched):
     prepared = triton.prepare_linear(*weight, bias.to(device), spec)
     got = prepared(x.to(device), "a16")
     assert relative(got, x.double() @ dense.T + bias) <= 2e-6
-    assert launched == ["vq_gemv M=1" if tokens == 1 else "vq_gemv M=4" if tokens == 3 else "vq_gemm float32 M=32"]
+    words = "3 words " * (spec.code_bits in (3, 6))
+    assert launched == ["vq_gemm float32 M=32" if tokens == 20 else f"vq_gemv {words}M={1 if tokens == 1 else 4}"]
 
 
 FORMS = [QuantSpec(40, 70, *form, 16, 32, scale) for form, scale in itertools.product(sorted(FORMATS), (0, 32))]
@@ -73,7 +74,8 @@ def test_linear_in_half_types(spec, dtype, device):
         assert got.dtype == dtype and relative(got, x.double() @ dense.T) <= ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("tokens, kernel", [(0, None), (2, "vq_gemv M=2"), (8, "vq_gemv M=8"), (9, "vq_gemm float32 M=16"), (64, "vq_gemm float32 M=64"),
+@pytest.mark.parametrize("tokens, kernel", [(0, None), (2, "vq_gemv M=2"), (8, "vq_gemv M=8"), (9, "vq_gemm float32 M=16"),
+                                            (64, "vq_gemm float32 M=64"),
                                             (100, "vq_gemm float32 M=64"), (256, "vq_gemm float32 M=64"), (257, "dequantize")])
 def test_kernel_by_number_of_tokens(tokens, kernel, device, launched):
     spec = QuantSpec(33, 45, 2, 2, 8, 32, 16)
@@ -102,23 +104,25 @@ def test_rows_and_tokens_beyond_the_result_are_not_written(device, monkeypatch):
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS), ids=str)
-def test_vqlinear_with_every_kind_of_input(form, forced):
+def test_vqlinear_with_every_kind_of_input(form, device, force):
     """Leading dimensions, a transposed input, a bias, compiled: as nn.Linear with the dequantized weight."""
     spec = QuantSpec(40, 64, *form, 8, 32, 16)
-    vq = VQLinear.from_weight(random_weight(spec), torch.randn(40)).to(forced)
+    vq = VQLinear.from_weight(random_weight(spec), torch.randn(40)).to(device)
+    force()
     with torch.no_grad():
         dense = vq.to_dense()
         for x in (torch.randn(64), torch.randn(2, 3, 64), torch.randn(64, 5).T):
-            x = x.to(forced)
+            x = x.to(device)
             torch.testing.assert_close(vq(x), dense(x), rtol=1e-4, atol=1e-5 * float(dense(x).abs().max()))
         torch._dynamo.reset()
         compiled = torch.compile(vq, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), vq(x))
 
 
-def test_changes_of_the_tensors_are_seen(forced):
+def test_changes_of_the_tensors_are_seen(device, force):
     spec = QuantSpec(20, 32, 2, 2, 8, 32)
-    weight, x = packed(spec, forced), torch.randn(1, 32, device=forced)
+    weight, x = packed(spec, device), torch.randn(1, 32, device=device)
+    force()
     before = ops.linear(x, *weight, None, spec)
     assert torch.equal(ops.linear(x, *weight, None, spec), before)
     weight[2].mul_(2)

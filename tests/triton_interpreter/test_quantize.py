@@ -137,11 +137,12 @@ def test_what_is_not_float32_is_the_reference(device, launched):
     assert launched == []
 
 
-def test_a_layer_gets_the_same_bytes_each_time_and_the_error_of_the_reference(forced, launched, monkeypatch):
+def test_a_layer_gets_the_same_bytes_each_time_and_the_error_of_the_reference(device, force, launched, monkeypatch):
     case = GENERIC[6]
     W, H = case.build(torch.float32)
     recipe = Recipe(em_starts=2, em_iterations=5, passes=1, sweeps=1, cg_iterations=4)
-    records = [solver.solve(W.to(forced), Hessian.from_matrix(H.to(forced)), case.spec, recipe)[1] for _ in range(2)]
+    force()
+    records = [solver.solve(W.to(device), Hessian.from_matrix(H.to(device)), case.spec, recipe)[1] for _ in range(2)]
     assert records[0].sha256 == records[1].sha256
     assert {name.partition(" ")[0] for name in launched} == {"quadratic_features", "em", "column_block", "descent_block", "decode",
                                                              "collect"}
@@ -149,11 +150,12 @@ def test_a_layer_gets_the_same_bytes_each_time_and_the_error_of_the_reference(fo
     assert records[0].error == pytest.approx(solver.solve(W, Hessian.from_matrix(H), case.spec, recipe)[1].error, rel=0.05)
 
 
-def test_the_published_procedure_too(forced, monkeypatch):
+def test_the_published_procedure_too(device, force, monkeypatch):
     case = GENERIC[11]
     W, H = case.build(torch.float32)
     recipe = Recipe.paper(em_iterations=10)
-    vq, record = solver.solve(W.to(forced), Hessian.from_matrix(H.to(forced)), case.spec, recipe)
+    force()
+    vq, record = solver.solve(W.to(device), Hessian.from_matrix(H.to(device)), case.spec, recipe)
     assert isinstance(vq.spec, QuantSpec)
     monkeypatch.setenv("GPTVQ_BACKEND", "reference")
     assert record.error == pytest.approx(solver.solve(W, Hessian.from_matrix(H), case.spec, recipe)[1].error, rel=0.05)

@@ -19,7 +19,7 @@ RUNS = {
               ["--only", "linear", "--presets", "2d-2.25-s64", "--m", "1,2,4,16,32,64,512", "--dtypes", "float32"],
               ["--only", "linear", "--presets", "4d-2.25-s64", "--m", "1,16,32", "--dtypes", "bfloat16"],
               ["--only", "quantize", "--presets", QUANTIZE]),
-    "sm_80": (["--only", "linear", "--presets", "2d-2.25-s64,1d-3.125", "--m", "1,8,16,32,64,512", "--dtypes", "float16"],
+    "sm_80": (["--only", "linear", "--presets", "2d-2.25-s64,1d-3.125", "--m", "1,2,4,8,16,32,64,512", "--dtypes", "float16"],
               ["--only", "quantize", "--presets", QUANTIZE]),
 }
 
@@ -55,7 +55,7 @@ def test_resources(compiled, arch):
     for row in compiled[arch]:
         assert row["device"] == arch and row["stack_bytes"] == row["local_bytes"] == row["spill_instructions"] == 0, row
         assert 0 < row["registers"] <= 255 and row["shared_bytes"] <= SHARED[arch], row
-        if row["operation"] == "vq_gemv":
+        if row["operation"] == "vq_gemv" and row["variant"].endswith("M=1"):
             assert row["wide_loads"] >= 1, row              # 16 bytes of indices a thread
         if row["operation"] == "vq_gemm":
             assert "MMA" in row["matrix"], row
