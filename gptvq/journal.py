@@ -193,8 +193,8 @@ def require_same(folder: Path, stored: dict, job: dict) -> None:
     """Raises ResumeMismatch naming every field of `job` that is another one in the `stored` job."""
     differing = list(_differences(stored, job))
     if differing:
-        raise ResumeMismatch(f"{folder}: holds the run of another job: {'; '.join(differing)}. Give the arguments of that job to go on with "
-                             "it, name another folder, or start over (--fresh, resume=\"fresh\")")
+        raise ResumeMismatch(f"{folder}: holds the run of another job: {'; '.join(differing)}. Give the arguments of that job to go on "
+                             "with it, name another folder, or start over (--fresh, resume=\"fresh\")")
 
 
 def _differences(stored, job, where: str = ""):
@@ -224,8 +224,8 @@ def _parsed(text: bytes, path: Path, number: int) -> dict:
         raise FormatError(f"{path}: line {number} is not valid JSON ({error}); the file is damaged, start over (--fresh, "
                           "resume=\"fresh\")") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path}: line {number}: got a {type(values).__name__}, need an object; the file is damaged, start over (--fresh, "
-                          "resume=\"fresh\")")
+        raise FormatError(f"{path}: line {number}: got a {type(values).__name__}, need an object; the file is damaged, start over "
+                          "(--fresh, resume=\"fresh\")")
     return values
 
 

@@ -14,7 +14,8 @@ def fit_scales(weight: Tensor, block: int, rows: Rows | None = None) -> tuple[Te
     """[rows, cols] -> (codes u8 [rows, blocks], (z, a) f16 [blocks, 2]) with scale 2**(z + a * code) about max|w|.
 
     z is the least log2 max|w| of a block column over the rows, a a fifteenth of its range; a block of zeros counts as
-    scale 1 unless its column holds larger ones.  `rows`: of which share of a layer the weight is.  Formula: arXiv 2402.15319 section 3.2, "blockwise data normalization".
+    scale 1 unless its column holds larger ones.  `rows`: of which share of a layer the weight is.  Formula: arXiv 2402.15319
+    section 3.2, "blockwise data normalization".
     """
     count, cols = weight.shape
     least, largest = (rows.least, rows.largest) if rows is not None else (lambda x: x, lambda x: x)

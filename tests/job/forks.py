@@ -30,7 +30,7 @@ class Forks:
         self.server.stdin.flush()
 
     def result(self):
-        """{"signal", "error", "steps", "exchanges", "peak", "seconds"} and those of "others"; only the first and the last of one that was killed."""
+        """{"signal", "error", "steps", "exchanges", "peak", "seconds"} and those of "others"; of one that was killed the first and last."""
         return json.loads(self.server.stdout.readline())
 
     def run(self, **request):

@@ -89,11 +89,12 @@ def test_unused_text_is_the_end_that_no_window_touches():
 
 
 def test_text_is_checked_by_itself(dense, tmp_path):
-    report = gptvq.quantize(dense, tmp_path / "out", preset(), calibration=TEXT, samples=4, sequence_length=32, tokenizer=Letters())
+    arguments = dict(calibration=TEXT, samples=4, sequence_length=32, tokenizer=Letters())
+    report = gptvq.quantize(dense, tmp_path / "out", preset(), **arguments)
     assert report.check["tokens"] == 4 * 32 and report.check["kl"] > 0 and not report.warnings
-    without = gptvq.quantize(dense, tmp_path / "without", preset(), calibration=TEXT, samples=4, sequence_length=32, tokenizer=Letters(), check=None)
+    without = gptvq.quantize(dense, tmp_path / "without", preset(), check=None, **arguments)
     assert without.check == {}
-    named = gptvq.quantize(dense, tmp_path / "named", preset(), calibration=TEXT, samples=4, sequence_length=32, tokenizer=Letters(), check=TEXT[:50])
+    named = gptvq.quantize(dense, tmp_path / "named", preset(), check=TEXT[:50], **arguments)
     assert named.check["tokens"] == 32 and named.check["kl"] != report.check["kl"]
 
 
@@ -122,7 +123,8 @@ def test_linears_that_are_never_called(tmp_path, ids):
         found.model.layers[1].mlp.idle = nn.Linear(64, 64)
         return found
 
-    assert any("idle: never called in the calibration runs, left dense" in w for w in both("never called", model, None, calibration=ids).warnings)
+    report = both("never called", model, None, calibration=ids)
+    assert any("idle: never called in the calibration runs, left dense" in w for w in report.warnings)
 
 
 def test_experts_in_a_form_not_known(ids):

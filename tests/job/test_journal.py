@@ -1,4 +1,5 @@
 """What the journal refuses, what it repairs, and what it leaves behind."""
+import dataclasses
 import errno
 import json
 import os
@@ -7,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from job.tiny_models import build, preset
+from job.tiny_models import QUICK, build, preset
 from safetensors.torch import load_file, save_file
 
 import gptvq
-from gptvq import ConfigError, FormatError, Recipe, ResumeMismatch, journal, machine
+from gptvq import ConfigError, FormatError, ResumeMismatch, journal, machine
 from gptvq.report import Progress
 
 
@@ -83,12 +84,13 @@ def test_the_same_job_goes_on(job, monkeypatch):
     progress = Stops(None)
     again = go(*job, progress)
     assert any("is complete" in str(text) for text in progress.said) and len(solved) == 7
-    assert again.to_dict()["layers"] == report.to_dict()["layers"] and again.model.generate(torch.ones(1, 2).long(), max_new_tokens=1) is not None
+    assert again.to_dict()["layers"] == report.to_dict()["layers"]
+    assert again.model.generate(torch.ones(1, 2).long(), max_new_tokens=1).shape == (1, 3)
 
 
 FIELDS = {
     "config.index_bits": dict(config=preset("2d-3.125")),
-    "config.recipe.damp": dict(config=gptvq.VQConfig.preset("2d-2.25", recipe=Recipe(em_iterations=5, passes=1, sweeps=1, cg_iterations=3, damp=0.02))),
+    "config.recipe.damp": dict(config=gptvq.VQConfig.preset("2d-2.25", recipe=dataclasses.replace(QUICK, damp=0.02))),
     "config.rules": dict(config=preset(rules=(("*.down_proj", None),))),
     "config.seed": dict(config=preset(seed=1)),
     "calibration.sha256": dict(calibration=torch.arange(1, 65).view(2, 32)),
@@ -105,8 +107,9 @@ def test_other_arguments_are_another_job(job, field):
 
 def test_other_versions_devices_and_layouts_are_another_job(job, monkeypatch):
     module = sys.modules["gptvq.job"]
-    for name, value, says in (("versions", lambda: {**machine.versions(), "torch": "9.9"}, 'versions.torch was'),
-                              ("device_class", lambda device: "a toaster", 'is "a toaster"'), ("LAYOUT_VERSION", 99, "layout was 1, is 99")):
+    for name, value, says in (("versions", lambda: {**machine.versions(), "torch": "9.9"}, "versions.torch was"),
+                              ("device_class", lambda device: "a toaster", 'is "a toaster"'),
+                              ("LAYOUT_VERSION", 99, "layout was 1, is 99")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             refused(job, says)
@@ -167,8 +170,8 @@ def test_damaged_files_are_named(job, file):
 
 @pytest.mark.parametrize("change, says", [
     (lambda lines: [b"{}"] + lines[1:], "names no job"), (lambda lines: [lines[0], b"nonsense", lines[1]], "line 2 is not valid JSON"),
-    (lambda lines: [lines[0], lines[1], lines[1]], "not one per block"),
-    (lambda lines: [lines[0], lines[1].replace(b'"layers"', b'"leyers"')], "not one per block"), (lambda lines: [b"[]", lines[1]], "line 1: got a list")])
+    (lambda lines: [lines[0], lines[1], lines[1]], "not one per block"), (lambda lines: [b"[]", lines[1]], "line 1: got a list"),
+    (lambda lines: [lines[0], lines[1].replace(b'"layers"', b'"leyers"')], "not one per block")])
 def test_damaged_lines_are_named(job, change, says):
     path = job[1] / "journal" / "journal.jsonl"
     path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())) + b"\n")

@@ -61,7 +61,8 @@ def test_a_rank_that_dies_ends_the_job(forks, folder, tmp_path, dies):
         both = [result, *result["others"]]
         assert both[dies]["signal"] == signal.SIGKILL and both[1 - dies]["signal"] == 0
         assert "another process of this job ended" in both[1 - dies]["error"]
-        assert blocks_done(out) == (blocks or (0 if dies == 0 else None))   # rank 0 clears up where no block is done, unless it is the dead one
+        # Where no block is done rank 0 clears up, unless it is the dead one.
+        assert blocks_done(out) == (blocks or (0 if dies == 0 else None))
     run(forks, model=folder, out=out, ranks=3)
     assert files(out) == files(whole)
 

@@ -99,7 +99,8 @@ def test_weak_layers():
         def __init__(self, name, error):
             self.name, self.error = name, error
 
-    layers = [Record(f"model.layers.{i}.mlp.{kind}", error) for i in range(5) for kind, error in (("up", 0.1 + (i == 3)), ("down", 0.5 + 0.1 * i))]
+    layers = [Record(f"model.layers.{i}.mlp.{kind}", error) for i in range(5)
+              for kind, error in (("up", 0.1 + (i == 3)), ("down", 0.5 + 0.1 * i))]
     assert _matching("weak", layers) == ["model.layers.3.mlp.up"]
 
 

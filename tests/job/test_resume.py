@@ -47,7 +47,8 @@ def files(out):
 
 def test_what_a_run_writes(whole):
     for kind in whole.values():
-        assert set(kind["files"]) == {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "report.json"}
+        assert set(kind["files"]) == {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+                                      "report.json"}
     assert {k: v for k, v in whole["folder"]["files"].items() if k != "report.json"} == {
         k: v for k, v in whole["module"]["files"].items() if k != "report.json"}        # the report names the model
 

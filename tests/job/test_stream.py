@@ -77,7 +77,8 @@ def test_one_block_is_in_memory_at_a_time(dense, tmp_path, ids, monkeypatch):
 @pytest.mark.parametrize("compensate", [1.0, 0])
 def test_hidden_states_on_the_disk(dense, tmp_path, ids, monkeypatch, compensate):
     """However little memory there is: the same bytes, and nothing left lying about."""
-    config = gptvq.VQConfig.preset("2d-2.25", recipe=gptvq.Recipe(em_iterations=5, passes=1, sweeps=1, cg_iterations=3, compensate=compensate))
+    recipe = gptvq.Recipe(em_iterations=5, passes=1, sweeps=1, cg_iterations=3, compensate=compensate)
+    config = gptvq.VQConfig.preset("2d-2.25", recipe=recipe)
     gptvq.quantize(dense, tmp_path / "memory", config, calibration=ids)
     made = []
     monkeypatch.setattr(stream, "available_memory", lambda: 10_000)

@@ -20,11 +20,12 @@ def test_the_commands_of_a_long_job(my_model, tmp_path, monkeypatch, capsys):
     shutil.copytree(my_model, tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     text = (DOCS / "long-jobs.md").read_text()
-    commands = [shlex.split(line) for block in re.findall(r"^```bash\n(.*?)^```$", text, flags=re.M | re.S) for line in block.splitlines()]
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.M | re.S)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert len(commands) > 7 and all(words[0] == "gptvq" for words in commands)
     said = []
     for words in commands:
-        short = SMALLER if words[1] == "quantize" and "--calibration-samples" not in words else SMALLER[2:] if words[1] == "quantize" else []
+        short = [] if words[1] != "quantize" else SMALLER[2:] if "--calibration-samples" in words else SMALLER
         assert cli.main(words[1:] + short) == 0, capsys.readouterr().err
         said.append(capsys.readouterr().out)
     assert "is complete" in said[1] and "is complete" not in said[2]
