@@ -44,8 +44,9 @@ def test_the_reader_reads_every_format(reader, spec):
 
 
 def test_the_reader_reads_a_checkpoint(reader, my_model, tmp_path):
-    config = gptvq.VQConfig.preset("2d-2.25-s64", rules=(("*.v_proj", "1d-3.125"), ("*.up_proj", None)), recipe=gptvq.Recipe(em_iterations=3, passes=1))
-    gptvq.quantize(str(my_model), tmp_path / "out", config, calibration=str(my_model.parent / "calibration.txt"), samples=2, sequence_length=32)
+    rules, quick = (("*.v_proj", "1d-3.125"), ("*.up_proj", None)), gptvq.Recipe(em_iterations=3, passes=1)
+    gptvq.quantize(my_model, tmp_path / "out", gptvq.VQConfig.preset("2d-2.25-s64", rules=rules, recipe=quick),
+                   calibration=my_model.parent / "calibration.txt", samples=2, sequence_length=32)
     model = gptvq.load(tmp_path / "out", "cpu")
     layers = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["layers"]
     for name in layers:
