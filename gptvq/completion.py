@@ -57,6 +57,6 @@ def _fish(commands: dict[str, argparse.ArgumentParser], helps: dict[str, str]) -
             flag = max(action.option_strings, key=len).lstrip("-")
             choices = _choices(action)
             value = f" -x -a {quoted(' '.join(choices))}" if choices else " -r" if action.nargs != 0 else ""
-            text = quoted(" ".join((action.help or "").replace("%(default)s", str(action.default)).split()))
+            text = quoted((action.help or "").replace("%(default)s", str(action.default)).partition("; ")[0])
             lines.append(f"complete -c gptvq -n '__fish_seen_subcommand_from {name}' -l {flag}{value} -d {text}")
     return "\n".join(lines) + "\n"
