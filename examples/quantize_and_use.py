@@ -1,4 +1,4 @@
-"""From a dense model to a packed one that is measured, talked to and exported: python examples/quantize_and_use.py MODEL CALIBRATION TEXT OUT."""
+"""From a dense model to a packed one that is measured, used and exported: quantize_and_use.py MODEL CALIBRATION TEXT OUT."""
 import argparse
 from pathlib import Path
 
@@ -20,7 +20,8 @@ def main() -> None:
     # 1. Quantize.  The value projections get one bit more.
     packed = args.out / "packed"
     config = gptvq.VQConfig.preset(args.preset, rules=(("*.v_proj", "2d-4.125"),))
-    report = gptvq.quantize(args.model, packed, config, calibration=args.calibration, samples=args.samples, sequence_length=args.sequence_length)
+    report = gptvq.quantize(args.model, packed, config, calibration=args.calibration, samples=args.samples,
+                             sequence_length=args.sequence_length)
     print(f"{report.bits_per_value:.3f} bits per weight, {report.dense_bytes / report.packed_bytes:.1f} times smaller, mean layer error "
           f"{100 * report.mean_error:.2f} %; see {gptvq.write_page(packed)}")
 
@@ -29,8 +30,8 @@ def main() -> None:
     dense, _ = open_model(args.model)
     tokens = tokenizer(Path(args.text).read_text(), return_tensors="pt").input_ids[0]
     found = gptvq.agreement(model, dense, tokens, window=min(args.sequence_length, len(tokens)), max_windows=8)
-    print(f"perplexity {found['dense_perplexity']:.2f} before, {found['perplexity']:.2f} now; KL {found['kl']:.4f} nats per token, the same "
-          f"likeliest token {100 * found['top1']:.1f} %")
+    print(f"perplexity {found['dense_perplexity']:.2f} before, {found['perplexity']:.2f} now; KL {found['kl']:.4f} nats per token, the "
+          f"same likeliest token {100 * found['top1']:.1f} %")
 
     # 3. Use it like any model of transformers.
     prompt = tokenizer("The tower stands", return_tensors="pt").input_ids.to(model.device)

@@ -25,7 +25,7 @@ class Chat:
         if tokenizer is None:
             raise ConfigError("chat: the model has no tokenizer; copy its tokenizer files into its folder")
         if not tokenizer.chat_template:
-            raise ConfigError("chat: this model's tokenizer has no chat template, so it was not made for conversations; use `gptvq generate`")
+            raise ConfigError("chat: this model's tokenizer has no chat template, so it was made for no conversations; use `gptvq generate`")
         if not temperature >= 0:
             raise ConfigError(f"temperature: got {temperature}, need 0 (no sampling) or more")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
@@ -46,8 +46,8 @@ class Chat:
             sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(self.seed + len(self.turns))
-                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, streamer=streamer,
-                                    **sampling)
+                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens,
+                                    streamer=streamer, **sampling)
         except Exception:
             self.turns.pop()
             raise
@@ -70,8 +70,8 @@ class Chat:
             if not room or ids.shape[1] + min(self.max_new_tokens, room // 4) <= room:
                 return ids
             if len(self.turns) <= 1:
-                raise ConfigError(f"chat: the message takes {ids.shape[1]} of the model's {room} positions and leaves no room for an answer; "
-                                  "shorten it")
+                raise ConfigError(f"chat: the message takes {ids.shape[1]} of the model's {room} positions and leaves no room for an "
+                                  "answer; shorten it")
             del self.turns[:2]
 
 

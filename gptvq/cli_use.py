@@ -16,8 +16,8 @@ CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C sto
 
 def add(commands, command, placement, positive, model_help: str) -> None:
     """Registers the commands of this file with the subparsers; the other arguments are the pieces of cli.py they share."""
-    p = command(commands, chat, "talk with a model, the answers streaming", "examples:\n  gptvq chat out\n  gptvq chat out --temperature 0.7 "
-                "--system 'Answer in one sentence.'")
+    p = command(commands, chat, "talk with a model, the answers streaming",
+                "examples:\n  gptvq chat out\n  gptvq chat out --temperature 0.7 --system 'Answer in one sentence.'")
     p.add_argument("model", metavar="MODEL", help=model_help)
     p.add_argument("--system", default="", metavar="TEXT", help="system prompt, default the template's own")
     p.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="of each answer, default %(default)s")
@@ -28,7 +28,8 @@ def add(commands, command, placement, positive, model_help: str) -> None:
     p = command(commands, bench, "speed of this machine's kernels against torch and a plain read",
                 "examples:\n  gptvq bench\n  gptvq bench --shapes 11008x4096,4096x11008 --presets 2d-2.25,2d-3.125 --threads 1")
     p.add_argument("--shapes", default="4096x4096", metavar="RxC,RxC", help="rows x columns of the weights, default %(default)s")
-    p.add_argument("--presets", default="2d-2.25,2d-2.25-s64,2d-3.125,4d-2.25", metavar="A,B", help=f"default %(default)s; of {', '.join(PRESETS)}")
+    p.add_argument("--presets", default="2d-2.25,2d-2.25-s64,2d-3.125,4d-2.25", metavar="A,B",
+                   help=f"default %(default)s; of {', '.join(PRESETS)}")
     p.add_argument("--activations", default="a16,a8", metavar="A,B", help=f"of {', '.join(ACTIVATIONS)}, default %(default)s; CPU only")
     p.add_argument("--threads", type=positive, metavar="N", help="default torch's")
     p.add_argument("--device", default="cpu", metavar="NAME", help="default %(default)s")
@@ -179,7 +180,8 @@ def on_tasks(args, model, tokenizer) -> dict:
     """The task accuracies of `gptvq eval`."""
     from .tasks import run_tasks
     logging.getLogger("lm_eval").setLevel(logging.ERROR)        # it warns of models that are not named by a string
-    found = run_tasks(model, tokenizer, [task.strip() for task in args.tasks.split(",") if task.strip()], args.task_folder, args.limit, args.shots)
+    names = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    found = run_tasks(model, tokenizer, names, args.task_folder, args.limit, args.shots)
     if args.json != "-":
         for task, values in found.items():
             print(f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))

@@ -33,13 +33,15 @@ def _bash(commands: dict[str, argparse.ArgumentParser], zsh: bool) -> str:
         cases.append(f'    {name}) flags="{flags}"; words="{words}" ;;')
         for action in _options(p):
             if _choices(action):
-                values.append(f'    "{name} {max(action.option_strings, key=len)}") COMPREPLY=($(compgen -W "{" ".join(_choices(action))}" -- "$cur")); '
-                              "return ;;")
+                flag, choices = max(action.option_strings, key=len), " ".join(_choices(action))
+                values.append(f'    "{name} {flag}") COMPREPLY=($(compgen -W "{choices}" -- "$cur")); return ;;')
     lines = ["_gptvq() {", '  local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}" flags="" words=""', "  COMPREPLY=()",
-             '  if [ "$COMP_CWORD" -eq 1 ]; then', f'    COMPREPLY=($(compgen -W "{" ".join(commands)} --help --version" -- "$cur")); return', "  fi",
+             '  if [ "$COMP_CWORD" -eq 1 ]; then',
+             f'    COMPREPLY=($(compgen -W "{" ".join(commands)} --help --version" -- "$cur")); return', "  fi",
              '  case "${COMP_WORDS[1]} $prev" in', *values, "  esac", '  case "${COMP_WORDS[1]}" in', *cases, "  esac",
              '  case "$cur" in', '    -*) COMPREPLY=($(compgen -W "$flags" -- "$cur")) ;;',
-             '    *) [ -n "$words" ] && COMPREPLY=($(compgen -W "$words" -- "$cur")) || COMPREPLY=($(compgen -f -- "$cur")) ;;', "  esac", "}",
+             '    *) [ -n "$words" ] && COMPREPLY=($(compgen -W "$words" -- "$cur")) || COMPREPLY=($(compgen -f -- "$cur")) ;;',
+             "  esac", "}",
              "complete -o filenames -F _gptvq gptvq"]
     head = ["autoload -U +X bashcompinit && bashcompinit"] if zsh else []
     return "\n".join([*head, *lines]) + "\n"
@@ -55,6 +57,6 @@ def _fish(commands: dict[str, argparse.ArgumentParser], helps: dict[str, str]) -
             flag = max(action.option_strings, key=len).lstrip("-")
             choices = _choices(action)
             value = f" -x -a {quoted(' '.join(choices))}" if choices else " -r" if action.nargs != 0 else ""
-            text = quoted(" ".join((action.help or "").replace("%(default)s", str(action.default)).split()))
+            text = quoted((action.help or "").replace("%(default)s", str(action.default)).partition("; ")[0])
             lines.append(f"complete -c gptvq -n '__fish_seen_subcommand_from {name}' -l {flag}{value} -d {text}")
     return "\n".join(lines) + "\n"

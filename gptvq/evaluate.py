@@ -1,6 +1,7 @@
 """Perplexity the standard way, and decoding speed."""
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 
@@ -32,10 +33,8 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
-    training = model.training
-    model.eval()
     total = 0.0
-    try:
+    with _evaluating(model):
         for i, ids in enumerate(parts):
             total += _nll(model, ids[None].to(place))
             if not math.isfinite(total):
@@ -43,8 +42,6 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
                                      "overflow, try dtype bfloat16 or float32")
             if progress is not None:
                 progress(i + 1, windows, _exp(total / (i + 1) / (window - 1)))
-    finally:
-        model.train(training)
     return _exp(total / windows / (window - 1))
 
 
@@ -62,6 +59,19 @@ def windows_of(tokens: Tensor, window: int, max_windows: int | None = None) -> T
     return tokens[: windows * window].view(windows, window)
 
 
+@contextlib.contextmanager
+def _evaluating(*models):
+    """Evaluation mode, and afterwards what it was."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was in zip(models, training):
+            model.train(was)
+
+
 @torch.inference_mode()
 def agreement(model, dense, tokens: Tensor, window: int | None = None, max_windows: int | None = None, progress=None) -> dict[str, float]:
     """How far `model` is from `dense`, on the windows that `perplexity` would take: means over all predicted tokens.
@@ -72,22 +82,25 @@ def agreement(model, dense, tokens: Tensor, window: int | None = None, max_windo
     """
     parts = windows_of(tokens, default_window(dense) if window is None else window, max_windows)
     total = torch.zeros(4, dtype=torch.float64)
-    for i, ids in enumerate(parts):
-        ours, theirs = (one(input_ids=ids[None].to(next(one.parameters()).device), use_cache=False).logits[0, :-1].cpu() for one in (model, dense))
-        if ours.shape != theirs.shape:
-            raise ConfigError(f"the models' vocabularies differ: got {ours.shape[-1]} and {theirs.shape[-1]} tokens, need the dense model that was "
-                              "quantized")
-        for q, p, target in zip(ours.split(_CHUNK), theirs.split(_CHUNK), ids[1:].cpu().split(_CHUNK)):
-            q, p = q.float().log_softmax(-1), p.float().log_softmax(-1)
-            nll = (-one.gather(1, target[:, None]).sum(dtype=torch.float64) for one in (q, p))
-            total += torch.stack([(p.exp() * (p - q)).sum(dtype=torch.float64), (p.argmax(-1) == q.argmax(-1)).sum().double(), *nll])
-        if not bool(torch.isfinite(total).all()):
-            raise NumericalError(f"window {i + 1} of {len(parts)}: the divergence is {float(total[0])}; a model's weights or activations overflow, "
-                                 "try dtype bfloat16 or float32")
-        if progress is not None:
-            progress(i + 1, len(parts), float(total[0]) / (i + 1) / (parts.shape[1] - 1))
+    with _evaluating(model, dense):
+        for i, ids in enumerate(parts):
+            ours, theirs = (one(input_ids=ids[None].to(next(one.parameters()).device), use_cache=False).logits[0, :-1].cpu()
+                            for one in (model, dense))
+            if ours.shape != theirs.shape:
+                raise ConfigError(f"the models' vocabularies differ: got {ours.shape[-1]} and {theirs.shape[-1]} tokens, need the dense "
+                                  "model that was quantized")
+            for q, p, target in zip(ours.split(_CHUNK), theirs.split(_CHUNK), ids[1:].cpu().split(_CHUNK)):
+                q, p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+                nll = (-one.gather(1, target[:, None]).sum(dtype=torch.float64) for one in (q, p))
+                total += torch.stack([(p.exp() * (p - q)).sum(dtype=torch.float64), (p.argmax(-1) == q.argmax(-1)).sum().double(), *nll])
+            if not bool(torch.isfinite(total).all()):
+                raise NumericalError(f"window {i + 1} of {len(parts)}: the divergence is {float(total[0])}; a model's weights or activations "
+                                     "overflow, try dtype bfloat16 or float32")
+            if progress is not None:
+                progress(i + 1, len(parts), float(total[0]) / (i + 1) / (parts.shape[1] - 1))
     kl, same, ours, theirs = (total / parts.shape[0] / (parts.shape[1] - 1)).tolist()
-    return {"kl": kl, "top1": same, "perplexity": _exp(ours), "dense_perplexity": _exp(theirs), "windows": parts.shape[0], "window": parts.shape[1]}
+    return {"kl": kl, "top1": same, "perplexity": _exp(ours), "dense_perplexity": _exp(theirs), "windows": parts.shape[0],
+            "window": parts.shape[1]}
 
 
 @torch.inference_mode()

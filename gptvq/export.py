@@ -20,7 +20,8 @@ from .model import is_conv1d
 from .spec import QuantSpec
 from .weight import VQWeight
 
-_NOT_COPIED = {checkpoint.CONFIG, checkpoint.INDEX, checkpoint.REPORT, "report.html", "times.json"}
+_NOT_COPIED = {checkpoint.CONFIG, checkpoint.INDEX, checkpoint.REPORT, "times.json"}
+_COPIED = {".json", ".jinja", ".model", ".txt"}     # tokenizer, chat template, generation settings; no code
 
 
 def export_dense(folder: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto", overwrite: bool = False,
@@ -50,7 +51,8 @@ def export_dense(folder: str | os.PathLike, out: str | os.PathLike, dtype: str =
     written = []
     try:
         shards = list(_shards(plan, shard_bytes))
-        files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        files = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         for file, names in zip(files, shards):
             written.append(target / file)
             save_file({each: plan[each][1]().contiguous() for each in names}, target / file, metadata={"format": "pt"})
@@ -59,7 +61,7 @@ def export_dense(folder: str | os.PathLike, out: str | os.PathLike, dtype: str =
                      "weight_map": {each: file for file, names in zip(files, shards) for each in names}}
             (target / checkpoint.INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         for path in source.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED and not path.name.startswith("."):
+            if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED and not path.name.startswith("."):
                 shutil.copyfile(path, target / path.name)
         config["dtype"] = name
         (target / checkpoint.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -74,10 +76,11 @@ def export_dense(folder: str | os.PathLike, out: str | os.PathLike, dtype: str =
 
 
 def tensors(folder: Path, settings: dict, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """{name: (bytes, read)} of the dense model in the order of the files, under the names and in the shapes that transformers' classes have."""
+    """{name: (bytes, read)} of the dense model in the order of the files, with the names and shapes of transformers' classes."""
     specs = checkpoint.layer_specs(settings, str(folder / checkpoint.CONFIG))
     entries = checkpoint.read_headers(checkpoint.tensor_files(folder))
-    packed = {f"{layer}.{buffer}": (tuple(shape), kind) for layer, spec in specs.items() for buffer, (shape, kind) in spec.buffer_shapes().items()}
+    packed = {f"{layer}.{buffer}": (tuple(shape), kind) for layer, spec in specs.items()
+              for buffer, (shape, kind) in spec.buffer_shapes().items()}
     for name, (shape, kind) in packed.items():
         if name not in entries or (entries[name].shape, entries[name].dtype) != (shape, kind):
             raise FormatError(f"{folder}: tensor {name!r} is missing or not {kind} {shape}; copy the files again, or quantize again")
@@ -99,11 +102,13 @@ def tensors(folder: Path, settings: dict, dtype: torch.dtype) -> dict[str, tuple
                 plan[f"{home}.{parameter}"] = shape.numel() * dtype.itemsize, functools.partial(
                     fused_parameter, fused, parameter, dtype, lambda expert, home=home: part(f"{home}.{expert}"))
         elif name not in packed:
-            plan[name] = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize, functools.partial(part, name)
+            size = getattr(torch, entry.dtype, torch.int64).itemsize        # integers other than bytes: at most that
+            plan[name] = math.prod(entry.shape) * size, functools.partial(part, name)
         elif leaf == "idx":
             read = functools.partial(part, f"{layer}.weight")
             turned = is_conv1d(modules[layer])
-            plan[f"{layer}.weight"] = specs[layer].rows * specs[layer].cols * dtype.itemsize, (lambda read=read: read().T) if turned else read
+            size = specs[layer].rows * specs[layer].cols * dtype.itemsize
+            plan[f"{layer}.weight"] = size, (lambda read=read: read().T) if turned else read
     return plan
 
 
@@ -122,7 +127,8 @@ def _skeleton(folder: Path):
 
 def _dense(entries: dict, layer: str, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """[rows, cols] of a packed layer."""
-    return VQWeight(spec, {buffer: _read(entries[f"{layer}.{buffer}"], f"{layer}.{buffer}") for buffer in spec.buffer_shapes()}).dequantize(dtype)
+    names = {buffer: f"{layer}.{buffer}" for buffer in spec.buffer_shapes()}
+    return VQWeight(spec, {buffer: _read(entries[name], name) for buffer, name in names.items()}).dequantize(dtype)
 
 
 def _read(entry: checkpoint.Entry, name: str) -> Tensor:

@@ -80,7 +80,7 @@ def _in_turn(ring: list[VQLinear], x: torch.Tensor, activations: str) -> Callabl
     def run():
         layer = next(layers)
         layer.activations = activations
-        return layer(x.clone())         # a tensor of its own: layers that share an input would be computed together
+        return layer(x)                 # an inference tensor: layers that share one are not computed together
 
     return run
 

@@ -40,7 +40,8 @@ def write_page(folder: str | os.PathLike, out: str | os.PathLike | None = None) 
 
 def page(report: Report, use: dict[str, CodeUse]) -> str:
     """The whole page; `use` may lack layers, whose codes are then not shown."""
-    sections = [_head(report), _size(report), _errors(report), _codes(report, use), _time(report), _notes(report), _loading(), _table(report, use)]
+    sections = [_head(report), _size(report), _errors(report), _codes(report, use), _time(report), _notes(report), _loading(),
+                _table(report, use)]
     return FRAME.format(title=escape(f"{report.model_name}, quantized"), style=STYLE, body="\n".join(filter(None, sections)))
 
 
@@ -76,7 +77,8 @@ def _size(report: Report) -> str:
                    ("now", size(sum(parts.values()) + other),
                     [("one", parts["idx"]), ("two", parts["codebooks"]), ("three", parts["scales"]), ("rest", other)])])
     key = "".join(f"<span><i class='{kind}'></i>{name} {size(count)}</span>" for kind, name, count in (
-        ("old", "the linears before", dense), ("one", "indices", parts["idx"]), ("two", "codebooks", parts["codebooks"]), ("three", "scales", parts["scales"]),
+        ("old", "the linears before", dense), ("one", "indices", parts["idx"]), ("two", "codebooks", parts["codebooks"]),
+        ("three", "scales", parts["scales"]),
         ("rest", "left as they were (embeddings, norms, head)", other)))
     return _section("Size", "On disk and in memory alike; every byte is counted, padding and codebooks too.",
                     f"<div class='shares'>{bars}<div class='key'>{key}</div></div>")
@@ -109,7 +111,8 @@ def _remedy(layer: LayerRecord) -> str:
     better = larger(layer.spec)
     if better is None:
         return "<p>These have 4 bits already; a rule <code>--rule 'LAYER=keep'</code> leaves one dense.</p>"
-    return f"<p>More calibration text may help; a rule such as <code>--rule '{escape(layer.name)}={better}'</code> gives a layer one bit more.</p>"
+    return (f"<p>More calibration text may help; a rule such as <code>--rule '{escape(layer.name)}={better}'</code> gives a layer one "
+            "bit more.</p>")
 
 
 def _codes(report: Report, use: dict[str, CodeUse]) -> str:
@@ -129,9 +132,9 @@ def _codes(report: Report, use: dict[str, CodeUse]) -> str:
     cut = sum(use[layer.name].rows < layer.rows for layer in layers)
     counted = f" Of {cut} large layers only the first rows were counted." if cut else ""
     return _section("Codebooks and indices",
-                    "What the indices tell: the entropy of the codes within each codebook, as a share of the bits that are stored for them. 100 % "
-                    f"means that all centroids are used alike; what is missing, an entropy coder could save. {100 * unused:.2f} % of all "
-                    f"centroids are taken by no vector.{counted}",
+                    "What the indices tell: the entropy of the codes within each codebook, as a share of the bits that are stored for "
+                    f"them. 100 % means that all centroids are used alike; what is missing, an entropy coder could save. "
+                    f"{100 * unused:.2f} % of all centroids are taken by no vector.{counted}",
                     f"<div class='plots'>{panels}</div><h3>Use of the centroids of a codebook, the most used first; mean of the layers</h3>"
                     f"<div class='plots'>{''.join(charts)}</div>")
 
@@ -141,11 +144,11 @@ def _time(report: Report) -> str:
     rest = report.seconds - sum(report.stages.values())
     if rows and rest > 0.005 * report.seconds:
         rows.append(("everything else", clock(rest), [("rest", rest)]))
-    facts = {"peak memory of the process": size(report.environment["peak_memory"]) if report.environment.get("peak_memory") else "not recorded",
-             "machine": f"{report.environment.get('processor', '')}, {report.environment.get('cores', '')} cores, "
-                        f"{report.environment.get('threads', '')} threads" + (f", {report.environment['gpu']}" if report.environment.get("gpu") else ""),
-             "versions": ", ".join(f"{name} {report.environment[name]}" for name in ("python", "torch", "transformers", "gptvq")
-                                   if name in report.environment)}
+    place = report.environment
+    machine = [place.get("processor", ""), f"{place.get('cores', '')} cores", f"{place.get('threads', '')} threads", place.get("gpu", "")]
+    facts = {"peak memory of the process": size(place["peak_memory"]) if place.get("peak_memory") else "not recorded",
+             "machine": ", ".join(filter(None, machine)),
+             "versions": ", ".join(f"{name} {place[name]}" for name in ("python", "torch", "transformers", "gptvq") if name in place)}
     bars = f"<div class='shares'>{shares(rows)}</div>" if rows else ""
     return _section("Time and memory", "Of the run that made this checkpoint.", bars + _facts(facts))
 
@@ -163,9 +166,10 @@ def _notes(report: Report) -> str:
 
 
 def _loading() -> str:
-    python = ("import gptvq\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n"
-              "tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\")")
-    shell = "gptvq chat FOLDER\ngptvq eval FOLDER --text test.txt\ngptvq export FOLDER --dense OUT        # for tools that know nothing of gptvq"
+    python = ("import gptvq\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+              "model = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\ntokenizer = AutoTokenizer.from_pretrained(\"FOLDER\")")
+    shell = ("gptvq chat FOLDER\ngptvq eval FOLDER --text test.txt\n"
+             "gptvq export FOLDER --dense OUT        # for tools that know nothing of gptvq")
     return _section("How to load it", "FOLDER is the one that holds this file.", f"<pre>{escape(python)}</pre><pre>{escape(shell)}</pre>")
 
 

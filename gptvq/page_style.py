@@ -38,7 +38,8 @@ svg text { fill: var(--soft); font-size: 10.5px; font-variant-numeric: tabular-n
 .share i { display: block; height: 100%; min-width: 1px; }
 .share i + i { border-left: 1px solid var(--card); }
 .share em { font-style: normal; font-variant-numeric: tabular-nums; text-align: right; }
-.one { background: var(--one); } .two { background: var(--two); } .three { background: var(--three); } .rest { background: var(--rest); } .old { background: var(--old); }
+.one { background: var(--one); } .two { background: var(--two); } .three { background: var(--three); }
+.rest { background: var(--rest); } .old { background: var(--old); }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--soft); margin: 8px 0 0; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; vertical-align: -1px; }
 .wide { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
@@ -50,7 +51,8 @@ th:first-child, td:first-child { text-align: left; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--soft); white-space: nowrap; width: 1%; vertical-align: top; }
 .low td { color: var(--bad); }
-pre { background: var(--code); border-radius: 8px; padding: 11px 14px; overflow-x: auto; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; margin: 8px 0; }
+pre { background: var(--code); border-radius: 8px; padding: 11px 14px; overflow-x: auto; margin: 8px 0;
+  font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 code { font: 0.93em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 ul { padding-left: 20px; margin: 6px 0; } li { overflow-wrap: anywhere; }
 li.warning { color: var(--bad); }

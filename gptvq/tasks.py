@@ -32,7 +32,7 @@ def run_tasks(model: nn.Module, tokenizer, tasks: Sequence[str], folder: str | o
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     try:
         found = simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=shots, bootstrap_iters=0,
-                                random_seed=None, numpy_random_seed=None, torch_random_seed=None)      # the caller's generators stay as they are
+                                random_seed=None, numpy_random_seed=None, torch_random_seed=None)      # the caller's generators stay
     except (OSError, ValueError, ConnectionError) as error:     # data sets that are not there, files that are none
         raise ConfigError(f"tasks {', '.join(tasks)}: lm-eval cannot run them ({type(error).__name__}: {error}); without a network, give "
                           "--task-folder with YAML files that name local data") from error

@@ -67,7 +67,8 @@ class GptvqVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str):
         """Of a linear, packed in whole or in part; None leaves anything else to vLLM.  ConfigError for experts."""
-        if any(prefix == name or prefix.startswith(name + ".") for name in self.experts) or type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
+        inside = any(prefix == name or prefix.startswith(name + ".") for name in self.experts)
+        if inside or type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
             raise ConfigError(f"{prefix}: mixtures of experts cannot be served by vLLM in this format yet; use transformers, or "
                               "`gptvq export --dense`")
         if not isinstance(layer, LinearBase):
@@ -118,8 +119,8 @@ class _Part:
             return tensor[rows.start:rows.stop, self.cols.start:self.cols.stop]
         shape, kind = self.spec.buffer_shapes()[buffer]
         if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[kind]:
-            raise FormatError(f"{self.name}.{buffer}: got {tensor.dtype} {tuple(tensor.shape)}, need torch.{kind} {shape}; the file and config.json do "
-                              "not fit together")
+            raise FormatError(f"{self.name}.{buffer}: got {tensor.dtype} {tuple(tensor.shape)}, need torch.{kind} {shape}; the file and "
+                              "config.json do not fit together")
         if (self.height, len(self.cols)) == (self.spec.rows, self.spec.cols):
             return tensor
         return shard_buffer(buffer, tensor, self.spec, self.held(self.spec.rows), self.cols)
@@ -131,8 +132,8 @@ class GptvqLinearMethod(LinearMethodBase):
     def __init__(self, names: list[str], specs: list[QuantSpec | None]):
         self.names, self.specs = names, specs
 
-    def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int, output_size: int,
-                       params_dtype: torch.dtype, **extra_weight_attrs) -> None:
+    def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+                       output_size: int, params_dtype: torch.dtype, **extra_weight_attrs) -> None:
         parts = self._parts(layer, input_size_per_partition, output_partition_sizes, input_size)
         places: dict[str, list[tuple[int, tuple[int, ...]] | None]] = {}       # buffer -> per part its (offset, shape)
         sizes: dict[str, tuple[int, torch.dtype]] = {}
@@ -149,7 +150,7 @@ class GptvqLinearMethod(LinearMethodBase):
             layer.register_parameter(buffer, parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Builds a VQLinear, or for a dense part a plain matrix, over each part's share of the parameters.  FormatError: a tensor never came."""
+        """A VQLinear, or of a dense part the matrix, over each part's share of the parameters.  FormatError: a tensor never came."""
         parts, places, loaded = layer.gptvq_state
         runs = []
         for i, part in enumerate(parts):
@@ -176,14 +177,15 @@ class GptvqLinearMethod(LinearMethodBase):
                                   "tensor-parallel size of 1, or `gptvq export --dense`")
             heights = [sum(heights)]
         if len(self.names) != len(heights):
-            raise ConfigError(f"{', '.join(self.names)}: vLLM fuses {len(heights)} outputs here, need {len(self.names)}; this model's layers cannot be "
-                              "served in this format")
+            raise ConfigError(f"{', '.join(self.names)}: vLLM fuses {len(heights)} outputs here, need {len(self.names)}; this model's "
+                              "layers cannot be served in this format")
         for name, spec, height in zip(self.names, self.specs, heights):
             if spec is not None and (spec.cols != input_size or spec.rows % height):
-                raise ConfigError(f"{name}: the packed weight is {spec.rows} x {spec.cols}, vLLM's layer wants {height} rows of it on a rank and "
-                                  f"{input_size} columns; it cannot be served with this tensor-parallel size")
+                raise ConfigError(f"{name}: the packed weight is {spec.rows} x {spec.cols}, vLLM's layer wants {height} rows of it on a "
+                                  f"rank and {input_size} columns; it cannot be served with this tensor-parallel size")
         first, rank, ranks = (rank * width, 0, 1) if width < input_size else (0, rank, ranks)
-        return [_Part(name, spec, height, range(first, first + width), rank, ranks) for name, spec, height in zip(self.names, self.specs, heights)]
+        cols = range(first, first + width)
+        return [_Part(name, spec, height, cols, rank, ranks) for name, spec, height in zip(self.names, self.specs, heights)]
 
 
 def _loader(buffer: str, parts: list[_Part], places: list, loaded: set[tuple[str, int]]):
@@ -191,12 +193,13 @@ def _loader(buffer: str, parts: list[_Part], places: list, loaded: set[tuple[str
     def load(parameter: nn.Parameter, tensor: Tensor, shard_id: str | int | None = None) -> None:
         index = {None: 0, "q": 0, "k": 1, "v": 2}.get(shard_id, shard_id)
         if not isinstance(index, int) or not 0 <= index < len(parts) or places[index] is None or shard_id is None and len(parts) > 1:
-            raise FormatError(f"{parts[0].name}.{buffer}: got a tensor for part {shard_id!r}, need one of {len(parts)} packed parts; the file and "
-                              "config.json do not fit together")
+            raise FormatError(f"{parts[0].name}.{buffer}: got a tensor for part {shard_id!r}, need one of {len(parts)} packed parts; the file "
+                              "and config.json do not fit together")
         offset, shape = places[index]
         share = parts[index].share(buffer, tensor)
         if tuple(share.shape) != shape:
-            raise FormatError(f"{parts[index].name}.{buffer}: got {tuple(share.shape)}, need {shape}; the file and config.json do not fit together")
+            raise FormatError(f"{parts[index].name}.{buffer}: got {tuple(share.shape)}, need {shape}; the file and config.json do not fit "
+                              "together")
         parameter.data[offset:offset + share.numel()].copy_(share.reshape(-1))
         loaded.add((buffer, index))
 

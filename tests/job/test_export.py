@@ -1,5 +1,6 @@
 """A dense export computes what the packed model computes, and transformers loads it without gptvq."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_halves_and_a_single_file(packed, tmp_path):
 @pytest.mark.parametrize("change, error, says", [
     (lambda folder: (folder / "config.json").unlink(), ConfigError, "not a gptvq checkpoint"),
     (lambda folder: (folder / "model.safetensors").unlink(), FormatError, "model.safetensors"),
-    (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]), FormatError, "model.safetensors"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 5000), FormatError, "model.safetensors"),
 ])
 def test_damage_is_named_and_nothing_is_left(packed, tmp_path, change, error, says):
     copy = tmp_path / "copy"

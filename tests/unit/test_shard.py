@@ -37,7 +37,7 @@ def test_cuts_at_group_boundaries_add_no_bytes():
 
 
 def test_illegal_cuts_are_refused():
-    for spec, cols, says in ((SPECS[0], range(3, 9), "column 3"), (SPECS[1], range(8, 32), "multiple of 16"), (SPECS[0], range(0, 97), "within 96"),
-                             (SPECS[0], range(8, 8), "within 96")):
+    for spec, cols, says in ((SPECS[0], range(3, 9), "column 3"), (SPECS[1], range(8, 32), "multiple of 16"),
+                             (SPECS[0], range(0, 97), "within 96"), (SPECS[0], range(8, 8), "within 96")):
         with pytest.raises(ConfigError, match=says):
             shard_spec(spec, range(16), cols, "layer")

@@ -72,10 +72,10 @@ def test_old_turns_make_room_and_long_messages_are_refused(talker):
     for _ in range(4):
         chat.say("a" * 30)
     assert 2 <= len(chat.turns) <= 6 and chat.turns[0]["role"] == "user"
-    before = list(chat.turns)
     with pytest.raises(ConfigError, match="shorten it"):
         chat.say("b" * 200)
-    assert chat.turns == before or len(chat.turns) < len(before)
+    assert not chat.turns or chat.turns[-1]["role"] == "assistant"
+    assert chat.say("rat") and len(chat.turns) >= 2
 
 
 def test_refusals(talker, my_model):
@@ -116,13 +116,12 @@ def test_agreement_against_a_plain_computation(talker, my_model):
 
 def test_agreement_refuses(talker):
     model, tokens = talker[0], torch.arange(64)
-    other = types.SimpleNamespace(parameters=model.parameters, config=model.config)
     with pytest.raises(ConfigError, match="vocabularies differ"):
         agreement(model, lambda_model(model, lambda logits: logits[..., :-1]), tokens, 32)
     with pytest.raises(NumericalError, match="window 1 of 2"):
         agreement(lambda_model(model, lambda logits: logits * math.nan), model, tokens, 32)
     with pytest.raises(ConfigError, match="shorter than one window"):
-        agreement(model, other, tokens, 65)
+        agreement(model, model, tokens, 65)
 
 
 def lambda_model(model, change):
@@ -141,7 +140,8 @@ def lambda_model(model, change):
 
 
 def test_eval_command_against_the_dense_model(packed, my_model, tmp_path, capsys):
-    words = ["eval", packed, "--text", my_model.parent / "test.txt", "--against", my_model, "--window", 48, "--max-windows", 2, "--device", "cpu"]
+    words = ["eval", packed, "--text", my_model.parent / "test.txt", "--against", my_model, "--window", 48, "--max-windows", 2,
+             "--device", "cpu"]
     assert cli.main([*map(str, words), "--json", str(tmp_path / "r.json")]) == 0
     row, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
     assert f"KL {row['kl']:.4f}" in out and f"{100 * row['top1']:.2f} %" in out and 0 < row["kl"] < 5 and 0 <= row["top1"] <= 1

@@ -99,8 +99,8 @@ def test_names_are_text():
     assert "script" not in {tag for tag, _ in found.tags} and found.words.count("<script>alert(1)</script>") >= 5
 
 
-@pytest.mark.parametrize("report", [made_up(layers=[]), made_up(error=math.nan), made_up(error=math.inf), made_up(stages={}, seconds=0.0, environment={}),
-                                    made_up(dense_bytes=0, other_bytes=0)])
+@pytest.mark.parametrize("report", [made_up(layers=[]), made_up(error=math.nan), made_up(error=math.inf),
+                                    made_up(stages={}, seconds=0.0, environment={}), made_up(dense_bytes=0, other_bytes=0)])
 def test_odd_reports_make_a_page(report):
     Strict(page(report, {}))
 
@@ -193,8 +193,8 @@ def test_charts_keep_to_their_frames():
         axis = Axis.over([low, high], 0)
         assert axis.least <= low <= high <= axis.most and 1 <= len(axis.ticks()) <= 10
         assert all(axis.least <= tick <= axis.most for tick in axis.ticks())
-    bars = re.findall(r'<rect class="bar" x="([\d.]+)" y="([\d.-]+)" width="([\d.]+)" height="([\d.]+)"', columns("t", [0.5, 0.3, 0.2], 1 / 3, "x", "y"))
-    assert len(bars) == 3 and float(bars[0][3]) / float(bars[2][3]) == pytest.approx(2.5, rel=0.01)
+    bars = re.findall(r'<rect class="bar" [^>]*height="([\d.]+)"', columns("t", [0.5, 0.3, 0.2], 1 / 3, "x", "y"))
+    assert len(bars) == 3 and float(bars[0]) / float(bars[2]) == pytest.approx(2.5, rel=0.01)
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", shares([("a", "", [("one", 3), ("two", 1)]), ("b", "", [("one", 2)])]))]
     assert widths == [75, 25, 50] and statistics.fmean(widths) == 50
 
@@ -214,8 +214,8 @@ def first_pixel(png: bytes) -> tuple[int, int, int]:
 @pytest.mark.parametrize("scheme, corner", [(1, (0xF7, 0xF7, 0xF5)), (0, (0x14, 0x16, 0x1A))], ids=["light", "dark"])
 def test_a_browser_draws_it(packed, tmp_path, scheme, corner):
     shot = tmp_path / "shot.png"
-    run = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,1400", f"--user-data-dir={tmp_path}",
-                          f"--blink-settings=preferredColorScheme={scheme}", *(["--force-dark-mode"] if scheme == 0 else []),
-                          f"--screenshot={shot}", (packed / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,1400",
+                          f"--user-data-dir={tmp_path}", f"--blink-settings=preferredColorScheme={scheme}",
+                          *(["--force-dark-mode"] if scheme == 0 else []), f"--screenshot={shot}", (packed / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and shot.exists(), run.stderr[-2000:]
     assert first_pixel(shot.read_bytes()) == corner and len(shot.read_bytes()) > 30_000

@@ -27,7 +27,8 @@ def test_bench_command(capsys, monkeypatch, tmp_path):
     assert cli.main(words) == 0 and "of read" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, says", [(["--shapes", "64"], "ROWSxCOLUMNS"), (["--presets", "3d-2"], "'3d-2'"), (["--activations", "a4"], "'a4'")])
+@pytest.mark.parametrize("words, says", [(["--shapes", "64"], "ROWSxCOLUMNS"), (["--presets", "3d-2"], "'3d-2'"),
+                                         (["--activations", "a4"], "'a4'")])
 def test_bench_refuses(words, says, capsys):
     assert cli.main(["bench", *words]) == 1 and says in capsys.readouterr().err
 

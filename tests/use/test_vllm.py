@@ -17,7 +17,8 @@ HIDDEN, HEAD, HEADS, KV, MLP = 64, 16, 4, 2, 96
 PREFIX = "model.layers.0"
 SPECS = {"self_attn.q_proj": QuantSpec(64, 64, 2, 2, 16, 64), "self_attn.k_proj": QuantSpec(32, 64, 2, 3, 16, 32),
          "self_attn.o_proj": QuantSpec(64, 64, 1, 3, 64, 32, 16), "mlp.gate_proj": QuantSpec(96, 64, 2, 2, 48, 64),
-         "mlp.up_proj": QuantSpec(96, 64, 4, 2, 32, 64), "mlp.down_proj": QuantSpec(64, 96, 2, 2, 16, 32), "router": QuantSpec(8, 64, 2, 2, 8, 32)}
+         "mlp.up_proj": QuantSpec(96, 64, 4, 2, 32, 64), "mlp.down_proj": QuantSpec(64, 96, 2, 2, 16, 32),
+         "router": QuantSpec(8, 64, 2, 2, 8, 32)}
 MAPPING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -53,8 +54,8 @@ def weights():
 
 @pytest.fixture
 def config(vllm):
-    settings = {"layout_version": LAYOUT_VERSION, "version": "0", "quant_method": "gptvq", "config": None, "bits_per_value": 2.0, "calibration": None,
-                "layers": {f"{PREFIX}.{name}": spec.to_dict() for name, spec in SPECS.items()}, "experts": ["model.layers.1.mlp.experts"]}
+    settings = {"layout_version": LAYOUT_VERSION, "version": "0", "quant_method": "gptvq", "config": None, "bits_per_value": 2.0,
+                "calibration": None, "layers": {f"{PREFIX}.{name}": spec.to_dict() for name, spec in SPECS.items()}, "experts": ["model.layers.1.mlp.experts"]}
     config = vllm[0].GptvqVllmConfig.from_config(settings)
     config.packed_modules_mapping = MAPPING
     return config
@@ -118,7 +119,8 @@ def test_fused_gate_up_and_row_parallel_down(vllm, weights, config, size):
         feed(layer, weights["mlp.gate_proj"], 0)
         feed(layer, weights["mlp.up_proj"], 1)
         near(finish(layer, x), torch.cat([gate[:, part], up[:, part]], -1))
-        down = linear.RowParallelLinear(MLP, HIDDEN, bias=False, quant_config=config, prefix=f"{PREFIX}.mlp.down_proj", params_dtype=torch.float32)
+        down = linear.RowParallelLinear(MLP, HIDDEN, bias=False, quant_config=config, prefix=f"{PREFIX}.mlp.down_proj",
+                                        params_dtype=torch.float32)
         feed(down, weights["mlp.down_proj"])
         total += finish(down, h[:, part])
     near(total, h @ weights["mlp.down_proj"].dequantize().T)
@@ -148,7 +150,8 @@ def test_block_scales_bias_and_dtypes(vllm, weights, config):
 def test_memory_is_the_packed_bytes(vllm, weights, config):
     module, linear, ranked = vllm
     ranked(1, 2)
-    layer = linear.ColumnParallelLinear(HIDDEN, 64, bias=False, quant_config=config, prefix=f"{PREFIX}.self_attn.q_proj", params_dtype=torch.float32)
+    layer = linear.ColumnParallelLinear(HIDDEN, 64, bias=False, quant_config=config, prefix=f"{PREFIX}.self_attn.q_proj",
+                                        params_dtype=torch.float32)
     stored, half = sum(p.numel() * p.element_size() for p in layer.parameters()), weights["self_attn.q_proj"].nbytes / 2
     assert half <= stored <= half + 64 * sum(p.element_size() for p in layer.parameters())     # a part ends aligned
 
@@ -166,8 +169,9 @@ def test_other_layers_are_left_to_vllm(vllm, config):
 def test_what_does_not_fit_is_named(vllm, weights, config):
     module, linear, ranked = vllm
 
-    def down(**more):
-        return linear.RowParallelLinear(MLP, HIDDEN, bias=False, quant_config=config, prefix=f"{PREFIX}.mlp.down_proj", params_dtype=torch.float32)
+    def down():
+        return linear.RowParallelLinear(MLP, HIDDEN, bias=False, quant_config=config, prefix=f"{PREFIX}.mlp.down_proj",
+                                        params_dtype=torch.float32)
 
     ranked(0, 1)
     layer = down()
@@ -184,6 +188,7 @@ def test_what_does_not_fit_is_named(vllm, weights, config):
         down()
     ranked(0, 1)
     with pytest.raises(ConfigError, match="cannot be served"):
-        linear.ColumnParallelLinear(HIDDEN + 2, 64, bias=False, quant_config=config, prefix=f"{PREFIX}.self_attn.q_proj", params_dtype=torch.float32)
+        linear.ColumnParallelLinear(HIDDEN + 2, 64, bias=False, quant_config=config, prefix=f"{PREFIX}.self_attn.q_proj",
+                                    params_dtype=torch.float32)
     with pytest.raises(FormatError):
         module.GptvqVllmConfig.from_config({"layout_version": LAYOUT_VERSION + 1, "layers": {}})

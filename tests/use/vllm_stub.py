@@ -91,7 +91,8 @@ class ReplicatedLinear(LinearBase):
 
 class MergedColumnParallelLinear(LinearBase):
     def __init__(self, input_size, output_sizes, bias=True, params_dtype=None, quant_config=None, prefix=""):
-        super().__init__(input_size, [n // ranks["size"] for n in output_sizes], input_size, sum(output_sizes), params_dtype, quant_config, prefix)
+        heights = [n // ranks["size"] for n in output_sizes]
+        super().__init__(input_size, heights, input_size, sum(output_sizes), params_dtype, quant_config, prefix)
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -116,7 +117,7 @@ def install():
     names = {"vllm": [], "vllm.model_executor": [], "vllm.model_executor.layers": [], "vllm.model_executor.utils": ["set_weight_attrs"],
              "vllm.model_executor.layers.quantization": ["register_quantization_config", "QUANTIZATION_METHODS"],
              "vllm.model_executor.layers.quantization.base_config": ["QuantizationConfig"],
-             "vllm.model_executor.layers.linear": [n for n in dir(here) if n.endswith(("Linear", "LinearBase", "LinearMethodBase", "LinearMethod"))]}
+             "vllm.model_executor.layers.linear": [name for name in dir(here) if "Linear" in name]}
     for name, exported in names.items():
         module = types.ModuleType(name)
         module.__path__ = []
