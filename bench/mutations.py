@@ -184,7 +184,7 @@ def independent(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     tensors = {}
-    for file in checkpoint.tensor_files(folder, checkpoint.read_index(folder)):
+    for file in checkpoint.tensor_files(folder):
         tensors.update(load_file(file))
     weights, settings = {}, json.loads((folder / "config.json").read_text())["quantization_config"]
     for layer, spec in checkpoint.layer_specs(settings, "config.json").items():

@@ -187,9 +187,14 @@ def read_index(folder: Path) -> dict | None:
     return index
 
 
-def tensor_files(folder: Path, index: dict | None) -> list[Path]:
+def indexed_files(folder: Path, index: dict | None) -> list[Path]:
     """The shards that an index names; without one there is a single file."""
     return [folder / name for name in sorted(set(index["weight_map"].values()))] if index else [folder / WHOLE]
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The tensor files of a checkpoint folder; raises FormatError as `read_index`."""
+    return indexed_files(folder, read_index(folder))
 
 
 def read_headers(files: list[Path]) -> dict[str, Entry]:

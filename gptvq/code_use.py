@@ -38,7 +38,7 @@ def code_use(folder: Path) -> dict[str, CodeUse]:
 
     where = str(folder / checkpoint.CONFIG)
     specs = checkpoint.layer_specs(checkpoint.read_json(folder / checkpoint.CONFIG).get("quantization_config") or {}, where)
-    entries = checkpoint.read_headers(checkpoint.tensor_files(folder, checkpoint.read_index(folder)))
+    entries = checkpoint.read_headers(checkpoint.tensor_files(folder))
     found = {}
     for name, spec in specs.items():
         entry, part = entries.get(f"{name}.idx"), first_rows(spec)

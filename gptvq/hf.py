@@ -66,7 +66,7 @@ class GptvqQuantizer(HfQuantizer):
         specs = self.quantization_config.specs()
         files = [Path(file) for file in checkpoint_files or ()]
         entries = checkpoint.read_headers(files)
-        if files and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent, checkpoint.read_index(files[0].parent))):
+        if files and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent)):
             raise FormatError(f"{files[0].parent}: the tensor files are not those that {checkpoint.INDEX} names; copy the checkpoint again")
         prefix = model.base_model_prefix + "."
         modules = dict(model.named_modules())

@@ -104,7 +104,7 @@ def read_structure(folder: Path) -> Structure:
     if unknown := set(settings) - {"quant_method", "layout_version", "layers", *checkpoint.SETTINGS}:
         raise FormatError(f"{where}: unknown settings {shorten(sorted(unknown), 200)}; config.json is damaged or of a newer gptvq")
     specs, index = checkpoint.layer_specs(settings, str(where)), checkpoint.read_index(folder)
-    files = checkpoint.tensor_files(folder, index)
+    files = checkpoint.indexed_files(folder, index)
     entries = checkpoint.read_headers(files)
     sha256 = {} if index is None else _check_index(folder / INDEX, index, files, entries)
     for layer, spec in specs.items():
