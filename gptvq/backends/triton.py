@@ -20,7 +20,15 @@ from .reference import (  # noqa: F401
     submatmul,
     unpack_codes,
 )
-from .triton_launch import aligned, cdiv, interpreted, launch, power_of_two, why_not
+from .triton_launch import (
+    aligned,
+    cdiv,
+    interpreted,
+    launch,
+    power_of_two,
+    version_numbers,
+    why_not,
+)
 
 GEMV_TO, GEMM_TO = 8, 256               # tokens; more are multiplied by the dequantized weight
 _ACCUMULATORS = 8192                    # float32 of a program that column_block and descent_block keep in registers
@@ -80,8 +88,9 @@ class PreparedLinear(_Packed):
         if tokens <= GEMV_TO:
             m, unit = power_of_two(tokens), self.constants["V"] * self.constants["DIM"]
             variant = f"3 words M={m}" if self.constants["WORDS"] == 3 else f"M={m}"
+            fixed = {**self.constants, "M": m, "ROWS_LAST": version_numbers() > (3, 6)}
             launch("vq_gemv", variant, {**given, "tiles": self.spec.tiles, **self.counts},
-                   lambda b: ((cdiv(rows, b["R"]),), {**self.constants, "M": m, "EVEN": self.spec.cols % (b["C"] * unit) == 0}), key)
+                   lambda b: ((cdiv(rows, b["R"]),), {**fixed, "EVEN": self.spec.cols % (b["C"] * unit) == 0}), key)
         else:
             m = min(64, power_of_two(tokens, least=16))
             variant = f"float32 M={m}" if x.dtype == torch.float32 else f"M={m}"

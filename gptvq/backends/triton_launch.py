@@ -31,6 +31,11 @@ def version() -> str:
     return ""
 
 
+def version_numbers() -> tuple[int, ...]:
+    """(3, 8) for 3.8.0."""
+    return tuple(map(int, re.findall(r"\d+", version())[:2]))
+
+
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
@@ -39,7 +44,7 @@ def why_not(device: torch.device) -> str:
     """One clause saying why there are no Triton kernels for tensors on `device`; empty where there are."""
     if not version():
         return "triton is not installed (`pip install triton` on Linux; PyTorch for CUDA brings it along)"
-    if tuple(map(int, re.findall(r"\d+", version())[:2])) < OLDEST:
+    if version_numbers() < OLDEST:
         return f"triton {version()} is too old: it needs {'.'.join(map(str, OLDEST))} or newer"
     if device.type == "cpu":
         return "" if interpreted() else "Triton kernels need a GPU (TRITON_INTERPRET=1 interprets them on the CPU, very slowly: for tests)"
