@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gptvq.config import VQConfig
+from gptvq.config import PRESETS, VQConfig
+from gptvq.errors import ConfigError
 from gptvq.linear import VQLinear
 from gptvq.model import linears
 from gptvq.weight import VQWeight
@@ -31,6 +32,9 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     """Rows of every mode; `args` are those of bench.decode."""
     place = on.require(torch.device(args.device))
     runner.check_names("--modes", args.modes, MODES)
+    runner.check_names("--presets", args.presets, PRESETS)
+    if args.tokens > _CACHE - 8:
+        raise ConfigError(f"--tokens: got {args.tokens}, the cache has room for {_CACHE - 8}")
     results = runner.Results("decode", argv, args.json, {"model": args.shape, "tokens": args.tokens, "repeats": args.repeats,
                                                          "cache": _CACHE})
     models = {f"gptvq {preset}": packed(args.shape, VQConfig.preset(preset), place) for preset in args.presets}

@@ -17,6 +17,7 @@ from .cuda_linear import linear, prepare_linear  # noqa: F401
 from .cuda_quantize import column_block, descent_block, fit  # noqa: F401
 
 LEAST = 8, 0                    # compute capability: what the kernels are compiled for
+MOST_SUMS = 96 * 1024 // 8      # numbers of one codebook that `collect` has shared memory for
 
 
 @functools.lru_cache(maxsize=None)
@@ -105,7 +106,6 @@ def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape
     return sums
 
 
-MOST_SUMS = 96 * 1024 // 8          # of a codebook, in the shared memory of one block of threads
 _by_strip = WeakTensorKeyDictionary()
 
 

@@ -120,7 +120,9 @@ def test_no_gpu_is_said(module, options, capsys):
 
 
 def test_unknown_mode_and_shape_are_named(capsys):
-    assert bench(decode, "--shape", "tiny", "--modes", "magic") == 1 and "--modes: got magic" in capsys.readouterr().err
+    for options, message in ((["--modes", "magic"], "--modes: got magic"), (["--presets", "9d"], "--presets: got 9d"),
+                             (["--tokens", "9999"], "--tokens: got 9999, the cache has room for 504")):
+        assert bench(decode, "--shape", "tiny", *options) == 1 and message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench(quantize, "--shape", "llama9")
 
