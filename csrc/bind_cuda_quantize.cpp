@@ -31,8 +31,8 @@ Block block(const TensorArg& from, const TensorArg& factor, const TensorArg& cen
   b.strides.from = row_stride(names[0], from, c.rows, c.n * c.d);
   b.strides.factor = row_stride(names[1], factor, c.n * c.d, c.n * c.d);
   result.require(names[2], "float32", {c.rows, c.n * c.d});
-  require_aligned(names[2], result, 4 * c.d);
-  require_aligned("centroids", centroids, 4 * c.d);
+  require_alignment(names[2], result, 4 * c.d);
+  require_alignment("centroids", centroids, 4 * c.d);
   if (scale_arg) {
     const TensorArg scale = tensor(*scale_arg);
     b.strides.scale = row_stride("scale", scale, c.rows, c.n);
@@ -92,8 +92,8 @@ void fit_round(const Arg& x_arg, const Arg& metric_arg, const Arg& weight_arg, c
                const std::optional<Arg>& loss_arg, const std::optional<Arg>& scratch_arg, int device, std::uint64_t stream) {
   const TensorArg x = tensor(x_arg), tried = tensor(tried_arg);
   const Points p = point_shapes(x, tensor(metric_arg), tensor(weight_arg), tried);
-  require_aligned("x", x, 4 * p.d);
-  require_aligned("tried", tried, 4 * p.d);
+  require_alignment("x", x, 4 * p.d);
+  require_alignment("tried", tried, 4 * p.d);
   double* loss = nullptr;
   std::uint8_t* scratch = nullptr;
   if (loss_arg) {
