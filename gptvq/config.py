@@ -19,7 +19,7 @@ _PRESETS = {
     "1d-3.125": (1, 3, 512), "2d-3.125": (2, 3, 8192),
     "1d-4.125": (1, 4, 1024), "2d-4.125": (2, 4, 32768),
 }
-#: How the inputs of a packed linear enter the CPU kernels: as 16-bit integers, 8-bit integers, or as they are in float32.
+#: How the inputs of a packed linear enter the kernels: as 16-bit integers, 8-bit integers, or as they are in float32.
 ACTIVATIONS = ("a16", "a8", "fp32")
 PRESETS = tuple(_PRESETS) + tuple(f"{p}-s64" for p in _PRESETS if p != "4d-2.125")
 

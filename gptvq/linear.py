@@ -20,9 +20,9 @@ _leader: tuple = (None, None)       # the last layer that ran on an input first,
 class VQLinear(nn.Module):
     """x [.., in_features] -> [.., out_features] in x's dtype (fp32, fp16 or bf16), by kernels that read the packed weight.
 
-    `activations`: how x enters the CPU kernels; "a16" (the default; error below 1e-4 of the output), "a8" (faster, about
-    1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once, other devices and anything that
-    needs gradients go through F.linear with the dequantized weight.
+    `activations`: how x enters the kernels; "a16" (the default; error below 1e-4 of the output), "a8" (faster on a CPU, about
+    1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once, devices without kernels and anything
+    that needs gradients go through F.linear with the dequantized weight.
 
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
     `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.
@@ -181,7 +181,7 @@ class VQLinear(nn.Module):
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
-    """Sets how inputs enter the CPU kernels of all packed layers of `model`; see VQLinear."""
+    """Sets how inputs enter the kernels of all packed layers of `model`; see VQLinear."""
     ops.check_activations(activations)
     for module in model.modules():
         if isinstance(module, VQLinear):

@@ -54,6 +54,7 @@ struct Launch {
   std::size_t first, last;
   LinearBatch batch{};
   int warps = 1, ctas = 0, grain;
+  bool splits = false;
   std::int64_t step_at = 0, partial_at = 0, bytes = 0;      // in the scratch memory
 
   Launch(const std::vector<const Linear*>& layers, const std::vector<void*>& y, std::size_t from, std::int64_t tokens,
@@ -65,37 +66,39 @@ struct Launch {
     int cta_tiles = 1;
     if (several && !half)
       with_format(s, [&](auto format) { cta_tiles = tiles_per_cta<decltype(format)::bits, decltype(format)::dim>(grain); });
-    std::int64_t parts = 0;
     const auto parts_of = [&](const LinearLayer& w) {
       return by_group(s) ? w.row_groups * Spec::ceil_div(w.group_tiles, w.warps) : Spec::ceil_div(w.tiles, cta_tiles);
     };
+    const std::int64_t wanted = kCtasPerProcessor * multiprocessors(device);
     for (; last < layers.size() && last - first < kMostLayers && joins(s, *layers[last]); ++last) {
       LinearLayer& w = batch.layer[last - first];
       w = layer_of(*layers[last], y.empty() ? nullptr : y[last], several ? kTokensWarps : kLinearWarps);
       w.first_row = batch.total_rows;
       batch.total_rows += w.rows;
       warps = std::max(warps, w.warps);
-      parts += parts_of(w);
+      // By the layer alone, so that its sums do not depend on what else is launched.
+      const std::int64_t share = w.chunks * parts_of(w) / wanted;
+      w.splits = by_group(s) ? static_cast<int>(Spec::ceil_div(w.chunks, std::max<std::int64_t>(1, share))) : 1;
+      w.first_cta = ctas;
+      ctas += static_cast<int>(parts_of(w)) * w.splits;
+      splits |= w.splits > 1;
     }
     batch.layers = static_cast<int>(last - first);
     batch.tokens = static_cast<int>(tokens);
-    const std::int64_t chunks = batch.layer[0].chunks, wanted = kCtasPerProcessor * multiprocessors(device);
-    const std::int64_t per_split = std::max<std::int64_t>(1, chunks * parts / wanted);
-    batch.splits = by_group(s) ? static_cast<int>(Spec::ceil_div(chunks, per_split)) : 1;
-    for (int l = 0; l < batch.layers; ++l) {
-      batch.layer[l].first_cta = ctas;
-      ctas += static_cast<int>(parts_of(batch.layer[l])) * batch.splits;
-    }
     batch.block_bytes = static_cast<int>(s.block_bytes());
     batch.book_bytes = static_cast<int>(s.codewords() * s.dim);
     batch.x_bytes = 2 * kChunk;
     batch.step_bytes = kChunk / grain * 4;
     batch.gs_bytes = 2;
     batch.two_to_16 = 1 << 16;
-    step_at = padded(tokens * chunks * batch.x_bytes);
-    partial_at = step_at + padded(tokens * chunks * batch.step_bytes);
-    bytes = partial_at + (batch.splits > 1 ? batch.splits * tokens * batch.total_rows * 4 : 0);
+    const std::int64_t chunks = tokens * batch.layer[0].chunks;
+    step_at = padded(chunks * batch.x_bytes);
+    partial_at = step_at + padded(chunks * batch.step_bytes);
+    bytes = partial_at;
+    for (int l = 0; l < batch.layers; ++l) bytes += partial_bytes(batch.layer[l]);
   }
+
+  std::int64_t partial_bytes(const LinearLayer& w) const { return w.splits > 1 ? padded(4LL * w.splits * batch.tokens * w.rows) : 0; }
 
   static bool joins(const Spec& s, const Linear& other) {
     const Spec& o = other.spec();
@@ -177,7 +180,11 @@ void linear(const std::vector<const Linear*>& layers, const void* x, OutType typ
         b.high_weight = arithmetic == Arithmetic::a8 ? 1 : 254;
         b.x = reinterpret_cast<std::int8_t*>(memory);
         b.step = reinterpret_cast<float*>(memory + launch.step_at);
-        b.partial = reinterpret_cast<float*>(memory + launch.partial_at);
+        std::int64_t at = launch.partial_at;
+        for (int l = 0; l < b.layers; ++l) {
+          b.layer[l].partial = reinterpret_cast<float*>(memory + at);
+          at += launch.partial_bytes(b.layer[l]);
+        }
         const Inputs in{x, reinterpret_cast<std::int8_t*>(memory), reinterpret_cast<float*>(memory + launch.step_at), b.tokens, b.type,
                         static_cast<int>(s.cols), limit, s.scale_block ? static_cast<int>(s.scale_block) : kChunk};
         with_format(s, [&](auto format) {
@@ -186,7 +193,7 @@ void linear(const std::vector<const Linear*>& layers, const void* x, OutType typ
           if (arithmetic == Arithmetic::fp16) launch_half<F::bits, F::dim>(of);
           else launch_linear<F::bits, F::dim>(of, launch.grain);
         });
-        if (b.splits > 1) {
+        if (launch.splits) {
           const dim3 grid(static_cast<unsigned>(Spec::ceil_div(b.total_rows, kSumThreads)), static_cast<unsigned>(tokens));
           GPTVQ_LAUNCH(linear_sum_kernel, grid, dim3(kSumThreads), 0, stream, b);
         }

@@ -17,6 +17,9 @@ struct LinearLayer {
   int scale_pairs, scale_blocks, scale_shift;   // of two scale blocks: bytes apart; log2 of a scale block's columns
   int warps, turn, turn_strips, turn_subs;      // at work in a CTA; chunks from a warp's to its next, in whole strips and the rest
   int first_cta, first_row;         // among all layers of the launch
+  // CTAs that share the chunks of a row; where there are several, their sums are at `partial`, [splits, tokens, rows]
+  int splits;
+  float* partial;
 };
 
 // Activations on their way to integers.
@@ -44,9 +47,7 @@ struct LinearBatch {
   // computes addresses, and not the pipe that looks codes up.
   int block_bytes, book_bytes, x_bytes, step_bytes, gs_bytes;
   std::uint32_t two_to_16;
-  // Where the chunks of a row are shared by several CTAs: their sums [splits, tokens, rows of all layers].
-  float* partial;
-  int splits, total_rows;
+  int total_rows;                   // of all layers
 
   __device__ __forceinline__ int layer_of(int cta) const {
     int l = 0;
@@ -97,12 +98,12 @@ __device__ __forceinline__ void put_output(const LinearBatch& batch, const Linea
 struct GroupPart {
   int split, tile, tile_end, chunk, chunk_end;
 
-  __device__ __forceinline__ GroupPart(const LinearBatch& batch, const LinearLayer& w, int cta) : split(cta % batch.splits) {
-    const int per_group = (w.group_tiles + w.warps - 1) / w.warps, part = cta / batch.splits, group = part / per_group;
+  __device__ __forceinline__ GroupPart(const LinearLayer& w, int cta) : split(cta % w.splits) {
+    const int per_group = (w.group_tiles + w.warps - 1) / w.warps, part = cta / w.splits, group = part / per_group;
     tile = group * w.group_tiles + part % per_group * w.warps;
     tile_end = min(min((group + 1) * w.group_tiles, w.tiles), tile + w.warps);
-    chunk = w.chunks * split / batch.splits;
-    chunk_end = w.chunks * (split + 1) / batch.splits;
+    chunk = w.chunks * split / w.splits;
+    chunk_end = w.chunks * (split + 1) / w.splits;
   }
 };
 
@@ -119,8 +120,8 @@ __device__ __forceinline__ void fill_table(const std::int8_t* book, uint4* entri
 }
 
 __device__ __forceinline__ void put_sum(const LinearBatch& batch, const LinearLayer& w, int split, int token, int row, float sum) {
-  if (batch.splits > 1)
-    batch.partial[(static_cast<std::int64_t>(split) * batch.tokens + token) * batch.total_rows + w.first_row + row] = sum;
+  if (w.splits > 1)
+    w.partial[(static_cast<std::int64_t>(split) * batch.tokens + token) * w.rows + row] = sum;
   else
     put_output(batch, w, token, row, sum);
 }

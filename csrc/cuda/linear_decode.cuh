@@ -4,7 +4,7 @@
 //   rows     2 g (the mma's row g) and 2 g + 1 (row g + 8), whose words lie side by side in every plane: one 8-byte load takes both
 //   columns  units 4 i + t of each round i, where a unit is as many columns as a row's word (three words, for 3 bits a weight) holds
 // so that a warp's load is whole sectors.  The mma sums over columns: their order within a chunk is free, and the activations are
-// stored in the order in which codes come out (`position`).
+// stored in the order in which codes come out (`column_at`).
 //
 //   bits a weight   unit              rounds   steps a round    lookup of a code
 //   2               16, one word      4        2                1D K4, 2D K16: byte_perm on registers; 4D K256: shared memory

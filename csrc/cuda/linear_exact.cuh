@@ -55,18 +55,18 @@ __global__ void __launch_bounds__(32 * kExactWarps) linear_exact_kernel(ExactArg
   }
 }
 
-// One thread per token and row of all layers.
+// One thread per token and row of all layers; those of layers without splits have nothing to do.
 __global__ void __launch_bounds__(kSumThreads) linear_sum_kernel(const __grid_constant__ LinearBatch batch) {
   const int at = blockIdx.x * kSumThreads + threadIdx.x, token = blockIdx.y;
   if (at >= batch.total_rows) return;
   int l = 0;
   while (l + 1 < batch.layers && at >= batch.layer[l + 1].first_row) ++l;
   const LinearLayer& w = batch.layer[l];
+  if (w.splits == 1) return;
   const int row = at - w.first_row;
-  const std::int64_t split = static_cast<std::int64_t>(batch.tokens) * batch.total_rows;
-  const float* from = batch.partial + static_cast<std::int64_t>(token) * batch.total_rows + at;
+  const float* from = w.partial + static_cast<std::int64_t>(token) * w.rows + row;
   float sum = 0;
-  for (int s = 0; s < batch.splits; ++s) sum += from[s * split];
+  for (int s = 0; s < w.splits; ++s) sum += from[s * static_cast<std::int64_t>(batch.tokens) * w.rows];
   put_output(batch, w, token, row, sum);
 }
 

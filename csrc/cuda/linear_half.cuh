@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __
   const __half* x = reinterpret_cast<const __half*>(batch.x) + token * w.chunks * kChunk;
   float c[4] = {0, 0, 0, 0};
   if constexpr (by_group) {
-    const GroupPart part(batch, w, blockIdx.x - w.first_cta);
+    const GroupPart part(w, blockIdx.x - w.first_cta);
     const int tile = part.tile + warp;
     const bool works = warp < w.warps && tile < part.tile_end;
     const LaneRows<F> rows(w, works ? tile : part.tile, g, t);

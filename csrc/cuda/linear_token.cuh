@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(cons
   GPTVQ_SHARED(uint4, entries, 256 * 8);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
-  const GroupPart part(batch, w, blockIdx.x - w.first_cta);
+  const GroupPart part(w, blockIdx.x - w.first_cta);
   const int tile = part.tile + warp;
   const bool works = warp < w.warps && tile < part.tile_end;
   const LaneRows<F> rows(w, works ? tile : part.tile, g, t);

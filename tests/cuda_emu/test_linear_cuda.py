@@ -152,6 +152,11 @@ def test_layers_on_one_input_together(machine):
         for _ in machine.orders(("random",)):
             found = layers[0].prepared.together([layer.prepared for layer in layers[1:]], x, "a16")
             assert all(torch.equal(y, layer.prepared(x, "a16")) for y, layer in zip(found, layers))
+    wide = [Layer(QuantSpec(rows, 2048, 4, 2, 32, 256), machine, rows) for rows in (70, 24, 100)]       # chunks of a row on several CTAs
+    x_wide = inputs(machine, 1, 2048)
+    found = wide[0].prepared.together([layer.prepared for layer in wide[1:]], x_wide, "a16")
+    assert all(torch.equal(y, layer.prepared(x_wide, "a16")) for y, layer in zip(found, wide))
+    wide[2].check(x_wide, "a16")
     many = [Layer(QuantSpec(16, 512, 2, 2, 16, 256, 64), machine, seed) for seed in range(11)]       # more than a launch takes
     found = many[0].prepared.together([layer.prepared for layer in many[1:]], x, "a8")
     assert all(torch.equal(y, layer.prepared(x, "a8")) for y, layer in zip(found, many))
