@@ -35,6 +35,19 @@ def add(commands, command, placement, positive, model_help: str) -> None:
     p.add_argument("--device", default="cpu", metavar="NAME", help="default %(default)s")
     p.add_argument("--json", metavar="FILE", help="write the rows here instead of printing them; - for standard output")
 
+    p = command(commands, tune, "let the codebooks of a packed checkpoint learn from the dense model",
+                "example:\n  gptvq tune out out-tuned --dense ./SmolLM2-135M --calibration wiki.txt", "OUT was not written")
+    p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
+    p.add_argument("out", metavar="OUT", help="folder for the tuned checkpoint; must be new or empty, or --overwrite")
+    p.add_argument("--dense", required=True, metavar="MODEL", help="the dense model that FOLDER was made from")
+    p.add_argument("--calibration", required=True, metavar="FILE|DATASET", help="text to learn on")
+    p.add_argument("--samples", type=positive, default=256, metavar="N", help="sequences, seen once each, default %(default)s")
+    p.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="tokens per sequence, default %(default)s")
+    p.add_argument("--batch", type=positive, default=4, metavar="N", help="sequences per step, default %(default)s")
+    p.add_argument("--rate", type=float, default=1e-3, metavar="R", help="learning rate, default %(default)s")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+
     p = command(commands, export, "write a packed checkpoint as dense safetensors, for other tools",
                 "example:\n  gptvq export out --dense out-dense --dtype float16", "OUT is incomplete: it has no config.json")
     p.add_argument("folder", metavar="FOLDER", help="folder written by `gptvq quantize`")
@@ -128,6 +141,28 @@ def bench(args):
         rest = "" if row["name"] == "read" else f"{row['speedup']:>8.2f}{100 * row['of_read']:>7.0f} %"
         text = f"{row['bits']:>8.3f}{row['microseconds']:>11,.1f}" if "bits" in row else f"{'':>19}"
         print(f"{row['name']:<26}{shape:>14}{text}{row['gb_per_second']:>8.1f}{rest}")
+
+
+def tune(args):
+    from .cli import named_text, quiet
+    calibration = named_text(args.calibration, "--calibration")
+    quiet()
+    from .tune import tune_folder
+    losses = tune_folder(args.folder, args.out, args.dense, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
+                         batch=args.batch, rate=args.rate, device=args.device, overwrite=args.overwrite, progress=Steps())
+    print(f"\nKL {losses[0]:.4f} -> {losses[-1]:.4f} nats per token in {len(losses)} steps; written to {args.out}")
+
+
+class Steps:
+    """progress(step, steps, loss) as a line on standard error with the time that is left."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        from .report import clock
+        left = (time.perf_counter() - self.began) / step * (steps - step)
+        print(f"\rstep {step} of {steps}, KL {loss:.4f}, {clock(left)} left   ", end="", file=sys.stderr, flush=True)
 
 
 def export(args):

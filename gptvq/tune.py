@@ -2,16 +2,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import codebook, ops
+from . import checkpoint, codebook, ops
+from .calibration import calibration_tokens, tokens_sha256
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
+from .report import Report
 from .scaling import scales_of
+from .storage import digest_of
 from .weight import VQWeight, unpack_scale_codes
 
 _CHUNK = 256                    # positions per float32 log-softmax
@@ -63,6 +68,32 @@ class LearningLinear(nn.Module):
         compressed = codebook.compress(self.table.detach() * self.unit)
         vq = VQWeight(self.spec, {**self.buffers_before, **compressed.tables, "gs": compressed.gs})
         return VQLinear.from_weight(vq, self.bias, self.name)
+
+
+def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | os.PathLike, *, calibration, samples: int = 256,
+                sequence_length: int = 512, batch: int = 4, rate: float = 1e-3, device=None, overwrite: bool = False,
+                progress: Callable[[int, int, float], None] | None = None) -> list[float]:
+    """Tunes the packed checkpoint in `folder` on the dense model `dense` and writes it into the folder `out` -> the losses.
+
+    `calibration`, `samples`, `sequence_length`: the text to learn on, as for quantize().  The report goes along, with a warning that its
+    layer errors are those before.  See `tune`; on an error nothing is written.
+    """
+    from .hf import open_dense, open_model, pick_device
+
+    target, device = checkpoint.prepare(out, overwrite, folder), pick_device(device)
+    model, tokenizer = open_model(folder, device)
+    tokens = calibration_tokens(calibration, tokenizer, samples, sequence_length, seed=0)
+    losses = tune(model, open_dense(dense)[0].to(device), tokens, batch=batch, rate=rate, progress=progress)
+    report = Report.load(folder)
+    packed = {name: module.packed for name, module in model.named_modules() if isinstance(module, VQLinear)}
+    for record in report.layers:
+        record.sha256 = digest_of(packed[record.name].buffers.values())
+    report.warnings.append(f"codebooks, norms and biases were tuned in {len(losses)} steps (KL {losses[0]:.4f} -> {losses[-1]:.4f} on the training "
+                           "text); the layer errors are those before")
+    report.calibration["tuned_on"] = {"tokens": tokens.numel(), "sha256": tokens_sha256(tokens), "rate": rate, "batch": batch}
+    report.job, report.check = {}, {}               # it is no longer what that job gives
+    checkpoint.save(model, tokenizer, target, report)
+    return losses
 
 
 def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, rate: float = 1e-3,

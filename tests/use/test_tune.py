@@ -86,3 +86,20 @@ def test_it_is_left_packed_whatever_happens():
         tune(model, dense, IDS, rate=1e30)
     assert torch.equal(logits(model, IDS), plain)
     assert sum(isinstance(m, VQLinear) for m in model.modules()) == 14
+
+
+def test_from_folder_to_folder(my_model, tmp_path, capsys):
+    """`gptvq tune`: the same size and format, hashes that are right, a report that says so, and no unfinished folder."""
+    from gptvq import cli
+
+    text = my_model.parent / "calibration.txt"
+    assert cli.main(["quantize", str(my_model), str(tmp_path / "packed"), "--calibration", str(text), "--samples", "2",
+                     "--sequence-length", "32"]) == 0
+    learn = ["--dense", str(my_model), "--calibration", str(text), "--samples", "8", "--sequence-length", "32"]
+    assert cli.main(["tune", str(tmp_path / "packed"), str(tmp_path / "tuned"), *learn]) == 0
+    assert "in 2 steps" in capsys.readouterr().out
+    before, after = (gptvq.Report.load(tmp_path / name) for name in ("packed", "tuned"))
+    assert gptvq.verify(tmp_path / "tuned").layers == len(after.layers) and after.bits_per_value == before.bits_per_value
+    assert any("tuned in 2 steps" in text for text in after.warnings) and all(a.sha256 != b.sha256 for a, b in zip(before.layers, after.layers))
+    assert cli.main(["tune", str(tmp_path / "packed"), str(tmp_path / "packed"), *learn]) == 1
+    assert "not empty" in capsys.readouterr().err
