@@ -92,6 +92,15 @@ def test_em_settles_where_every_centroid_is_the_mean_of_its_points(machine, clou
 
 
 @pytest.mark.parametrize("d", [1, 2, 4])
+def test_a_point_between_two_centroids_goes_to_the_first(machine, d):
+    """And a point without weight, wherever it lies, to none."""
+    x = torch.tensor([0.0, 2.0, 1.0, 1.75])[None, :, None].repeat(1, 1, d)
+    weight, seeds = torch.tensor([[1.0, 1.0, 1.0, 0.0]]), x[None, :, :2].contiguous()
+    got = ops.fit(*to(machine, x, torch.eye(d)[None], weight, seeds), ((1, 1),)).cpu()
+    assert torch.equal(got, torch.tensor([0.5, 2.0])[None, :, None].repeat(1, 1, d))
+
+
+@pytest.mark.parametrize("d", [1, 2, 4])
 def test_em_stops_when_no_index_changed(machine, d):
     x, metric, weight, seeds = to(machine, *Cloud(d, 8, 12, 5).build(starts=2))
     assert torch.equal(ops.fit(x, metric, weight, seeds, ((1 << 40, 1),)), ops.fit(x, metric, weight, seeds, ((60, 1),)))
