@@ -99,3 +99,19 @@ def test_what_packed_weights_cannot_do_is_said(folder, tmp_path):
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=256))
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_the_page_about_learning_runs(my_model, tmp_path, monkeypatch):
+    import re
+    import shutil
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs/learning.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)
+    text = my_model.parent / "calibration.txt"
+    shutil.copy(text, tmp_path)
+    gptvq.quantize(str(my_model), tmp_path / "my-model-2.25", preset("2d-2.25"), calibration=str(text), samples=2, sequence_length=32)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code.replace(":256", ":64"), "docs/learning.md", "exec"), names)
+    assert isinstance(names["model"], peft.PeftModel) and (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
