@@ -26,7 +26,7 @@ def sanitized():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("bug, says", [("global overrun", "heap-buffer-overflow"), ("dynamic overrun", "use-after-poison")])
 def test_access_behind_a_tensor_is_noticed(sanitized, bug, says):
     path, environment = sanitized
@@ -36,7 +36,7 @@ def test_access_behind_a_tensor_is_noticed(sanitized, bug, says):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_kernels_under_sanitizers(sanitized):
     path, environment = sanitized
     others = ("test_sanitized", "test_machine_code", "test_pipeline")       # the last has the same kernels, over and over

@@ -49,7 +49,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", RUNS)
 def test_resources(compiled, arch):
     for row in compiled[arch]:

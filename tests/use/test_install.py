@@ -14,6 +14,7 @@ import torch
 
 import gptvq
 
+pytestmark = pytest.mark.timeout(900)          # a whole build, on busy cores
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".pytest_cache", ".hypothesis",
                                     "demo-out", "results")

@@ -24,7 +24,7 @@ def library(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     preload = [library(name) for name in ("libasan.so", "libstdc++.so")]
     if None in preload or not library("libubsan.so"):
