@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gptvq.demo import bundled_model
 from gptvq.errors import GptvqError
+from gptvq.report import Report
 
 from . import runner
 
@@ -36,13 +37,13 @@ def main(argv: list[str] | None = None) -> None:
         runner.log(f"plan: {planning}, predicts {plan['total_seconds']:.0f} s")
         taken = _process(["quantize", model, f"{place}/out", *common])
         runner.log(f"quantize: {taken}")
-        report = json.loads(Path(f"{place}/out/report.json").read_text())
+        report = Report.load(f"{place}/out")
         disk = sum(file.stat().st_size for file in Path(f"{place}/out").glob("*.safetensors"))
-    pairs = {"seconds": (plan["total_seconds"], sum(report["stages"][stage] for stage in plan["seconds"])),
+    pairs = {"seconds": (plan["total_seconds"], sum(report.stages[stage] for stage in plan["seconds"])),
              "processor seconds": (plan["cpu_seconds"], taken["cpu_seconds"]),
              "peak RAM, bytes": (plan["peak_ram"], taken["peak_ram"]),
-             "tensor files, bytes": (plan["disk"], disk), "bits per value": (plan["bits_per_value"], report["totals"]["bits_per_value"]),
-             **{f"seconds, {stage}": (plan["seconds"][stage], report["stages"][stage]) for stage in plan["seconds"]}}
+             "tensor files, bytes": (plan["disk"], disk), "bits per value": (plan["bits_per_value"], report.bits_per_value),
+             **{f"seconds, {stage}": (plan["seconds"][stage], report.stages[stage]) for stage in plan["seconds"]}}
     results.add([{"quantity": name, "predicted": predicted, "taken": real, "ratio": {"taken": predicted / real}}
                  for name, (predicted, real) in pairs.items()])
     results.add([{"quantity": f"process: {name}", **found} for name, found in (("plan", planning), ("quantize", taken))])
