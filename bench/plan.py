@@ -12,14 +12,16 @@ from pathlib import Path
 
 from gptvq.demo import bundled_model
 from gptvq.errors import GptvqError
+from gptvq.report import Report
 
 from . import runner
 
 EXAMPLE = """example:
   python -m bench.plan --calibration wiki.txt --samples 16 --sequence-length 1024 --json bench/results/plan.json
 
-A row per quantity: predicted, taken, their ratio.  Processor seconds are those of all threads; wall seconds also depend on what else
-the machine does, "load" is its load average at the start and at the end of each process."""
+A row per quantity: predicted, taken, their ratio.  Seconds are without the check at the end, which is not predicted.  Processor seconds
+are those of all threads, with the check; wall seconds also depend on what else the machine does, "load" is its load average at the
+start and at the end of each process."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,18 +32,18 @@ def main(argv: list[str] | None = None) -> None:
     common = ["--preset", args.preset, "--calibration", args.calibration, "--samples", str(args.samples), "--sequence-length",
               str(args.sequence_length), "--device", "cpu"]
     with tempfile.TemporaryDirectory() as place:
-        planning = _process(["plan", model, *common, "--json", f"{place}/plan.json"])
+        planning = _process(["plan", model, *common, "--disk", place, "--json", f"{place}/plan.json"])
         plan = json.loads(Path(f"{place}/plan.json").read_text())
         runner.log(f"plan: {planning}, predicts {plan['total_seconds']:.0f} s")
         taken = _process(["quantize", model, f"{place}/out", *common])
         runner.log(f"quantize: {taken}")
-        report = json.loads(Path(f"{place}/out/report.json").read_text())
+        report = Report.load(f"{place}/out")
         disk = sum(file.stat().st_size for file in Path(f"{place}/out").glob("*.safetensors"))
-    pairs = {"seconds": (plan["total_seconds"], report["totals"]["seconds"]),
+    pairs = {"seconds": (plan["total_seconds"], sum(report.stages[stage] for stage in plan["seconds"])),
              "processor seconds": (plan["cpu_seconds"], taken["cpu_seconds"]),
              "peak RAM, bytes": (plan["peak_ram"], taken["peak_ram"]),
-             "tensor files, bytes": (plan["disk"], disk), "bits per value": (plan["bits_per_value"], report["totals"]["bits_per_value"]),
-             **{f"seconds, {stage}": (plan["seconds"][stage], report["stages"][stage]) for stage in plan["seconds"]}}
+             "tensor files, bytes": (plan["disk"], disk), "bits per value": (plan["bits_per_value"], report.bits_per_value),
+             **{f"seconds, {stage}": (plan["seconds"][stage], report.stages[stage]) for stage in plan["seconds"]}}
     results.add([{"quantity": name, "predicted": predicted, "taken": real, "ratio": {"taken": predicted / real}}
                  for name, (predicted, real) in pairs.items()])
     results.add([{"quantity": f"process: {name}", **found} for name, found in (("plan", planning), ("quantize", taken))])

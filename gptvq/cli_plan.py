@@ -29,6 +29,8 @@ def add(commands, command, placement) -> None:
     target.add_argument("--target-size", type=nbytes, metavar="SIZE", help="choose presets for this size of all tensors, like 90MB")
     target.add_argument("--target-bpv", type=float, metavar="BITS", help="choose presets for so many bits per quantized weight, like 2.5")
     p.add_argument("--presets", type=lambda text: text.split(","), metavar="A,B,..", help="to choose from, default the -s64 ones of 2D")
+    p.add_argument("--disk", metavar="FOLDER", help="a folder on the disk that the run will write to, to time its journal there; default "
+                   "the one for temporary files")
     p.add_argument("--out", metavar="FILE", help="write the configuration here, for `gptvq quantize --config`")
     p.add_argument("--json", metavar="FILE", help="write the plan here instead of printing it; - for standard output")
     placement(p)
@@ -78,7 +80,7 @@ def plan(args):
     with RichProgress() as progress:
         found = run(args.model, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
                     device=args.device, dtype=args.dtype, target_bytes=args.target_size, target_bits=args.target_bpv,
-                    presets=args.presets or mixed.CANDIDATES, progress=None if args.json == "-" else progress)
+                    presets=args.presets or mixed.CANDIDATES, progress=None if args.json == "-" else progress, disk=args.disk)
     write_json(args.out, found.config.to_dict(), "--out")
     write_json(args.json, found.to_dict())
     if not args.json:
@@ -105,7 +107,8 @@ def _show(found) -> None:
     seconds = ", ".join(f"{stage} {clock(s)}" for stage, s in found.seconds.items())
     memory = f"{size(found.peak_ram)} of memory" + (f" and {size(found.peak_gpu)} on the GPU" if found.peak_gpu else "")
     print(f"{len(found.specs)} linears, {sum(s.rows * s.cols for s in found.specs.values()):,} weights at {found.bits_per_value:.4f} bits "
-          f"per value: {size(found.dense_bytes)} -> {size(found.packed_bytes)}; with all other tensors {size(found.disk)} on disk.")
+          f"per value: {size(found.dense_bytes)} -> {size(found.packed_bytes)}; with all other tensors {size(found.disk)} on disk, "
+          f"and {size(found.journal_bytes)} more for the journal while it runs.")
     print(f"Predicted from {found.probe['block']} on {found.probe['samples']} of {found.probe['of_samples']} samples: "
           f"{clock(sum(found.seconds.values()))} ({seconds}), at most {memory}.")
     for warning in found.warnings:

@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import Recipe, VQConfig
 from .errors import ConfigError
-from .model import Block, InputCollector, dense_weight, embed, linears, record_calls
+from .model import InputCollector, dense_weight, embed
 from .report import Progress, size
 from .solver import solve
 from .spec import QuantSpec
+from .stream import BlockStream
 
 CANDIDATES = ("2d-2.25-s64", "2d-3.125-s64", "2d-4.125-s64")
 #: Short, for errors whose ratios between presets and layers are those of the whole recipe.
@@ -47,28 +48,26 @@ def candidates(config: VQConfig, presets: Sequence[str], shapes: dict[str, tuple
 
 
 @torch.no_grad()
-def sensitivities(model: nn.Module, blocks: list[Block], tokens: Tensor, choices: dict[str, dict], device: torch.device,
+def sensitivities(stream: BlockStream, tokens: Tensor, choices: dict[str, dict], device: torch.device,
                   progress: Progress) -> dict[str, dict[str | None, float]]:
-    """{layer: {preset: relative layer error}} by a short recipe, with Hessians of the dense model on `tokens` [samples, n]."""
-    modules = {full: linear for block in blocks for full, linear in linears(block.module, block.name).items()}
-    record_calls(model, blocks, tokens[:1], device)
-    hidden, errors = embed(model, blocks, tokens), {}
-    for index, block in enumerate(blocks):
-        home = next(block.module.parameters()).device
-        block.to(device)
-        names = {full: modules[full] for full in linears(block.module, block.name) if full in choices}
-        progress.stage(f"errors of block {index + 1} of {len(blocks)}")
-        with InputCollector(names, device) as inputs:
-            for i, state in enumerate(hidden):
-                hidden[i] = block(state.to(device)).to(state.device)
-                inputs.next_sample()
-        hessians = inputs.finish(block)
-        for name, linear in names.items():
-            weight, specs = dense_weight(linear).float(), choices[name]
-            errors[name] = {preset: 0.0 if len(specs) == 1 else solve(weight, hessians[name], spec, PROXY, name)[1].error
-                            for preset, spec in specs.items()}
-        block.to(home)
-        block.args, block.kwargs = (), {}
+    """{layer: {preset: relative layer error}} by a short recipe, with Hessians of the dense model on `tokens` [samples, n].
+
+    The stream is one that was surveyed; one block at a time is loaded.
+    """
+    hidden, errors = embed(stream.model, stream.blocks, tokens), {}
+    for index, block in enumerate(stream.blocks):
+        progress.stage(f"errors of block {index + 1} of {len(stream.blocks)}")
+        with stream.loaded(block, device) as found:
+            names = {full: linear for full, linear in found.items() if full in choices}
+            with InputCollector(names, device) as inputs:
+                for i, state in enumerate(hidden):
+                    hidden[i] = block(state.to(device)).to(state.device)
+                    inputs.next_sample()
+            hessians = inputs.finish(block)
+            for name, linear in names.items():
+                weight, specs = dense_weight(linear).float(), choices[name]
+                errors[name] = {preset: 0.0 if len(specs) == 1 else solve(weight, hessians[name], spec, PROXY, name)[1].error
+                                for preset, spec in specs.items()}
     return errors
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,29 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, mixed
-from .calibration import calibration_tokens, tokens_sha256
+from . import mixed
+from .calibration import calibration_windows, tokens_sha256
 from .config import VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense
 from .errors import ConfigError
 from .hessian import Hessian
-from .model import Block, dense_weight, embed, find_blocks, linears, record_calls, unfuse_experts
+from .journal import Journal
+from .model import dense_weight, embed
 from .report import Progress
 from .solver import solve
 from .spec import QuantSpec
+from .storage import writing
+from .stream import BlockStream, open_stream, states_on_disk
 
 #: Sequences that the tried block sees, and that sensitivities are measured on.
 PROBE_SAMPLES, SENSITIVITY_SAMPLES = 3, 8
 _ALIKE = 4                          # linears of one shape and format that are solved
+_CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
 
 
 @dataclass
 class Plan:
     """What a run with these arguments gives and takes; bytes and seconds.
 
-    `packed_bytes` and `bits_per_value` are exact, `other_bytes` those of all other tensors.  `seconds` by stage, `cpu_seconds` (of all
-    threads together, which other programs disturb less), `peak_ram` and `peak_gpu` are predictions from `probe`, the block that was
-    tried and on how many samples.  `errors` are {layer: {preset: relative error by a short recipe}} where a target asked for them.
+    `packed_bytes` and `bits_per_value` are exact, `other_bytes` those of all other tensors, `journal_bytes` what the journal takes beside
+    the checkpoint, at most and while the run lasts.  `seconds` by stage (but the check at the end), `cpu_seconds` (of all threads
+    together, which other programs disturb less), `peak_ram` and `peak_gpu` are predictions from `probe`, the block that was tried and
+    on how many samples.  `errors` are {layer: {preset: relative error by a short recipe}} where a target asked for them.
     """
 
     model: str
@@ -43,6 +49,7 @@ class Plan:
     packed_bytes: int
     dense_bytes: int
     other_bytes: int
+    journal_bytes: int
     seconds: dict[str, float]
     cpu_seconds: float
     peak_ram: int
@@ -68,14 +75,19 @@ class Plan:
 @torch.no_grad()
 def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.25", *, calibration=None, samples: int = 128,
          sequence_length: int = 2048, device=None, dtype="auto", target_bytes: int | None = None, target_bits: float | None = None,
-         presets: Sequence[str] = mixed.CANDIDATES, progress: Progress | None = None, tokenizer=None) -> Plan:
+         presets: Sequence[str] = mixed.CANDIDATES, progress: Progress | None = None, tokenizer=None,
+         disk: str | os.PathLike | None = None) -> Plan:
     """Predicts the run of `quantize` with the same arguments, by running one block: as many blocks as it has make up its time.
+
+    Like that run it has one block of a folder's model in memory, after reading all of them once.  disk: a folder of the file system
+    that the run will write to, where a temporary journal is timed; None is the system's place for temporary files.
 
     With target_bytes (of all tensors) or target_bits (per quantized weight) every layer gets one of `presets`, so that the target is met
     and the summed layer error is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
-    random tokens.  A model given as a module has its fused experts unfused.  Raises ConfigError for a target out of reach.
+    random tokens.  A model given as a module has its fused experts unfused.  Raises ConfigError for a target out of reach, NumericalError
+    for non-finite weights.
     """
-    from .hf import open_dense, pick_device
+    from .hf import pick_device
 
     config, progress = VQConfig.preset(config) if isinstance(config, str) else config, progress or Progress()
     device, began = pick_device(device), _clock()
@@ -85,45 +97,54 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     if targeted and calibration is None:
         raise ConfigError("a target needs calibration text, to measure how much each layer suffers")
     progress.stage("loading the model")
-    if isinstance(source, nn.Module):
-        model, name = source.eval(), type(source).__name__
-    else:
-        model, read_tokenizer, name = open_dense(source, dtype)
-        tokenizer = read_tokenizer if tokenizer is None else tokenizer
-    tokens = _random_tokens(model, samples, sequence_length) if calibration is None else calibration_tokens(
-        calibration, tokenizer, samples, sequence_length, config.seed)
+    stream = open_stream(source, dtype, tokenizer)
+    tokens, unused = (_random_tokens(stream.model, samples, sequence_length), None) if calibration is None else calibration_windows(
+        calibration, stream.tokenizer, samples, sequence_length, config.seed)
+    checked = _CHECKED if calibration is None else 0 if unused is None else unused.numel()
     samples, seconds = len(tokens), {"load": _clock() - began}
-    blocks = find_blocks(model, tokens[:1])
-    warnings = unfuse_experts(model, blocks)[1]
-    modules = {full: linear for block in blocks for full, linear in linears(block.module, block.name).items()}
-    shapes = {full: tuple(dense_weight(linear).shape) for full, linear in modules.items()}
-    everything = sum(t.numel() * t.element_size() for t in checkpoint.unique_tensors(model).values())
+    progress.stage("reading the whole model once")
+    opened = _clock(device)
+    stream.survey(tokens[:1], device)
+    seconds["survey"] = _clock(device) - opened
+    surveyed = _memory(reset=True)
     errors: dict = {}
     if targeted:
-        choices = mixed.candidates(config, presets, shapes)
-        dense_bytes = _dense_bytes(modules, choices)
-        rest, weights = everything - dense_bytes, sum(rows * cols for full, (rows, cols) in shapes.items() if full in choices)
+        choices = mixed.candidates(config, presets, stream.shapes)
+        rest = stream.nbytes - sum(stream.weight_bytes[full] for full in choices)
+        weights = sum(rows * cols for full, (rows, cols) in stream.shapes.items() if full in choices)
         budget = target_bytes - rest if target_bits is None else int(target_bits * weights / 8 + 1e-9)
         mixed.check_budget(choices, budget, rest)
-        errors = mixed.sensitivities(model, blocks, tokens[:SENSITIVITY_SAMPLES], choices, device, progress)
+        stream.require_finite(choices)
+        errors = mixed.sensitivities(stream, tokens[:SENSITIVITY_SAMPLES], choices, device, progress)
         config = mixed.within_budget(config, choices, errors, budget)
         errors = {full: found for full, found in errors.items() if None not in found}
-    specs = config.resolve(shapes)
-    dense_bytes = _dense_bytes(modules, specs)
+    specs = config.resolve(stream.shapes)
+    stream.require_finite(specs)
 
-    probe = _Probe(model, blocks, modules, specs, config, tokens[:PROBE_SAMPLES], device, progress)
-    share = samples / len(probe.tokens)
-    largest = sum(spec.rows * spec.cols for full, spec in specs.items() if full in probe.names)
-    weights = {full: spec.rows * spec.cols for full, spec in specs.items()}
-    seconds["embed"] = probe.seconds["record"] + probe.seconds["embed"] * share
+    probe = _Probe(stream, specs, config, tokens[:PROBE_SAMPLES], device, progress)
+    share, all_weights = samples / len(probe.tokens), sum(spec.rows * spec.cols for spec in specs.values())
+    blocks = all_weights / sum(spec.rows * spec.cols for spec in probe.specs.values())      # as many of the tried one make up the model
+    seconds["load"] = seconds["load"] + probe.seconds["load"] * blocks
+    seconds["embed"] = probe.seconds["embed"] * share
     for stage in ("forward", "hessians"):
-        seconds[stage] = probe.seconds[stage] * share * sum(weights.values()) / largest
+        seconds[stage] = probe.seconds[stage] * share * blocks
     seconds["solve"] = sum(probe.solve_seconds(spec) for spec in specs.values())
+    packed, dense = sum(spec.nbytes for spec in specs.values()), sum(stream.weight_bytes[full] for full in specs)
+    in_blocks = packed - dense + sum(_nbytes(t) for block in stream.blocks for t in block.module.state_dict().values())
+    files_only, state_bytes = states_on_disk(samples, probe.state)
+    progress.stage("timing the journal")
+    seconds["journal"] = probe.journal_seconds(disk, in_blocks, len(stream.blocks), samples)
+    # What the check keeps of the dense model, and the whole checkpoint that it reads at last.
+    logits = checked * (getattr(_settings(stream.model), "vocab_size", None) or 0) * next(stream.model.parameters()).element_size()
+    whole = packed + stream.nbytes - dense if checked else 0
+    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples),
+                   surveyed.now + logits + (whole if device.type == "cpu" else 0))
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
-    return Plan(name, config, specs, sum(spec.nbytes for spec in specs.values()), dense_bytes, everything - dense_bytes,
-                {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), probe.peak_ram(samples),
-                probe.peak_gpu, tried, errors, warnings)
+    return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
+                {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
+                max(probe.peak_gpu, whole) if device.type == "cuda" else 0, tried, errors,
+                [text for block in stream.blocks for text in stream.warnings[block.name]])
 
 
 class _Probe:
@@ -132,47 +153,50 @@ class _Probe:
     It is the middle one of the largest.  Of linears alike in shape and format a few are solved, also those that only other blocks have.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[Block], modules: dict[str, nn.Module], specs: dict[str, QuantSpec], config: VQConfig,
-                 tokens: Tensor, device: torch.device, progress: Progress):
-        self.tokens, self._device = tokens, device
+    def __init__(self, stream: BlockStream, specs: dict[str, QuantSpec], config: VQConfig, tokens: Tensor, device: torch.device,
+                 progress: Progress):
+        self.tokens, self._device, self._config, self._progress = tokens, device, config, progress
         self.seconds: dict[str, Tensor] = {}
         self._solved: dict[tuple, list[Tensor]] = {}
-        size = {b.name: sum(specs[full].rows * specs[full].cols for full in linears(b.module, b.name) if full in specs) for b in blocks}
-        largest = [block for block in blocks if size[block.name] == max(size.values())]
-        self.block = block = largest[len(largest) // 2]
-        self.names = {full: modules[full] for full in linears(block.module, block.name) if full in specs}
-        progress.stage(f"trying {block.name}")
-        self._timed("record", record_calls, model, blocks, tokens[:1], device)
-        hidden = self._timed("embed", embed, model, blocks, tokens)
-        for before in blocks[: blocks.index(block)]:
-            before.to(device)
-            hidden = [before(state.to(device)).to(state.device) for state in hidden]
-            before.to(next(model.parameters()).device)
-        block.to(device)
-        block(hidden[0].to(device))                     # what only a first call does
+        inside = {b.name: {full: spec for full, spec in specs.items() if full.startswith(b.name + ".")} for b in stream.blocks}
+        size = {name: sum(spec.rows * spec.cols for spec in found.values()) for name, found in inside.items()}
+        largest = [block for block in stream.blocks if size[block.name] == max(size.values())]
+        self.block = largest[len(largest) // 2]
+        self.specs = inside[self.block.name]
+        progress.stage(f"trying {self.block.name}")
+        self._hidden = self._timed("embed", embed, stream.model, stream.blocks, tokens)
+        self.state = _nbytes(self._hidden[0])
+        for before in stream.blocks[: stream.blocks.index(self.block)]:
+            with stream.loaded(before, device):
+                self._hidden = [before(state.to(device)).to(state.device) for state in self._hidden]
         self._start = _memory(reset=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        order, wanted, kept = [Stage(tuple(self.names))], {}, 2
-        if config.recipe.compensate:
-            order = find_stages(block, self.names, hidden[0].to(device))
-            _, wanted = self._timed("forward", run_dense, block, order, self.names, hidden, device)
-            kept = 3 + sum(wanted[name][0].numel() for name in wanted) / hidden[0].numel()
+        self._timed("load", stream.load, self.block)
+        with stream.loaded(self.block, device) as found:
+            self.block(self._hidden[0].to(device))      # what only a first call does
+            self._try({full: found[full] for full in self.specs}, specs)
+        self._end = _memory()
+        self.peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+    def _try(self, linears: dict[str, nn.Module], specs: dict[str, QuantSpec]) -> None:
+        block, hidden, device = self.block, self._hidden, self._device
+        order, wanted, self._kept = [Stage(tuple(linears))], {}, 2
+        if self._config.recipe.compensate:
+            order = find_stages(block, linears, hidden[0].to(device))
+            _, wanted = self._timed("forward", run_dense, block, order, linears, hidden, device)
+            self._kept = 3 + sum(wanted[name][0].numel() for name in wanted) / hidden[0].numel()
         for stage in order:
-            members = {full: self.names[full] for full in stage.names}
+            members = {full: linears[full] for full in stage.names}
             inputs = self._timed("hessians", collect, stage, members, block, hidden, wanted, device)
             for full in stage.names:
-                self._solve(full, inputs, specs[full], config, progress)
+                self._solve(full, linears, inputs, specs[full])
         for spec in specs.values():
-            if self._key(spec) not in self._solved and (alike := self._alike(spec, specs)) is not None:
+            if self._key(spec) not in self._solved and (alike := self._alike(spec)) is not None:
                 hessian = Hessian(spec.cols, device)
                 hessian.add(torch.randn(4 * spec.cols, spec.cols, generator=torch.Generator().manual_seed(0)))
-                self._solve(alike, Inputs({alike: hessian}), spec, config, progress)
+                self._solve(alike, linears, Inputs({alike: hessian}), spec)
         self._timed("forward", lambda: [block(state.to(device)) for state in hidden])
-        self._state = hidden[0].numel() * hidden[0].element_size()
-        self._kept, self._end = kept, _memory()
-        self.peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        block.to(next(model.parameters()).device)
 
     def solve_seconds(self, spec: QuantSpec) -> Tensor:
         """Of one linear in this format: the mean of those solved, or by the number of weights from those in the same format, or in any."""
@@ -183,20 +207,38 @@ class _Probe:
 
     def peak_ram(self, samples: int) -> int:
         """Bytes, with the hidden states of `samples` in the place of the probe's."""
-        more = (samples - len(self.tokens)) * self._kept * self._state
-        return int(max(self._start.peak, self._end.peak + more))
+        return int(self._end.peak + max(samples - len(self.tokens), 0) * self._kept * self.state)
 
-    def _solve(self, full: str, inputs: Inputs, spec: QuantSpec, config: VQConfig, progress: Progress) -> None:
+    def journal_seconds(self, disk: str | os.PathLike | None, in_blocks: int, blocks: int, samples: int) -> Tensor:
+        """Of putting `blocks` of `in_blocks` bytes together, and as often the hidden states of `samples`, into a journal.
+
+        One block with the probe's states is really written, and before it next to nothing, which tells what any block takes.
+        """
+        streams = ("hidden", "dense") if self._config.recipe.compensate else ("hidden",)
+        block = torch.randint(256, (max(in_blocks // blocks, 1),), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        written = len(block) + len(streams) * len(self._hidden) * self.state
+        with writing(Path(disk or tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix=".gptvq-plan-", dir=disk) as place:
+            journal, times = Journal(Path(place), {}), [_clock()]
+            try:
+                for index, (tensor, states) in enumerate([(block[:1], []), (block, self._hidden)]):
+                    journal.commit({"block": index}, {"block": tensor}, dict.fromkeys(streams, states))
+                    times.append(_clock())
+            finally:
+                journal.close()
+        least, both = times[1] - times[0], times[2] - times[1]
+        return blocks * least + (both - least).clamp_min(0) * (in_blocks + blocks * len(streams) * samples * self.state) / written
+
+    def _solve(self, full: str, linears: dict[str, nn.Module], inputs: Inputs, spec: QuantSpec) -> None:
         solved = self._solved.setdefault(self._key(spec), [])
         if len(solved) < _ALIKE:
-            progress.stage(f"solving {full}")
-            began = _clock()
-            weight = inputs.target(full, dense_weight(self.names[full]).float(), config.recipe)
-            solve(weight, inputs.hessians[full], spec, config.recipe, full)
+            self._progress.stage(f"solving {full}")
+            began, recipe = _clock(), self._config.recipe
+            weight = inputs.target(full, dense_weight(linears[full]).float(), recipe)
+            solve(weight, inputs.hessians[full], spec, recipe, full)
             solved.append(_clock() - began)
 
-    def _alike(self, spec: QuantSpec, specs: dict[str, QuantSpec]) -> str | None:
-        return next((full for full in self.names if (specs[full].rows, specs[full].cols) == (spec.rows, spec.cols)), None)
+    def _alike(self, spec: QuantSpec) -> str | None:
+        return next((full for full, own in self.specs.items() if (own.rows, own.cols) == (spec.rows, spec.cols)), None)
 
     @staticmethod
     def _key(spec: QuantSpec) -> tuple:
@@ -238,13 +280,18 @@ def _memory(reset: bool = False) -> _Memory:
     return found
 
 
-def _dense_bytes(modules: dict[str, nn.Module], names) -> int:
-    return sum(modules[full].weight.numel() * modules[full].weight.element_size() for full in names)
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _settings(model: nn.Module):
+    """Of the language model in it; None for a module without a config."""
+    settings = getattr(model, "config", None)
+    return settings.get_text_config() if hasattr(settings, "get_text_config") else settings
 
 
 def _random_tokens(model: nn.Module, samples: int, sequence_length: int) -> Tensor:
-    settings = getattr(model, "config", None)
-    settings = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    settings = _settings(model)
     positions = getattr(settings, "max_position_embeddings", None) or sequence_length
     return torch.randint(getattr(settings, "vocab_size", None) or 2, (samples, min(sequence_length, positions)),
                          generator=torch.Generator().manual_seed(0))

@@ -128,7 +128,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
     for index, block in enumerate(blocks[run.done:], run.done):
         progress.block(index, block.name)
-        linears = {full: linear for full, linear in stream.load(block).items() if full in specs}
+        with run.timed("load"):
+            linears = {full: linear for full, linear in stream.load(block).items() if full in specs}
         home = next(block.module.parameters()).device
         block.to(device)
         packed, kept = {}, run.kept(index, linears)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -100,6 +100,19 @@ class BlockStream:
         if self.streamed:
             block.module.to("meta")
 
+    @contextlib.contextmanager
+    def loaded(self, block: Block, device: torch.device) -> Iterator[dict[str, nn.Module]]:
+        """{full name: linear} of a dense block that is on `device` meanwhile; afterwards all is as it was."""
+        found, arguments = self.load(block), (block.args, block.kwargs)
+        home = next(block.module.parameters()).device
+        try:
+            block.to(device)
+            yield found
+        finally:
+            block.module.to(home)
+            block.args, block.kwargs = arguments
+            self.release(block)
+
     @torch.no_grad()
     def logits(self, tokens: Tensor, device: torch.device) -> Tensor:
         """[samples, n, vocabulary] of the dense model for `tokens` [samples, n], on the CPU."""
@@ -176,8 +189,7 @@ class Activations:
     def __init__(self, journal: Journal | None, samples: int, nbytes: int):
         """nbytes: of one sample's state."""
         self.journal, self.samples, self._scratches = journal, samples, 0
-        self.on_disk = journal is not None and _STREAMS * samples * nbytes > available_memory() / 2
-        self.disk_bytes = 0 if journal is None else samples * nbytes * (_STREAMS if self.on_disk else _COMMITTED)
+        self.on_disk, self.disk_bytes = (False, 0) if journal is None else states_on_disk(samples, nbytes)
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """For a stream behind a block, which a commit makes part of the journal."""
@@ -197,6 +209,12 @@ class Activations:
         if len(found) != self.samples:
             raise FormatError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
         return found if self.on_disk else list(found)
+
+
+def states_on_disk(samples: int, nbytes: int) -> tuple[bool, int]:
+    """(whether a run with a journal has its hidden states in files only, bytes of those on the disk); nbytes: of one sample's state."""
+    files_only = _STREAMS * samples * nbytes > available_memory() / 2
+    return files_only, samples * nbytes * (_STREAMS if files_only else _COMMITTED)
 
 
 def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:

@@ -1,13 +1,15 @@
 """gptvq.plan on tiny models: sizes are those of the run, targets are met, and what it writes is what quantize takes."""
 import json
+import time
 
 import pytest
 import torch
 from job.tiny_models import build, preset
 
 import gptvq
-from gptvq import ConfigError, cli
+from gptvq import ConfigError, NumericalError, cli, journal, stream
 from gptvq.plan import plan
+from gptvq.tensorfile import read_header
 
 
 def bytes_of(model):
@@ -27,9 +29,67 @@ def test_sizes_are_those_of_the_run(name, ids, tmp_path):
     assert (found.packed_bytes, found.dense_bytes, found.other_bytes) == (report.packed_bytes, report.dense_bytes, report.other_bytes)
     assert found.bits_per_value == report.bits_per_value
     assert found.disk < sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) < found.disk + 20_000
-    assert set(found.seconds) == {"load", "embed", "forward", "hessians", "solve"} and all(s > 0 for s in found.seconds.values())
+    assert set(found.seconds) == set(report.stages) and all(s > 0 for s in found.seconds.values())
     assert found.peak_ram > bytes_of(report.model) and found.peak_gpu == 0
     json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+def test_of_a_folder_one_block_is_in_memory_at_a_time(name, ids, tmp_path, monkeypatch):
+    """And it gives what the module does: sizes, formats, errors of the layers and the choice."""
+    build(name).save_pretrained(tmp_path / "dense")
+    load, most, blocks = stream.BlockStream.load, [], []
+
+    def counting(self, block):
+        found = load(self, block)
+        most.append(sum(any(not t.is_meta for t in other.module.state_dict().values()) for other in self.blocks))
+        blocks.append(block.name)
+        return found
+
+    target = dict(calibration=ids, target_bits=2.9, presets=("2d-2.25", "2d-3.125"))
+    want = plan(build(name), preset(), **target)
+    monkeypatch.setattr(stream.BlockStream, "load", counting)
+    found = plan(tmp_path / "dense", preset(), **target)
+    assert set(most) == {1}
+    first, second = dict.fromkeys(blocks)
+    assert blocks == [first, second, first, second, first, second, second]      # survey, errors, up to the tried one, which is timed first
+    for field in ("config", "specs", "packed_bytes", "dense_bytes", "other_bytes", "journal_bytes", "errors", "bits_per_value", "disk"):
+        assert getattr(found, field) == getattr(want, field), field
+    assert set(found.seconds) == set(want.seconds) and all(s > 0 for s in found.seconds.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_journal_takes_what_is_said(name, ids, tmp_path, monkeypatch):
+    build(name).save_pretrained(tmp_path / "dense")
+    config = preset(rules=(("*.0.*v_proj", None),))
+    found = plan(tmp_path / "dense", config, calibration=ids, disk=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    sweep, seen = journal.Journal._sweep, []
+
+    def measured(self):
+        seen.append(sum(read_header(path)[name].nbytes for path in self.folder.glob("*.safetensors") for name in read_header(path)))
+        sweep(self)
+
+    monkeypatch.setattr(journal.Journal, "_sweep", measured)
+    gptvq.quantize(tmp_path / "dense", tmp_path / "out", config, calibration=ids)
+    assert len(seen) == 2 and seen[-1] == found.journal_bytes
+
+
+def test_hidden_states_in_files_take_disk_instead_of_memory(ids, monkeypatch):
+    many, states = ids.repeat(500, 1), 500 * ids.numel() * 64 * 4
+    memory = plan(build(), preset(), calibration=many)
+    monkeypatch.setattr(stream, "available_memory", lambda: states)
+    files = plan(build(), preset(), calibration=many)
+    assert files.journal_bytes - memory.journal_bytes == 2 * states
+    assert memory.peak_ram - files.peak_ram > 5 * states
+    assert files.seconds["journal"] > 0
+
+
+def test_a_slow_disk_shows(ids, monkeypatch):
+    """What a commit takes is taken as often as there are blocks."""
+    commit = journal.Journal.commit
+    monkeypatch.setattr(journal.Journal, "commit", lambda *args: (time.sleep(1), commit(*args)))
+    assert plan(build(), preset(), calibration=ids).seconds["journal"] > 2
 
 
 def test_more_samples_take_longer_and_more_memory(ids):
@@ -99,10 +159,20 @@ def test_what_cannot_be_planned(arguments, says, ids):
         plan(build(), preset(), **{"calibration": ids, **arguments})
 
 
+def test_what_the_run_would_refuse(ids, tmp_path):
+    with pytest.raises(ConfigError, match="absent: cannot be written"):
+        plan(build(), preset(), calibration=ids, disk=tmp_path / "absent")
+    broken = build()
+    broken.model.layers[1].mlp.up_proj.weight.data[2, 3] = float("nan")
+    with pytest.raises(NumericalError, match="model.layers.1.mlp.up_proj: the weight holds 1 non-finite"):
+        plan(broken, preset(), calibration=ids)
+
+
 def test_the_command_line(tmp_path, capsys, ids):
     build().save_pretrained(tmp_path / "model")
     assert cli.main(["plan", str(tmp_path / "model"), "--samples", "4", "--sequence-length", "32", "--rule", "*.0.*=keep"]) == 0
     out = capsys.readouterr().out
+    assert "more for the journal while it runs" in out and "survey 0:" in out
     assert "7 linears" in out and "Predicted from model.layers.1 on 3 of 4 samples" in out and "model.layers.1.mlp.up_proj" in out
     words = ["plan", str(tmp_path / "model"), "--samples", "2", "--preset", "2d-3.125"]
     assert cli.main([*words, "--json", "-", "--out", str(tmp_path / "c.json")]) == 0
