@@ -57,7 +57,7 @@ def test_bash_completion(tmp_path, monkeypatch, capsys):
     assert cli.main(["completion", "bash"]) == 0
     text = capsys.readouterr().out
     assert complete(text, "gptvq", "e") == ["eval", "export"]
-    assert complete(text, "gptvq", "quantize", "--cal") == ["--calibration"]
+    assert complete(text, "gptvq", "quantize", "--cal") == ["--calibration", "--calibration-samples"]
     assert set(complete(text, "gptvq", "quantize", "m", "--preset", "4d")) == {"4d-2.125", "4d-2.25", "4d-2.25-s64"}
     assert complete(text, "gptvq", "quantize", "mod") == ["model.gguf"]
     assert complete(text, "gptvq", "completion", "z") == ["zsh"]
