@@ -80,7 +80,8 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
     """
     from .hf import open_dense, open_model, pick_device
 
-    target, device = checkpoint.prepare(out, overwrite, folder), pick_device(device)
+    device = pick_device(device)
+    checkpoint.prepare(out, overwrite, folder)              # proven before any work
     model, tokenizer = open_model(folder, device)
     tokens = calibration_tokens(calibration, tokenizer, samples, sequence_length, seed=0)
     losses = tune(model, open_dense(dense)[0].to(device), tokens, batch=batch, rate=rate, progress=progress)
@@ -92,7 +93,7 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
                            "text); the layer errors are those before")
     report.calibration["tuned_on"] = {"tokens": tokens.numel(), "sha256": tokens_sha256(tokens), "rate": rate, "batch": batch}
     report.job, report.check = {}, {}               # it is no longer what that job gives
-    checkpoint.save(model, tokenizer, target, report)
+    checkpoint.save(model, tokenizer, Path(out), report)
     return losses
 
 

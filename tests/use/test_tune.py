@@ -103,4 +103,4 @@ def test_from_folder_to_folder(my_model, tmp_path, capsys):
     assert any("tuned in 2 steps" in text for text in after.warnings)
     assert sum(a.sha256 != b.sha256 for a, b in zip(before.layers, after.layers)) > len(after.layers) / 2       # int8 may swallow a small step
     assert cli.main(["tune", str(tmp_path / "packed"), str(tmp_path / "packed"), *learn]) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "model's own folder" in capsys.readouterr().err
