@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gptvq import ops
-from gptvq.backends import cuda, cuda_call, native, reference
+from gptvq.backends import cuda, cuda_call, native, reference, triton
 from gptvq.doctor import diagnose
 from gptvq.errors import BackendUnavailable, ConfigError
 
@@ -29,10 +29,12 @@ def test_the_first_that_serves_is_taken(gpu, monkeypatch):
     monkeypatch.delenv("GPTVQ_BACKEND", raising=False)
     gpu()
     assert ops.backend(GPU) is cuda and ops.backend(CPU) is native and cuda.serves(GPU) and not cuda.serves(CPU)
-    gpu((7, 5))
-    assert ops.backend(GPU) is reference
-    gpu(kernels=False)
-    assert ops.backend(GPU) is reference
+    for other, expected in ((True, triton), (False, reference)):
+        monkeypatch.setattr(triton, "serves", lambda device, other=other: other)
+        gpu((7, 5))
+        assert ops.backend(GPU) is expected
+        gpu(kernels=False)
+        assert ops.backend(GPU) is expected
     monkeypatch.setenv("GPTVQ_BACKEND", "reference")
     assert ops.backend(CPU) is reference
 

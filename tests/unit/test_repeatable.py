@@ -107,7 +107,7 @@ print(json.dumps([name for name in before[0] if before[0][name] != after[0][name
 
 
 def test_two_processes_write_the_same_bytes(tmp_path):
-    """Whatever the hash seed, the random state and the folder's name; the report alone holds times."""
+    """Whatever the hash seed, the random state and the folder's name; times.json alone holds times."""
     digests = []
     for name in ("one", "two"):
         words = [sys.executable, "-c", JOB, str(tmp_path / name), str(ROOT), str(ROOT / "tests"), str(len(name) + len(digests))]
@@ -116,5 +116,5 @@ def test_two_processes_write_the_same_bytes(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout.splitlines()[-1]) == []       # what it changed of the caller's
         digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / name).iterdir()
-                        if file.name != "report.json"})
+                        if file.name != "times.json"})
     assert digests[0] == digests[1] and {"config.json", "model.safetensors"} <= set(digests[0])
