@@ -10,7 +10,7 @@ from packed_cases import random_codes, random_tables
 
 from bench import triton as bench_triton
 from gptvq import BackendUnavailable, ConfigError, doctor, ops
-from gptvq.backends import native, reference, triton, triton_launch
+from gptvq.backends import cuda, native, reference, triton, triton_launch
 from gptvq.spec import QuantSpec
 from gptvq.triton_kernels import configs
 
@@ -55,14 +55,14 @@ def test_on_a_machine_without_a_gpu(device):
 
 
 def test_every_operator_is_there_and_the_table_of_backends_says_whose_it_is():
-    """docs/backends.md, row by row: Triton's own where it says so, else PyTorch's."""
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w ]+?) \|$", (ROOT / "docs/backends.md").read_text(), flags=re.M)
+    """docs/backends.md, row by row: kernels of CUDA's and Triton's own where it says so, else PyTorch's."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w ]+?) \| ([\w ]+?) \|$", (ROOT / "docs/backends.md").read_text(), flags=re.M)
     operators = {"matmul", "submatmul", "gram", "cross", "fit", "column_block", "descent_block", "decode", "collect", "pack_codes",
                  "unpack_codes", "dequantize", "linear"}
-    assert dict(rows).keys() == operators
-    for name, who in rows:
-        assert (getattr(triton, name) is getattr(reference, name)) == (who == "PyTorch"), name
-        assert who in ("PyTorch", "Triton")
+    assert {name for name, *_ in rows} == operators
+    for name, by_cuda, by_triton in rows:
+        assert (getattr(triton, name) is getattr(reference, name)) == (by_triton == "PyTorch"), name
+        assert hasattr(cuda, name) and by_cuda in ("PyTorch", "CUDA") and by_triton in ("PyTorch", "Triton")
 
 
 def weight(device):
