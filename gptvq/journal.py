@@ -12,12 +12,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import tensorfile
 from .errors import ConfigError, FormatError, ResumeMismatch
 from .storage import (
     TensorFile,
     TensorList,
     by_alignment,
-    file_sha256,
     layout_of,
     sync_folder,
     unlink,
@@ -149,7 +149,7 @@ class Journal:
         for line in self.blocks:
             for name, about in line["files"].items():
                 path = self.folder / name
-                if name in wanted and (not path.is_file() or path.stat().st_size != about["bytes"] or file_sha256(path) != about["sha256"]):
+                if name in wanted and (not path.is_file() or path.stat().st_size != about["bytes"] or tensorfile.sha256(path) != about["sha256"]):
                     raise FormatError(f"{path}: missing or not what was written (block {line['block']}); copy the folder again, or start "
                                       "over (--fresh, resume=\"fresh\")")
 

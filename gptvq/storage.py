@@ -181,15 +181,6 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Of a whole file, read piece by piece."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
-
-
 def sync_folder(folder: Path) -> None:
     """Puts the names in a folder on the disk."""
     if os.name == "posix":
