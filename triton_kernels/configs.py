@@ -23,7 +23,7 @@ def _config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
 
 #: kernel and variant -> architecture, or "any" for those not named -> the configurations worth trying, the default first.
 TABLE: dict[str, dict[str, list[Config]]] = {
-    "vq_gemv M=1": {"any": [_config(4, R=16, C=64), _config(8, R=16, C=128), _config(4, R=16, C=32), _config(2, R=16, C=32),
+    "vq_gemv M=1": {"any": [_config(4, R=16, C=32), _config(4, R=16, C=64), _config(8, R=16, C=128), _config(2, R=16, C=32),
                             _config(4, R=32, C=32)]},
     "vq_gemv M=2": {"any": [_config(4, R=16, C=64), _config(4, R=16, C=32), _config(2, R=16, C=16)]},
     "vq_gemv M=4": {"any": [_config(8, R=16, C=64), _config(4, R=16, C=32), _config(4, R=16, C=64)]},
