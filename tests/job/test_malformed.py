@@ -1,14 +1,12 @@
 """Named malformed checkpoints: verify and load refuse each with a FormatError naming file and tensor."""
 import json
 import os
-import shutil
 
 import pytest
 import torch
 
 import gptvq
 from bench.damage import join, split
-from bench.mutations import make
 from gptvq import FormatError
 
 ONE, TWO, THREE = (f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3))
@@ -17,19 +15,6 @@ Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.0.mlp.up_proj"
 EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
 ENDLESS = "x" * 5000 + ".safetensors"
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sound") / "out"
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(sound, tmp_path):
-    shutil.copytree(sound, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def holder(folder, tensor):

@@ -4,29 +4,13 @@ import signal
 
 import pytest
 import torch
-from job.forks import Forks
 from job.test_resume import files
-from job.tiny_models import build
 
 from gptvq import QuantSpec
 from gptvq.journal import blocks_done
 from gptvq.ranks import Rows
 
 CONFIGS = {"plain": {}, "scales": {"label": "2d-2.25-s64"}, "one-group": {"group_size": 65536}, "rows": {"group_rows": 1, "group_cols": 64}}
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "dense"
-    build().save_pretrained(path)
-    return path
 
 
 def run(forks, **request):

@@ -7,24 +7,8 @@ import signal
 
 import pytest
 from job.forks import Forks
-from job.tiny_models import build
 
 KILLS = 50
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model on the disk."""
-    path = tmp_path_factory.mktemp("models") / "dense"
-    build().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,7 @@ import torch
 
 import gptvq
 from bench.damage import join, split
-from bench.mutations import make
 from gptvq import ConfigError, FormatError, cli, tensorfile
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sound") / "out"
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(sound, tmp_path):
-    shutil.copytree(sound, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def flip(file, at):
