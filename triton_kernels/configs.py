@@ -25,7 +25,7 @@ def _config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
 TABLE: dict[str, dict[str, list[Config]]] = {
     "vq_gemv M=1": {"any": [_config(4, R=16, C=32), _config(4, R=16, C=64), _config(8, R=16, C=128), _config(2, R=16, C=32),
                             _config(4, R=32, C=32)]},
-    "vq_gemv M=2": {"any": [_config(4, R=16, C=64), _config(4, R=16, C=32), _config(2, R=16, C=16)]},
+    "vq_gemv M=2": {"any": [_config(4, R=16, C=32), _config(4, R=16, C=64), _config(2, R=16, C=16)]},
     "vq_gemv M=4": {"any": [_config(8, R=16, C=64), _config(4, R=16, C=32), _config(4, R=16, C=64)]},
     "vq_gemv M=8": {"any": [_config(4, R=16, C=32), _config(2, R=16, C=16), _config(4, R=32, C=16)]},
     "vq_gemv 3 words M=1": {"any": [_config(4, R=16, C=64), _config(4, R=16, C=32), _config(8, R=16, C=64)]},
