@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -143,7 +144,9 @@ def result_of(pid, get, began):
 
 def serve():
     from job.tiny_models import build
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())    # its own is shared with the forks: one killed while holding it would stop all later ones
     with tempfile.TemporaryDirectory() as folder:       # once before the forks, which then find everything imported and set up
         job({"model": "llama", "out": os.path.join(folder, "out")})
         build().save_pretrained(os.path.join(folder, "dense"))
