@@ -73,18 +73,21 @@ def steps_until(fatal):
 
 
 def exchanges_until(fatal):
-    """Counts what this process gathers from others, and dies at number `fatal`."""
+    """Counts what this process gathers from others and sends them, and dies at number `fatal`."""
     import torch.distributed as dist
 
-    count, gather = [0], dist.all_gather
+    count = [0]
 
-    def counted(*args):
-        count[0] += 1
-        if count[0] == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return gather(*args)
+    def counted(call):
+        def wrapper(*args):
+            count[0] += 1
+            if count[0] == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+        return wrapper
 
-    dist.all_gather = counted
+    for name in ("all_gather", "all_to_all_single", "send"):
+        setattr(dist, name, counted(getattr(dist, name)))
     return count
 
 
@@ -96,6 +99,8 @@ def job(request):
 
     ids = torch.randint(0, 256, (request.get("samples", 2), 32), generator=torch.Generator().manual_seed(5))
     model = request["model"] if os.path.sep in request["model"] else build(request["model"])
+    if "poisoned" in request:                               # a sample whose hidden states are no numbers
+        ids[request["poisoned"]] = 256
     gptvq.quantize(model, request["out"], preset(**request.get("config", {})), calibration=ids, **request.get("arguments", {}))
 
 
