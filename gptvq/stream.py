@@ -195,7 +195,7 @@ class Activations:
         self.journal, self.samples, self._scratches = journal, samples, 0
         self.on_disk, self.disk_bytes = (False, 0) if journal is None else states_on_disk(samples.total, nbytes)
         if self.on_disk and samples.parts > 1:
-            self.disk_bytes += _STREAMS * samples.total * nbytes        # the ranks' own, beside the journal's
+            self.disk_bytes += _COMMITTED * samples.total * nbytes      # the journal's, beside the ranks' own
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """For a stream behind a block, which a commit makes part of the journal; see `whole`."""
