@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.worker:
         return work(args)
+    if args.table:
+        return print(show(runner.load(args.table)["rows"]))
     settings = {name: getattr(args, name) for name in ("hidden", "layers", "samples", "sequence_length", "rounds", "preset", "note")}
     results = runner.Results("ranks", argv, args.json, {**settings, "threads": 1, "load": os.getloadavg()[0]})
     with tempfile.TemporaryDirectory() as place:
@@ -110,6 +112,7 @@ def parser():
     p.add_argument("--preset", default="2d-2.25", metavar="NAME", help="default %(default)s")
     p.add_argument("--quick", action="store_true", help="a short recipe, for a look whether this works")
     p.add_argument("--note", default="", metavar="TEXT", help="about the machine during the run, kept in the result file")
+    p.add_argument("--table", metavar="FILE", help="measure nothing, print this result file")
     p.add_argument("--worker", metavar="FOLDER", help="(what each process is started with)")
     return p
 
@@ -178,10 +181,15 @@ def work(args) -> None:
 
 
 def show(rows: list[dict]) -> str:
-    return runner.table([row for row in rows if "seconds" in row], {
-        "processes": lambda r: r["ranks"], "stage": lambda r: r["stage"], "seconds": lambda r: f"{r['seconds']:.2f}",
-        "x one": lambda r: f"{r['ratio']['seconds']:.2f}", "processor": lambda r: f"{r['cpu_seconds']:.2f}",
-        "processor, x one": lambda r: f"{r['ratio']['cpu_seconds']:.2f}"})
+    """A row per stage, the numbers of processes side by side."""
+    found = {(row["stage"], row["ranks"]): row for row in rows if "seconds" in row}
+    columns = {"stage": lambda stage: stage}
+    for n in dict.fromkeys(n for _, n in found):
+        columns |= {f"{n}: seconds": lambda stage, n=n: f"{found[stage, n]['seconds']:.2f}",
+                    f"{n}: processor": lambda stage, n=n: f"{found[stage, n]['cpu_seconds']:.2f}"}
+        if n > 1:
+            columns[f"{n}: processor, x 1"] = lambda stage, n=n: f"{found[stage, n]['ratio']['cpu_seconds']:.2f}"
+    return runner.table(list(dict.fromkeys(stage for stage, _ in found)), columns)
 
 
 if __name__ == "__main__":
