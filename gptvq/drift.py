@@ -7,7 +7,7 @@ but for W* = W + D (H + damping)^-1, the weight that gets nearest to the dense m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import ops
+from . import ops, ranks
 from .config import Recipe
 from .errors import ConfigError, NumericalError
-from .hessian import Hessian
-from .model import Block, InputCollector, Stop, dense_weight, identity, in_list
+from .hessian import Hessian, packed_size
+from .model import (
+    Block,
+    InputCollector,
+    Stop,
+    dense_weight,
+    fill_up,
+    identity,
+    in_list,
+)
+from .ranks import Samples
+from .sums import Sums, summed
 
+_DRIFT = ""             # its sum's name beside those of linears
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -91,6 +102,17 @@ def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> 
             for key, members in groups.items()]
 
 
+def agreed_stages(names: Sequence[str], stages: list[Stage]) -> list[Stage]:
+    """Those that rank 0 found, which has the first sample; they hold each of `names` once."""
+    table = torch.zeros(len(names), 4, dtype=torch.int64)
+    for row, (i, stage, name) in zip(table, ((i, stage, name) for i, stage in enumerate(stages) for name in stage.names)):
+        row.copy_(torch.tensor([i, names.index(name), stage.aligned, stage.summed]))
+    members: dict[tuple, list[str]] = {}
+    for i, name, aligned, summed_up in ranks.agree(table).tolist():
+        members.setdefault((i, bool(aligned), bool(summed_up)), []).append(names[name])
+    return [Stage(tuple(found), aligned, summed_up) for (_, aligned, summed_up), found in members.items()]
+
+
 @torch.no_grad()
 def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], dense: list[Tensor], device: torch.device,
               new: Callable[[], list[Tensor]] = list,
@@ -113,36 +135,53 @@ def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], 
 
 
 @torch.no_grad()
-def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: list[Tensor], wanted: dict[str, list[Tensor]],
-            device: torch.device) -> Inputs:
+def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: Sequence[Tensor], wanted: dict[str, list[Tensor]],
+            device: torch.device, samples: Samples | None = None) -> Inputs:
     """Runs the quantized stream `hidden` through `block` and compares it with the `wanted` of the dense one.
 
-    linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.
+    linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.  samples: the share that
+    `hidden` is, where ranks share the samples; the sums are over all of them.
     """
+    samples = Samples(len(hidden)) if samples is None else samples
     if not stage.aligned:
-        with InputCollector(linears, device) as inputs:
-            for state in hidden:
-                block(state.to(device))
-                inputs.next_sample()
-        return Inputs(inputs.finish(block))
+        cols = {full: dense_weight(linear).shape[1] for full, linear in linears.items()}
+
+        def inputs_of(places: range) -> Sums:
+            with InputCollector(linears, device) as inputs:
+                for place in places:
+                    block(hidden[place].to(device))
+                    inputs.next_sample()
+            return Sums.of(inputs.leader, inputs.hessians)
+
+        total = summed(samples, {full: packed_size(width) for full, width in cols.items()}, device, inputs_of)
+        return Inputs(fill_up(block, total.hessians(cols, device)))
     leader = stage.names[0]
     rows, cols = dense_weight(linears[leader]).shape
-    hessian = Hessian(cols, device)
-    drift = torch.zeros(rows if stage.summed else cols, cols, device=device)
-    for state, want in zip(hidden, wanted.pop(leader)):
-        run = _Run({leader: linears[leader]}, until="sum" if stage.summed else "input")
-        try:
-            with run:
-                block(state.to(device))
-        except Stop:
-            pass
-        x = run.calls[0][1]
-        have = _seen(leader, run.sums) if stage.summed else x
-        before = hessian.tokens
-        hessian.add(x)
-        change = _rows(want.to(device) - have)
-        if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
-            ops.cross(drift, change, _rows(x))
+    compared, shape = wanted.pop(leader), (rows if stage.summed else cols, cols)
+
+    def drift_of(places: range) -> Sums:
+        hessian, drift = Hessian(cols, device), torch.zeros(shape, device=device)
+        for place in places:
+            run = _Run({leader: linears[leader]}, until="sum" if stage.summed else "input")
+            try:
+                with run:
+                    block(hidden[place].to(device))
+            except Stop:
+                pass
+            x = run.calls[0][1]
+            have = _seen(leader, run.sums) if stage.summed else x
+            before = hessian.tokens
+            hessian.add(x)
+            change = _rows(compared[place].to(device) - have)
+            if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
+                ops.cross(drift, change, _rows(x))
+        found = Sums.of({leader: leader}, {leader: hessian})
+        found.put(_DRIFT, drift.view(-1))
+        return found
+
+    total = summed(samples, {leader: packed_size(cols), _DRIFT: math.prod(shape)}, device, drift_of)
+    drift = total.flats[_DRIFT].to(device).view(shape)
+    hessian = total.hessians({leader: cols}, device)[leader]
     return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from .errors import NumericalError
 DAMP_STEPS = (1, 2, 5, 10, 100)     # repair ladder: multiples of the asked damping
 DIAGONAL = "diagonal only"
 _ENOUGH = 4                         # tokens per column that determine a Hessian well enough
+_BAND = 128                         # rows of a packed sum that begin in one column
 _LEAF = {"cpu": 96, "cuda": 2048}   # rows that are factorized at once
 
 
@@ -39,6 +40,22 @@ class Hessian:
         self = cls(0)
         self.sum, self.tokens, self._given = matrix, tokens, True
         return self
+
+    @classmethod
+    def from_packed(cls, flat: Tensor, cols: int, device: torch.device | str | None, tokens: int, dropped: int) -> Hessian:
+        """With the sum that `packed` gave."""
+        self = cls(cols, device)
+        self.tokens, self.dropped = tokens, dropped
+        for first, band in _bands(flat, cols):
+            self.sum[first: first + _BAND, first:] = band
+        return self
+
+    def packed(self) -> Tensor:
+        """The upper triangle of `sum`, flat: bands of 128 rows, each from its diagonal on."""
+        flat = self.sum.new_empty(packed_size(len(self.sum)))
+        for first, band in _bands(flat, len(self.sum)):
+            band.copy_(self.sum[first: first + _BAND, first:])
+        return flat
 
     def add(self, x: Tensor) -> None:
         """x [.., cols] inputs of any float dtype."""
@@ -125,6 +142,11 @@ def borrow(hessians: Sequence[Hessian]) -> None:
         hessian._factors.clear()
 
 
+def packed_size(cols: int) -> int:
+    """Elements of a packed sum [cols, cols], half of it and a little."""
+    return sum(min(_BAND, cols - first) * (cols - first) for first in range(0, cols, _BAND))
+
+
 def checked(matrix: Tensor) -> Tensor:
     """A square, finite, symmetrized Hessian; raises NumericalError otherwise."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -132,6 +154,14 @@ def checked(matrix: Tensor) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError("Hessian: got non-finite entries; check the calibration activations")
     return (matrix + matrix.T) / 2
+
+
+def _bands(flat: Tensor, cols: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row and column, [rows, columns]) of the bands of a packed sum, as views."""
+    for first in range(0, cols, _BAND):
+        shape = min(_BAND, cols - first), cols - first
+        band, flat = flat[: math.prod(shape)], flat[math.prod(shape):]
+        yield first, band.view(shape)
 
 
 def pad(matrix: Tensor, size: int) -> Tensor:

@@ -80,7 +80,7 @@ class Run:
         self._noted = len(report.warnings)                      # those every run finds anew
         if self.folder is None:
             return False
-        complete = ranks.agree(int(not ranks.rank() and self._open(stream, specs))) == 1
+        complete = bool(ranks.agree(torch.tensor([not ranks.rank() and self._open(stream, specs)], dtype=torch.int64)))
         if ranks.rank():
             if complete:
                 self.report = Report.load(self.folder)
@@ -188,7 +188,7 @@ class Run:
     def _known(self) -> dict:
         """The fields of the job that need no model."""
         return {"config": json.loads(json.dumps(self.config.to_dict())), "device": device_class(self.device), "layout": LAYOUT_VERSION,
-                "versions": versions()}
+                "chunks": ranks.CHUNKS, "versions": versions()}
 
     def _job(self, stream: BlockStream, calibration: dict) -> dict:
         settings = stream.model.config.to_diff_dict() if hasattr(stream.model, "config") else {}

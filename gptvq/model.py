@@ -194,18 +194,21 @@ def in_list(block: Block, name: str) -> bool:
                if inner and isinstance(module, nn.ModuleList))
 
 
-def alike_experts(block: Block, linears: dict[str, nn.Module]) -> list[list[str]]:
-    """Linears that are the same matrix, of one shape, of several members of a ModuleList in the block."""
-    alike: dict[tuple, list[str]] = {}
-    for name, linear in linears.items():
+def fill_up(block: Block, hessians: dict[str, Hessian]) -> dict[str, Hessian]:
+    """Hessians of all samples; those of one matrix, of one width, of several members of a ModuleList borrow from each other."""
+    alike: dict[tuple, dict[int, Hessian]] = {}
+    for name, hessian in hessians.items():
         if in_list(block, name):
-            alike.setdefault((re.sub(r"\.\d+\.", ".*.", name.removeprefix(block.name)), dense_weight(linear).shape), []).append(name)
-    return [names for names in alike.values() if len(names) > 1]
+            alike.setdefault((re.sub(r"\.\d+\.", ".*.", name.removeprefix(block.name)), len(hessian.sum)), {})[id(hessian)] = hessian
+    for members in alike.values():
+        if len(members) > 1:
+            borrow(list(members.values()))
+    return hessians
 
 
 def identity(x: Tensor) -> tuple:
     """Equal for two calls on one tensor that was not changed in between, as long as it is kept."""
-    return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version
+    return x.data_ptr() or id(x), tuple(x.shape), x.stride(), x.dtype, x._version
 
 
 class InputCollector:
@@ -242,11 +245,8 @@ class InputCollector:
         return self.hessians[self.leader[name]]
 
     def finish(self, block: Block) -> dict[str, Hessian]:
-        """The Hessians of all linears; experts that saw few tokens borrow from the others, once all that there are have been added."""
-        found = {name: self.hessian(name) for name in self.linears}
-        for alike in alike_experts(block, self.linears):
-            borrow(list({id(found[name]): found[name] for name in alike}.values()))
-        return found
+        """The Hessians of all linears, once all samples have been added."""
+        return fill_up(block, {name: self.hessian(name) for name in self.linears})
 
     def _add(self, name: str, x: Tensor) -> None:
         # The tensor is kept with its key: a freed one's address would be given out again.

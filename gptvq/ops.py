@@ -42,6 +42,11 @@ def require_memory(device: torch.device, need: int, what: str, fits: Callable[[i
         cuda.require_memory(device, need, what, fits)
 
 
+def free_bytes(device: torch.device) -> tuple[int, int] | None:
+    """(free, total) bytes of a GPU's memory; None where `device` is none."""
+    return cuda.free_bytes(device)
+
+
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     """u8 [rows, vectors], each below K -> u8 [tiles, blocks, block_bytes]; padding rows and columns hold code 0."""
     if codes.dtype != torch.uint8 or codes.shape != (spec.rows, spec.vectors):

@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .hessian import Hessian
 from .journal import Journal
 from .model import dense_weight, embed
+from .ranks import Samples
 from .report import Progress
 from .solver import solve
 from .spec import QuantSpec
@@ -28,7 +29,8 @@ from .storage import writing
 from .stream import BlockStream, open_stream, states_on_disk
 
 #: Sequences that the tried block sees, and that sensitivities are measured on.
-PROBE_SAMPLES, SENSITIVITY_SAMPLES = 3, 8
+PROBE_SAMPLES, SENSITIVITY_SAMPLES = 4, 8
+_CUTS = (0, 1, 1, 1, 1, 2, 2, 3, 4)     # of the probe's chunks: as many sums wait for each other as in a run
 _ALIKE = 4                          # linears of one shape and format that are solved
 _CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
 
@@ -182,13 +184,14 @@ class _Probe:
     def _try(self, linears: dict[str, nn.Module], specs: dict[str, QuantSpec]) -> None:
         block, hidden, device = self.block, self._hidden, self._device
         order, wanted, self._kept = [Stage(tuple(linears))], {}, 2
+        samples = Samples(len(hidden), cuts=_CUTS if len(hidden) == PROBE_SAMPLES else ())
         if self._config.recipe.compensate:
             order = find_stages(block, linears, hidden[0].to(device))
             _, wanted = self._timed("forward", run_dense, block, order, linears, hidden, device)
             self._kept = 3 + sum(wanted[name][0].numel() for name in wanted) / hidden[0].numel()
         for stage in order:
             members = {full: linears[full] for full in stage.names}
-            inputs = self._timed("hessians", collect, stage, members, block, hidden, wanted, device)
+            inputs = self._timed("hessians", collect, stage, members, block, hidden, wanted, device, samples)
             for full in stage.names:
                 self._solve(full, linears, inputs, specs[full])
         for spec in specs.values():

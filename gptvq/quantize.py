@@ -16,12 +16,13 @@ from .calibration import (
     tokens_sha256,
 )
 from .config import VQConfig
-from .drift import Stage, collect, find_stages, run_dense
+from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
 from .evaluate import divergence
 from .job import Run
 from .linear import VQLinear
 from .model import Block, dense_weight, embed, in_list
+from .ranks import Samples
 from .report import Progress, Report
 from .solver import solve
 from .spec import LAYOUT_VERSION, QuantSpec
@@ -110,7 +111,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal."""
     recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
     example = embed(stream.model, blocks, tokens[:1])[0]
-    activations = Activations(run.journal, len(tokens), example.numel() * example.element_size())
+    samples = Samples(len(tokens), ranks.size() > 1)
+    activations = Activations(run.journal, samples, example.numel() * example.element_size())
     if run.folder is not None and not run.done:
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
@@ -124,7 +126,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     else:
         progress.stage("embedding the calibration samples")
         with run.timed("embed"):
-            hidden = embed(stream.model, blocks, tokens, activations.scratch)
+            hidden = embed(stream.model, blocks, tokens[samples.first: samples.last], activations.scratch)
         dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
     for index, block in enumerate(blocks[run.done:], run.done):
         progress.block(index, block.name)
@@ -137,11 +139,13 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         if recipe.compensate:
             progress.stage("running the dense block")
             with run.timed("forward"):
-                order = [] if kept else find_stages(block, linears, hidden[0].to(device))
+                if not kept:
+                    found = [] if ranks.rank() else find_stages(block, linears, hidden[0].to(device))
+                    order = agreed_stages(list(linears), found)
                 dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index),
                                             activations.scratch)
         for stage in order:
-            packed |= _solve_stage(stage, block, linears, hidden, compared, specs, stream, run)
+            packed |= _solve_stage(stage, block, linears, hidden, compared, samples, specs, stream, run)
         for full, record in kept.items():
             packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
             run.report.layers.append(record)
@@ -159,17 +163,18 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         if run.journal is not None:
             progress.stage("writing the journal")
             with run.timed("journal"):
-                run.commit(index, block, {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})})
+                streams = {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})}
+                run.commit(index, block, {kind: activations.whole(kind, index, states) for kind, states in streams.items()})
             stream.release(block)
 
 
-def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, specs: dict[str, QuantSpec],
-                 stream: BlockStream, run: Run) -> dict[str, VQLinear]:
+def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, samples: Samples,
+                 specs: dict[str, QuantSpec], stream: BlockStream, run: Run) -> dict[str, VQLinear]:
     """Quantizes the linears of a stage and puts the values they have now in their places -> the packed ones."""
     packed, recipe, progress = {}, run.config.recipe, run.progress
     progress.stage("collecting Hessians")
     with run.timed("hessians"):
-        inputs = collect(stage, {full: linears[full] for full in stage.names}, block, hidden, compared, run.device)
+        inputs = collect(stage, {full: linears[full] for full in stage.names}, block, hidden, compared, run.device, samples)
     for full in stage.names:
         linear, hessian = linears[full], inputs.hessians[full]
         if hessian.dropped:

@@ -1,8 +1,9 @@
 """One job on several processes, on torch.distributed: process groups of torchrun or of the caller, nothing of our own.
 
-Rows are independent given the Hessian, so the rows of a layer are shared out at the borders of its groups.  All that ranks tell
-each other is exact, whoever says it first: least and largest values, and pieces put together in the order of ranks.  So the
-result is that of one process, byte by byte, for any number of them.
+The calibration samples are shared out in chunks, and rows, which are independent given the Hessian, at the borders of a layer's
+groups.  All that ranks tell each other is exact, whoever says it first: least and largest values, pieces put together in the
+order of ranks, and sums that any number of processes adds up in one order (`sums`).  So the result is that of one process, byte
+by byte, for any number of them.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from .errors import GptvqError
 from .spec import QuantSpec
+
+CHUNKS = 8              # of the calibration samples, a power of 2; another number gives other bytes
 
 
 def size() -> int:
@@ -47,14 +51,32 @@ def torchrun(device: str | None):
         dist.destroy_process_group()
 
 
-def agree(number: int) -> int:
-    """What rank 0 says."""
+def agree(values: Tensor) -> Tensor:
+    """What rank 0 says; `values` of one shape and dtype on all ranks."""
     if size() == 1:
-        return number
-    said = _placed(torch.tensor([number], dtype=torch.int64))
+        return values
+    said = _placed(values.clone())
     with _together():
         dist.broadcast(said, 0)
-    return int(said)
+    return said.to(values.device)
+
+
+def gather(x: Tensor) -> list[Tensor]:
+    """The `x` of all ranks, which have one shape and dtype."""
+    sent = _placed(x.contiguous()).view(torch.uint8)            # bytes: a backend may lack the dtype
+    found = [torch.empty_like(sent) for _ in range(size())]
+    with _together():
+        dist.all_gather(found, sent)
+    return [piece.view(x.dtype).to(x.device) for piece in found]
+
+
+def deal(x: Tensor, rows: list[int]) -> Tensor:
+    """x [ranks, rows of this rank, n] of a piece for each rank -> [all `rows` of the ranks, n], the pieces that they have for this one."""
+    sent, n = _placed(x.contiguous()), x.shape[2]
+    found = sent.new_empty(sum(rows), n)
+    with _together():
+        dist.all_to_all_single(found.view(-1), sent.view(-1), [count * n for count in rows], [x.shape[1] * n] * len(x))
+    return found.to(x.device)
 
 
 def wait() -> None:
@@ -62,6 +84,44 @@ def wait() -> None:
     if size() > 1:
         with _together():
             dist.barrier()
+
+
+class Samples:
+    """The share of this rank in `samples` calibration samples, [first, last); with `shared` False all of them.
+
+    They are cut into 8 chunks, whatever the number of ranks, and a rank has whole chunks: `chunks` are [first, last) of every rank.
+    With few samples some chunks are empty, with more than 8 ranks some have none; rank 0 has the first sample always.  `cuts`: the
+    sample that each chunk begins with, and the number of all of them.
+    """
+
+    def __init__(self, samples: int, shared: bool = False, cuts: Sequence[int] = ()):
+        self.parts, self.mine = (size(), rank()) if shared else (1, 0)
+        self.cuts = cuts or [-(-samples * chunk // CHUNKS) for chunk in range(CHUNKS + 1)]
+        bounds = [-(-CHUNKS * part // self.parts) for part in range(self.parts + 1)]
+        self.chunks, self.total = list(zip(bounds, bounds[1:])), samples
+        self.first, self.last = (self.cuts[chunk] for chunk in self.chunks[self.mine])
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def of(self, chunk: int) -> range:
+        """Places of a chunk's samples in the share of the rank that has it."""
+        return range(self.cuts[chunk] - self.first, self.cuts[chunk + 1] - self.first)
+
+    def collect(self, states: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The states of this rank's samples -> on rank 0 those of all, in order; all ranks call this, and the others get none."""
+        for owner, (begin, end) in enumerate(self.chunks):
+            for place in range(self.cuts[end] - self.cuts[begin]):
+                if owner == self.mine == 0:
+                    yield states[place]
+                elif owner == self.mine:
+                    with _together():
+                        dist.send(_placed(states[place].contiguous()).view(torch.uint8), 0)
+                elif self.mine == 0:
+                    state = _placed(torch.empty_like(states[0], memory_format=torch.contiguous_format))
+                    with _together():
+                        dist.recv(state.view(torch.uint8), owner)
+                    yield state.to(states[0].device)
 
 
 class Rows:
@@ -97,11 +157,7 @@ class Rows:
         counts = [last - first for first, last in spans]
         sent = x.new_zeros(max(counts), *x.shape[1:])
         sent[: len(x)] = x
-        sent = _placed(sent.contiguous()).view(torch.uint8)             # bytes: a backend may lack the dtype
-        found = [torch.empty_like(sent) for _ in range(size())]
-        with _together():
-            dist.all_gather(found, sent)
-        return torch.cat([piece.view(x.dtype)[:count] for piece, count in zip(found, counts)]).to(x.device)
+        return torch.cat([piece[:count] for piece, count in zip(gather(sent), counts)])
 
     def _reduce(self, x: Tensor, operation) -> Tensor:
         sent = _placed(x.contiguous().clone())

@@ -120,7 +120,7 @@ class TensorList:
             self._first = self.file.size
             self._fd = os.dup(self.file.fd)                 # outlives the file's sealing
             if self.scratch:
-                os.unlink(self.file.partial)
+                unlink([self.file.partial])                 # unless the journal's writer has just swept it away
         self.file.append(tensor)
         self._length += 1
 

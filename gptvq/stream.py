@@ -24,6 +24,7 @@ from .model import (
     run_on,
     unfuse_experts,
 )
+from .ranks import Samples
 from .solver import LayerRecord
 from .storage import TensorList, digest
 from .weight import VQWeight
@@ -184,31 +185,50 @@ def open_stream(source, dtype, tokenizer) -> BlockStream:
 
 
 class Activations:
-    """Lists for hidden states: in memory, or in files below the journal's folder where half of the memory would not hold them."""
+    """Lists for the hidden states of this rank's samples.
 
-    def __init__(self, journal: Journal | None, samples: int, nbytes: int):
+    They are in memory, or in files below the journal's folder where half of the memory would not hold those of all ranks.
+    """
+
+    def __init__(self, journal: Journal | None, samples: Samples, nbytes: int):
         """nbytes: of one sample's state."""
         self.journal, self.samples, self._scratches = journal, samples, 0
-        self.on_disk, self.disk_bytes = (False, 0) if journal is None else states_on_disk(samples, nbytes)
+        self.on_disk, self.disk_bytes = (False, 0) if journal is None else states_on_disk(samples.total, nbytes)
+        if self.on_disk and samples.parts > 1:
+            self.disk_bytes += _COMMITTED * samples.total * nbytes      # the journal's, beside the ranks' own
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
-        """For a stream behind a block, which a commit makes part of the journal."""
-        if ranks.rank():
-            return self.scratch()                               # the journal's are those of rank 0
-        return TensorList(self.journal.path(kind, block), self.samples) if self.on_disk else []
+        """For a stream behind a block, which a commit makes part of the journal; see `whole`."""
+        if self.samples.parts > 1:
+            return self.scratch()
+        return TensorList(self.journal.path(kind, block), len(self.samples)) if self.on_disk else []
+
+    def whole(self, kind: str, block: int, states: list[Tensor] | TensorList) -> list[Tensor] | TensorList:
+        """A new stream's states of all samples, on rank 0; the other ranks hand theirs over."""
+        if self.samples.parts == 1:
+            return states
+        whole = TensorList(self.journal.path(kind, block), self.samples.total) if self.on_disk and not ranks.rank() else []
+        for state in self.samples.collect(states):
+            whole.append(state)
+        return whole
 
     def scratch(self) -> list[Tensor] | TensorList:
         """For what nobody needs after the block."""
         self._scratches += 1
         path = self.journal.folder / f"scratch-{ranks.rank()}-{self._scratches}" if self.on_disk else None
-        return TensorList(path, self.samples, scratch=True) if self.on_disk else []
+        return TensorList(path, len(self.samples), scratch=True) if self.on_disk else []
 
     def stored(self, kind: str, block: int) -> list[Tensor] | TensorList:
-        """A stream as it was committed behind a block."""
-        found = TensorList.open(self.journal.path(kind, block))
-        if len(found) != self.samples:
-            raise FormatError(f"{found.path}: got {len(found)} samples, need {self.samples}; start over (--fresh, resume=\"fresh\")")
-        return found if self.on_disk else list(found)
+        """This rank's samples of a stream as it was committed behind a block."""
+        found, samples = TensorList.open(self.journal.path(kind, block)), self.samples
+        if len(found) != samples.total:
+            raise FormatError(f"{found.path}: got {len(found)} samples, need {samples.total}; start over (--fresh, resume=\"fresh\")")
+        if self.on_disk and samples.parts == 1:
+            return found
+        own = self.scratch()
+        for i in range(samples.first, samples.last):
+            own.append(found[i])
+        return own
 
 
 def states_on_disk(samples: int, nbytes: int) -> tuple[bool, int]:

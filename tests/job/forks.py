@@ -4,6 +4,7 @@ As a program: reads one JSON request per line, answers each with one line.  `For
 by SIGKILL after some seconds, at its n-th step on the disk (halfway through the first write to a file, or before the call), or at
 its n-th exchange with other processes.  With `ranks` there are several children for one run, of which number `dies` (0) does so.
 """
+import dataclasses
 import json
 import os
 import resource
@@ -74,18 +75,21 @@ def steps_until(fatal):
 
 
 def exchanges_until(fatal):
-    """Counts what this process gathers from others, and dies at number `fatal`."""
+    """Counts what this process gathers from others and sends them, and dies at number `fatal`."""
     import torch.distributed as dist
 
-    count, gather = [0], dist.all_gather
+    count = [0]
 
-    def counted(*args):
-        count[0] += 1
-        if count[0] == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return gather(*args)
+    def counted(call):
+        def wrapper(*args):
+            count[0] += 1
+            if count[0] == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+        return wrapper
 
-    dist.all_gather = counted
+    for name in ("all_gather", "all_to_all_single", "send"):
+        setattr(dist, name, counted(getattr(dist, name)))
     return count
 
 
@@ -93,11 +97,19 @@ def job(request):
     import torch
     from job.tiny_models import build, preset
 
-    import gptvq
+    import gptvq.stream
 
     ids = torch.randint(0, 256, (request.get("samples", 2), 32), generator=torch.Generator().manual_seed(5))
     model = request["model"] if os.path.sep in request["model"] else build(request["model"])
-    gptvq.quantize(model, request["out"], preset(**request.get("config", {})), calibration=ids, **request.get("arguments", {}))
+    if "poisoned" in request:                               # number of a sample whose hidden states are no numbers
+        ids[ids == 255] = 0
+        ids[request["poisoned"], 7] = 255
+        model.get_input_embeddings().weight.data[255] = float("nan")
+    if "memory" in request:                                 # as much as is said to be free
+        gptvq.stream.available_memory = lambda: request["memory"]
+    config = preset(**request.get("config", {}))
+    config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, **request.get("recipe", {})))
+    gptvq.quantize(model, request["out"], config, calibration=ids, **request.get("arguments", {}))
 
 
 def child(request, answer):

@@ -66,7 +66,7 @@ def test_what_is_on_the_disk(job):
     assert sorted(os.listdir(job[1] / "journal")) == ["block-00000.safetensors", "dense-00000.safetensors", "hidden-00000.safetensors",
                                                       "journal.jsonl", "lock"]
     first, block = map(json.loads, (job[1] / "journal" / "journal.jsonl").read_text().splitlines())
-    assert set(first["job"]) == {"model", "config", "device", "layout", "versions", "calibration", "redo"}
+    assert set(first["job"]) == {"model", "config", "device", "layout", "chunks", "versions", "calibration", "redo"}
     assert (block["block"], block["name"], len(block["layers"])) == (0, "model.layers.0", 7)
     for name, about in block["files"].items():
         assert os.path.getsize(job[1] / "journal" / name) == about["bytes"]
@@ -106,13 +106,15 @@ def test_other_arguments_are_another_job(job, field):
 
 
 def test_other_versions_devices_and_layouts_are_another_job(job, monkeypatch):
-    module = sys.modules["gptvq.job"]
     for name, value, says in (("versions", lambda: {**machine.versions(), "torch": "9.9"}, "versions.torch was"),
                               ("device_class", lambda device: "a toaster", 'is "a toaster"'),
-                              ("LAYOUT_VERSION", 99, "layout was 1, is 99")):
+                              ("LAYOUT_VERSION", 99, "layout was 1, is 99"), ("ranks.CHUNKS", 16, "chunks was 8, is 16")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
+            patch.setattr(f"gptvq.job.{name}", value)
             refused(job, says)
+    lines = job[1] / "journal" / "journal.jsonl"
+    lines.write_text(lines.read_text().replace('"chunks":8,', "", 1))       # of a version that added up sample by sample
+    refused(job, "chunks was null, is 8")
 
 
 def test_another_model_is_another_job(job):

@@ -98,7 +98,7 @@ def test_more_samples_take_longer_and_more_memory(ids):
     assert many.seconds["forward"] > 50 * few.seconds["forward"] and many.seconds["hessians"] > 50 * few.seconds["hessians"]
     assert many.seconds["solve"] < 20 * few.seconds["solve"]
     assert 6 * states < many.peak_ram - few.peak_ram < 9 * states         # two streams, one being made, and what four stages compare
-    assert (many.probe["of_samples"], many.probe["samples"]) == (4000, 3)
+    assert (many.probe["of_samples"], many.probe["samples"]) == (4000, 4)
 
 
 def test_without_text_random_tokens_do():
@@ -173,7 +173,7 @@ def test_the_command_line(tmp_path, capsys, ids):
     assert cli.main(["plan", str(tmp_path / "model"), "--samples", "4", "--sequence-length", "32", "--rule", "*.0.*=keep"]) == 0
     out = capsys.readouterr().out
     assert "more for the journal while it runs" in out and "survey 0:" in out
-    assert "7 linears" in out and "Predicted from model.layers.1 on 3 of 4 samples" in out and "model.layers.1.mlp.up_proj" in out
+    assert "7 linears" in out and "Predicted from model.layers.1 on 4 of 4 samples" in out and "model.layers.1.mlp.up_proj" in out
     words = ["plan", str(tmp_path / "model"), "--samples", "2", "--preset", "2d-3.125"]
     assert cli.main([*words, "--json", "-", "--out", str(tmp_path / "c.json")]) == 0
     values = json.loads(capsys.readouterr().out)

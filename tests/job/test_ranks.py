@@ -27,18 +27,48 @@ def test_the_bytes_of_one_process(forks, folder, tmp_path, name, ranks):
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-@pytest.mark.parametrize("model", ["mixtral", "gpt2"])
+@pytest.mark.parametrize("model", ["gpt2"])
 def test_other_architectures_in_memory(forks, tmp_path, model):
     run(forks, model=model, out=tmp_path / "one")
     run(forks, model=model, out=tmp_path / "many", ranks=3)
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
+@pytest.mark.parametrize("samples", [1, 3, 11])
+def test_any_number_of_samples(forks, tmp_path, samples):
+    """Fewer than chunks, than processes, or not the same number in each chunk; an expert may see tokens in one process only."""
+    run(forks, model="mixtral", out=tmp_path / "1", samples=samples)
+    for ranks in (2, 3) if samples < 11 else (3, 4, 8):
+        run(forks, model="mixtral", out=tmp_path / str(ranks), samples=samples, ranks=ranks)
+        assert files(tmp_path / str(ranks)) == files(tmp_path / "1"), ranks
+
+
+@pytest.mark.parametrize("compensate", [1, 0])
+def test_hidden_states_on_the_disk(forks, folder, tmp_path, compensate):
+    """Where memory does not hold them: every process keeps its own in files, and the first one those of all."""
+    request = {"model": folder, "samples": 5, "recipe": {"compensate": compensate}, "memory": 1000}
+    run(forks, **request | {"memory": 1 << 40}, out=tmp_path / "one")
+    steps = run(forks, **request, out=tmp_path / "many", ranks=3)["steps"]
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    died = forks.run(**request, out=tmp_path / "again", ranks=3, fatal=steps // 2)
+    assert died["signal"] == signal.SIGKILL and blocks_done(tmp_path / "again") == 1
+    run(forks, **request, out=tmp_path / "again", ranks=2)
+    assert files(tmp_path / "again") == files(tmp_path / "one")
+
+
+def test_one_process_stops_the_others(forks, tmp_path):
+    """What only one process sees, in its samples, ends the job in all."""
+    result = forks.run(model="llama", out=tmp_path / "out", samples=4, ranks=2, poisoned=3)
+    assert "another process" in result["error"] and result["others"][0]["error"].startswith("NumericalError: embeddings")
+    assert not (tmp_path / "out" / "journal").exists()
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_ends_the_job(forks, folder, tmp_path, dies):
     """The others say so and end; the same call goes on, with any number of processes."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    exchanges = run(forks, model=folder, out=whole, ranks=2)["exchanges"]
+    result = run(forks, model=folder, out=whole, ranks=2)
+    exchanges = [result, *result["others"]][dies]["exchanges"]
     assert exchanges > 50
     for fatal, blocks in ((1, 0), (exchanges // 3, 0), (2 * exchanges // 3, 1), (exchanges // 2 - 1, 1)):
         result = forks.run(model=folder, out=out, ranks=2, dies=dies, exchange=fatal)

@@ -78,15 +78,16 @@ def squeezed(table):
     return re.sub(r"-+(?=\|)", "---", re.sub(r" +", " ", table))
 
 
-@pytest.mark.parametrize("mark", re.findall(r"^<!-- (python -m bench.*) -->$", README, flags=re.M))
-def test_measured_tables_are_those_of_the_result_files(mark, monkeypatch, capsys):
+@pytest.mark.parametrize("text,mark", [(text, mark) for text in (README, (ROOT / "docs" / "long-jobs.md").read_text())
+                                       for mark in re.findall(r"^<!-- (python -m bench.*) -->$", text, flags=re.M)])
+def test_measured_tables_are_those_of_the_result_files(text, mark, monkeypatch, capsys):
     """The table behind each `<!-- command -->` is exactly what the command prints."""
     monkeypatch.chdir(ROOT)
     module, *arguments = shlex.split(mark)[2:]
     assert module.startswith("bench.") and "--table" in arguments
     importlib.import_module(module).main(arguments)
     printed = capsys.readouterr().out.strip()
-    table = README[README.index(mark) + len(mark):].split("-->", 1)[1].split("\n\n")[0]
+    table = text[text.index(mark) + len(mark):].split("-->", 1)[1].split("\n\n")[0]
     assert squeezed(table.strip()) == squeezed(printed) and printed.startswith("| ")
 
 
