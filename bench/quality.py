@@ -22,15 +22,17 @@ EXAMPLES = """examples:
 Without a mode: every method and preset of a whole model, true size, layer errors, perplexity of two texts and time.  The rows go to
 bench/results/quality-MODEL.json (or --json FILE); those that are there are not measured again, and all are printed.  The layer errors
 are those of the linears' outputs in the quantized model as it runs, on calibration and on other text.  gptq-64, gptq-128: integers in
-groups of 64 or 128 columns by GPTQ, block by block like the others.  gptvq+tune: codebooks learn on as by `gptvq tune`.
+groups of 64 or 128 columns by GPTQ, block by block like the others.  gptvq+tune: codebooks learn on as by `gptvq tune`.  Measured only if
+named: gptvq-own (layers solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard
+matrices on the heads' values, and on the residual stream too) and gptvq+loss (tokens weighted by the loss gradient).
 
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
 Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.
 gptq (--layers): such integers by GPTQ, arXiv 2210.17323, its columns in the order of their activations."""
-METHODS = {"layers": ["rtn", "gptq", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"], "whole": list(whole.METHODS)}
+METHODS = {"layers": ["rtn", "gptq", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"], "whole": [*whole.METHODS, *whole.TRIED]}
 DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"], "whole": ["2d-2.25", "2d-3.125"]}
 BASELINES = ("dense", "rtn", "gptq", "paper")
-ORDER = tuple(dict.fromkeys(["dense", "rtn", "gptq", *whole.METHODS]))
+ORDER = tuple(dict.fromkeys(["dense", "rtn", "gptq", *whole.METHODS, *whole.TRIED]))
 MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> name of the ratio -> value compared
             "layer error": {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}}
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     mode = "layers" if args.layers else "perplexity" if args.perplexity else "whole"
     second = "heldout" if args.layers else "text"
-    methods, presets = args.methods or METHODS[mode], args.presets or DEFAULT_PRESETS[mode]
+    methods, presets = args.methods or list(whole.METHODS if mode == "whole" else METHODS[mode]), args.presets or DEFAULT_PRESETS[mode]
     for option, value, known in (("--methods", methods, METHODS[mode]), ("--presets", presets, PRESETS)):
         unknown = [name for name in value if name not in known]
         if unknown:
