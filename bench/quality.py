@@ -22,9 +22,10 @@ EXAMPLES = """examples:
 Without a mode: every method and preset of a whole model, true size, layer errors, perplexity of two texts and time.  The rows go to
 bench/results/quality-MODEL.json (or --json FILE); those that are there are not measured again, and all are printed.  The layer errors
 are those of the linears' outputs in the quantized model as it runs, on calibration and on other text.  gptq-64, gptq-128: integers in
-groups of 64 or 128 columns by GPTQ, block by block like the others.  gptvq+tune: codebooks learn on as by `gptvq tune`.  Measured only if
-named: gptvq-own (layers solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard
-matrices on the heads' values, and on the residual stream too) and gptvq+loss (tokens weighted by the loss gradient).
+groups of 64 or 128 columns by GPTQ, block by block like the others.  gptvq+loss: tokens weighted by the
+loss gradient, Recipe(token_weights="loss").  +tune: codebooks learn on as by `gptvq tune`.  Measured only if named: gptvq-own (layers
+solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the heads'
+values, and on the residual stream too).
 
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
 Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.

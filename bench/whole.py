@@ -26,11 +26,11 @@ from .gptq import gptq_model
 from .layers import RECIPES
 from .perplexity import LayerLog, found_linears, jobs, round_model, size
 from .rotation import rotate
-from .token_weights import loss_gradients, weighted
 
-METHODS = ("dense", "rtn", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune")
-TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation", "gptvq+loss")           # measured only where --methods names them
-POWER = 0.5                     # of the loss gradients that gptvq+loss weighs tokens by
+METHODS = ("dense", "rtn", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune")
+TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation")          # measured only where --methods names them
+ROTATED = {"gptvq+heads": False, "gptvq+rotation": True}        # whether the residual stream is rotated too
+SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"), **dict.fromkeys(ROTATED, Recipe())}
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:"
 TOPICS = "Python's own documentation"
 _PROBE = 1024                   # tokens of a sample on which the outputs of layers are compared
@@ -102,26 +102,21 @@ def build(args, source: str, method: str, preset: str | None, found: Texts, dens
         bits = gptq_model(model, found.calibration, config.index_bits, group)
         return model, {"format": f"int{config.index_bits} group {group}", "bits_per_value": bits,
                        "linear_bytes": round(bits * _weights(model, found) / 8), "quantize_seconds": time.perf_counter() - began}
-    base, _, switch = method.partition("+")
-    config = VQConfig.preset(preset, recipe=Recipe(compensate=0) if base == "gptvq-own" else RECIPES[base], seed=args.seed)
-    began, given, out, weighing, added = time.perf_counter(), source, None, contextlib.nullcontext(), 0
-    if switch in ("heads", "rotation"):
-        given = rotate(open_model(source, device=args.device, dtype="float32")[0], switch == "rotation").to(dense.dtype)
-        added = given.lm_head.weight.numel() * dense.lm_head.weight.element_size() if switch == "rotation" else 0
-    elif switch == "loss":
-        weighing = weighted(loss_gradients(dense, found.calibration), POWER)
-    elif base != "gptvq-own":
-        out = folder / f"{base}-{preset}"
-    again = args.fresh and not switch
+    base = method.removesuffix("+tune")
+    config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=args.seed)
+    began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}", 0
+    if base in ROTATED:
+        given, out = rotate(open_model(source, device=args.device, dtype="float32")[0], ROTATED[base]).to(dense.dtype), None
+        added = given.lm_head.weight.numel() * dense.lm_head.weight.element_size() if ROTATED[base] else 0
+    again = args.fresh and base == method
     began = time.perf_counter() - began
-    with weighing:
-        report = quantize(given, out, config, calibration=found.calibration, device=args.device, dtype=args.dtype, check=None, overwrite=again,
-                          resume="fresh" if again else "auto", progress=LayerLog())
+    report = quantize(given, out, config, calibration=found.calibration, device=args.device, dtype=args.dtype, check=None, overwrite=again,
+                      resume="fresh" if again else "auto", progress=LayerLog())
     model, seconds = report.model, report.seconds + began
     row = {"format": f"{config.dim}D K{2 ** (config.dim * config.index_bits)}", "bits_per_value": report.bits_per_value,
            "linear_bytes": report.packed_bytes, "added_bytes": added, "solver_error": report.mean_error, "stages": report.stages,
            "warnings": report.warnings}
-    if switch == "tune":
+    if base != method:
         began = time.perf_counter()
         losses = tune(model, dense, found.tuning, rate=args.rate, progress=lambda i, n, loss: runner.log(f"step {i} of {n}: {loss:.4f}"))
         tuning = time.perf_counter() - began

@@ -114,10 +114,11 @@ def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], 
 
 @torch.no_grad()
 def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: list[Tensor], wanted: dict[str, list[Tensor]],
-            device: torch.device) -> Inputs:
+            device: torch.device, weights: Tensor | None = None) -> Inputs:
     """Runs the quantized stream `hidden` through `block` and compares it with the `wanted` of the dense one.
 
-    linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.
+    linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared; there each token counts
+    by its weight [samples, tokens], of mean 1, if there are any.
     """
     if not stage.aligned:
         with InputCollector(linears, device) as inputs:
@@ -129,7 +130,7 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: l
     rows, cols = dense_weight(linears[leader]).shape
     hessian = Hessian(cols, device)
     drift = torch.zeros(rows if stage.summed else cols, cols, device=device)
-    for state, want in zip(hidden, wanted.pop(leader)):
+    for i, (state, want) in enumerate(zip(hidden, wanted.pop(leader))):
         run = _Run({leader: linears[leader]}, until="sum" if stage.summed else "input")
         try:
             with run:
@@ -139,8 +140,11 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: l
         x = run.calls[0][1]
         have = _seen(leader, run.sums) if stage.summed else x
         before = hessian.tokens
-        hessian.add(x)
         change = _rows(want.to(device) - have)
+        if weights is not None:
+            root = weights[i].to(device).sqrt()[:, None]
+            x, change = root * _rows(x), root * change
+        hessian.add(x)
         if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
             ops.cross(drift, change, _rows(x))
     return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
