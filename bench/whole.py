@@ -82,7 +82,7 @@ def run(args, argv: list[str] | None, source: str, methods: list[str], presets: 
                 runner.log(f"{method} {preset or ''}: in {Path(path).name} already")
                 continue
             model, row = build(args, source, method, preset, found, dense[0], folder)
-            results.add([{"operation": "whole", "preset": preset, "method": method, **row, **measured(model, dense[0], found, args),
+            results.add([{"operation": "whole", "preset": preset, "method": method, **row, **measured(model, dense[0], found, args, method),
                           "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(), "commit": runner.commit()["hash"]}])
             runner.log(show(results.rows[-1:]))
             del model
@@ -130,13 +130,13 @@ def _weights(model: nn.Module, found: Texts) -> int:
     return round(8 * dense["linear_bytes"] / dense["bits_per_value"])
 
 
-def measured(model: nn.Module, dense: nn.Module, found: Texts, args) -> dict:
-    """Perplexities, and the mean relative error of the layers' outputs on both sides."""
+def measured(model: nn.Module, dense: nn.Module, found: Texts, args, method: str) -> dict:
+    """Perplexities, and the mean relative error of the layers' outputs on both sides, unless they are rotated."""
     began, row = time.perf_counter(), {}
     for name, ids in found.predicted.items():
         windows = args.max_windows if name == "text" else args.second_windows
         row |= {f"{name}_windows": min(len(ids) // args.window, windows), f"{name}_perplexity": perplexity(model, ids, args.window, windows)}
-    for side, ids in found.probes(args).items() if model is not dense else ():
+    for side, ids in found.probes(args).items() if model is not dense and method not in ROTATED else ():
         errors = output_errors(dense, model, ids)
         row[f"error_{side}"] = sum(errors.values()) / len(errors)
     return {**row, "evaluate_seconds": time.perf_counter() - began}

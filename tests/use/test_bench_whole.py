@@ -62,6 +62,14 @@ def test_rows_are_not_measured_twice(options, measured, tmp_path, capsys, monkey
     assert "max_windows differ" in capsys.readouterr().err
 
 
+def test_rotated_outputs_are_not_compared(options, tmp_path):
+    out = tmp_path / "tried.json"
+    assert bench(quality, *options, "--methods", "gptvq+heads,gptvq+rotation", "--json", out) == 0
+    heads, rotated = check_file(out, "quality")
+    assert "error_heldout" not in heads and "error_heldout" not in rotated
+    assert heads["added_bytes"] == 0 and rotated["added_bytes"] % (4 * 64) == 0 < rotated["added_bytes"] and rotated["solver_error"] > 0
+
+
 def test_errors_are_those_of_the_outputs(my_model):
     dense, other = (open_model(my_model, device="cpu", dtype="float32")[0] for _ in range(2))
     name = "model.layers.1.mlp.down_proj"
