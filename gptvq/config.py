@@ -11,6 +11,7 @@ from .spec import SCALE_BLOCKS, TILE_ROWS, QuantSpec, known_fields
 
 METHODS = ("gptvq", "paper")
 ORDERS = ("importance", "sequential")
+TOKEN_WEIGHTS = ("", "loss")
 
 # label -> (dim, index bits per weight, weights per codebook); method.md's table, "-sN" doubles the group and adds scales.
 _PRESETS = {
@@ -38,6 +39,7 @@ class Recipe:
     cg_iterations: int = 4          # of each codebook update
     block_cols: int = 128           # lazy-update block
     compensate: float = 1.0         # share of the quantized model's drift so far that a layer makes up for; 0: none, its own weight
+    token_weights: str = ""         # how much a token counts in the Hessians: all the same, or by the "loss" gradient at the outputs
     dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
 
     def __post_init__(self):
@@ -49,6 +51,8 @@ class Recipe:
             raise ConfigError(f"dtype must be float32 or float64, got {self.dtype!r}")
         if not (isinstance(self.damp, (int, float)) and math.isfinite(self.damp) and self.damp > 0):
             raise ConfigError(f"damp must be a positive number, got {self.damp!r}")
+        if self.token_weights not in TOKEN_WEIGHTS:
+            raise ConfigError(f"token_weights must be one of {TOKEN_WEIGHTS}, got {self.token_weights!r}")
         for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -57,6 +61,8 @@ class Recipe:
             raise ConfigError(f"compensate must be a number from 0 to 1, got {self.compensate!r}")
         if self.block_cols % 4:
             raise ConfigError(f"block_cols must be a multiple of 4, got {self.block_cols}")
+        if self.token_weights and not self.compensate:
+            raise ConfigError(f"token_weights={self.token_weights!r} needs compensate above 0: tokens are weighed where the two models are compared")
         if self.method == "paper" and (self.order, self.passes, self.sweeps, self.compensate) != ("sequential", 1, 0, 0):
             raise ConfigError('method="paper" is one sequential pass without sweeps or compensation: use Recipe.paper()')
 

@@ -136,11 +136,12 @@ def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], 
 
 @torch.no_grad()
 def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: Sequence[Tensor], wanted: dict[str, list[Tensor]],
-            device: torch.device, samples: Samples | None = None) -> Inputs:
+            device: torch.device, samples: Samples | None = None, weights: Tensor | None = None) -> Inputs:
     """Runs the quantized stream `hidden` through `block` and compares it with the `wanted` of the dense one.
 
     linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.  samples: the share that
-    `hidden` is, where ranks share the samples; the sums are over all of them.
+    `hidden` is, where ranks share the samples; the sums are over all of them.  weights: by which each token counts in an aligned stage,
+    [all samples, tokens], of mean 1.
     """
     samples = Samples(len(hidden)) if samples is None else samples
     if not stage.aligned:
@@ -170,9 +171,11 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: S
                 pass
             x = run.calls[0][1]
             have = _seen(leader, run.sums) if stage.summed else x
-            before = hessian.tokens
+            before, change = hessian.tokens, _rows(compared[place].to(device) - have)
+            if weights is not None:
+                root = weights[samples.first + place].to(device).sqrt()[:, None]
+                x, change = root * _rows(x), root * change
             hessian.add(x)
-            change = _rows(compared[place].to(device) - have)
             if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
                 ops.cross(drift, change, _rows(x))
         found = Sums.of({leader: leader}, {leader: hessian})

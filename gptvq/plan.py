@@ -146,7 +146,9 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
                 max(probe.peak_gpu, whole) if device.type == "cuda" else 0, tried, errors,
-                [text for block in stream.blocks for text in stream.warnings[block.name]])
+                [text for block in stream.blocks for text in stream.warnings[block.name]] + (
+                    ["time and memory for weighing the tokens, which takes the whole model at once, are not counted"]
+                    if config.recipe.token_weights else []))
 
 
 class _Probe:

@@ -27,6 +27,7 @@ from .report import Progress, Report
 from .solver import solve
 from .spec import LAYOUT_VERSION, QuantSpec
 from .stream import Activations, BlockStream, open_stream
+from .token_weights import loss_gradients, stage_weights
 
 
 def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None, config: VQConfig | str = "2d-2.25", *,
@@ -45,7 +46,7 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     None does without.  strict: whatever would be a warning or a repair in the report is an error.
     Memory: of a folder's model one block at a time; two hidden states of every calibration token (the dense model's and the
     quantized one's) and, for the block at hand, about four more, in files where they are large.  `Recipe(compensate=0)`
-    needs only one.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
+    needs only one; `Recipe(token_weights="loss")` needs the whole model, and the activations of one sample.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
     Where torch.distributed is initialized, all its processes make this call with the same arguments and share the work; `out` is
     one folder that all of them see.  The result is the same, byte by byte, as of one process.
     Raises ConfigError for unusable arguments, before any work, ResumeMismatch where `out` holds another job, NumericalError
@@ -76,7 +77,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
     report = run.report = Report("", config)
     progress.stage("loading the model")
     with run.timed("load"):
-        stream = open_stream(source, dtype, tokenizer)
+        stream = open_stream(source, dtype, tokenizer, whole=bool(config.recipe.token_weights))
         if run.folder is not None and not hasattr(stream.model, "config"):
             raise ConfigError(f"{stream.name}: only Hugging Face models can be written to a folder; pass out=None")
         tokens, unused = calibration_windows(calibration, stream.tokenizer, samples, sequence_length, config.seed)
@@ -96,8 +97,9 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         with run.timed("check"):
             wanted = stream.logits(held_out, device)
     if not complete:
+        gradients = _loss_gradients(stream, run, specs, tokens)
         run.take_over(stream)                                   # from here on the model is no longer the dense one
-        _quantize_blocks(stream, run, specs, tokens)
+        _quantize_blocks(stream, run, specs, tokens, gradients)
         _describe(stream, run, specs)
         run.finish(stream)
     report = run.report
@@ -107,7 +109,19 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
     return report
 
 
-def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor) -> None:
+def _loss_gradients(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor) -> dict[str, Tensor]:
+    """{linear: [samples, n]} of the dense model, if the recipe weighs tokens by them."""
+    if not run.config.recipe.token_weights:
+        return {}
+    run.progress.stage("weighing the calibration tokens")
+    with run.timed("weights"):
+        found = loss_gradients(stream.model, stream.blocks, specs, tokens, run.device)
+    for name in (name for name in specs if name not in found):
+        run.note(f"{name}: sees only some of the tokens, which all count the same")
+    return found
+
+
+def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor, gradients: dict[str, Tensor]) -> None:
     """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal."""
     recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
     example = embed(stream.model, blocks, tokens[:1])[0]
@@ -145,7 +159,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                 dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index),
                                             activations.scratch)
         for stage in order:
-            packed |= _solve_stage(stage, block, linears, hidden, compared, samples, specs, stream, run)
+            packed |= _solve_stage(stage, block, linears, hidden, compared, samples, specs, stream, run, gradients)
         for full, record in kept.items():
             packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
             run.report.layers.append(record)
@@ -169,12 +183,13 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
 
 
 def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, samples: Samples,
-                 specs: dict[str, QuantSpec], stream: BlockStream, run: Run) -> dict[str, VQLinear]:
+                 specs: dict[str, QuantSpec], stream: BlockStream, run: Run, gradients: dict[str, Tensor]) -> dict[str, VQLinear]:
     """Quantizes the linears of a stage and puts the values they have now in their places -> the packed ones."""
     packed, recipe, progress = {}, run.config.recipe, run.progress
     progress.stage("collecting Hessians")
     with run.timed("hessians"):
-        inputs = collect(stage, {full: linears[full] for full in stage.names}, block, hidden, compared, run.device, samples)
+        inputs = collect(stage, {full: linears[full] for full in stage.names}, block, hidden, compared, run.device, samples,
+                         stage_weights(gradients, stage.names))
     for full in stage.names:
         linear, hessian = linears[full], inputs.hessians[full]
         if hessian.dropped:

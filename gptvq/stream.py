@@ -166,14 +166,14 @@ class BlockStream:
             self.nbytes += tensor.numel() * tensor.element_size()
 
 
-def open_stream(source, dtype, tokenizer) -> BlockStream:
-    """Of a module, or of a folder, a hub id or a .gguf file."""
+def open_stream(source, dtype, tokenizer, whole: bool = False) -> BlockStream:
+    """Of a module, or of a folder, a hub id or a .gguf file; whole: with all blocks in memory, wherever it comes from."""
     if isinstance(source, nn.Module):
         return BlockStream(source.eval(), tokenizer, type(source).__name__)
     from . import hf, parts
 
     hf.read_dtype(dtype)
-    folder = parts.streamable(source)
+    folder = None if whole else parts.streamable(source)
     if folder is None:
         model, own, name = hf.open_dense(source, dtype)
         return BlockStream(model, own if tokenizer is None else tokenizer, name)

@@ -27,7 +27,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
                             _config(4, R=32, C=32)]},
     "vq_gemv M=2": {"any": [_config(4, R=16, C=32), _config(4, R=16, C=64), _config(2, R=16, C=16)]},
     "vq_gemv M=4": {"any": [_config(8, R=16, C=64), _config(4, R=16, C=32), _config(4, R=16, C=64)]},
-    "vq_gemv M=8": {"any": [_config(4, R=16, C=32), _config(2, R=16, C=16), _config(4, R=32, C=16)]},
+    "vq_gemv M=8": {"any": [_config(8, R=16, C=64), _config(4, R=16, C=32), _config(2, R=16, C=16), _config(4, R=32, C=16)]},
     "vq_gemv 3 words M=1": {"any": [_config(4, R=16, C=64), _config(4, R=16, C=32), _config(8, R=16, C=64)]},
     "vq_gemv 3 words M=2": {"any": [_config(4, R=16, C=32), _config(8, R=16, C=64)]},
     "vq_gemv 3 words M=4": {"any": [_config(8, R=16, C=64), _config(4, R=16, C=32)]},

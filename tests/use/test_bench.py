@@ -47,6 +47,10 @@ def test_layers(my_model, tmp_path, capsys):
         change = f"{100 * (mean['ratio']['paper'] - 1):+.1f} %"
         line = next(line for line in capsys_lines(capsys, out) if f"| {preset} " in line)
         assert change in line and f"{100 * mean['error_calibration']:.3f} %" in line
+    assert bench(quality, "--table", out, "--stages") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "| 1d-3.125 " in line)
+    after = sum(at["1d-3.125", layer, "gptvq"]["stages"]["sweep 2"] for layer in names) / 4
+    assert f"| {100 * after:.3f} % |" in line
 
 
 def capsys_lines(capsys, path):

@@ -14,6 +14,7 @@ import torch
 
 import gptvq
 from gptvq import cli
+from measured_tables import check_table, marks
 from packed_cases import SPECS, random_weight, spec_id
 from gptvq.spec import FORMATS, LAYOUT_VERSION, QuantSpec
 
@@ -77,6 +78,13 @@ def test_commands_parse_and_links_lead_somewhere(path):
         assert target.startswith("https://") or (path.parent / target).exists(), target
     for place in re.findall(r"`((?:gptvq|csrc|tests|bench)/[\w./]+)`", path.read_text()):
         assert (ROOT / place).exists(), place
+
+
+@pytest.mark.parametrize("path, mark", [(path, mark) for path in DOCS for mark in marks(path.read_text(encoding="utf-8"))],
+                         ids=lambda value: getattr(value, "name", None))
+def test_measured_tables_are_those_of_the_result_files(path, mark, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    check_table(path.read_text(encoding="utf-8"), mark, capsys)
 
 
 def test_python_of_the_quick_start_runs(my_model, tmp_path, monkeypatch, capsys):

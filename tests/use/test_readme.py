@@ -1,11 +1,11 @@
 """README.md is true: its Python runs, its commands parse, its targets exist, its table is what the code computes."""
-import importlib
 import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from measured_tables import check_table, marks
 
 from gptvq import cli
 from gptvq.config import PRESETS, VQConfig
@@ -74,22 +74,11 @@ def test_tensors_of_a_checkpoint():
     assert named == set(VQConfig.preset("2d-2.25-s64").spec(64, 64).buffer_shapes())
 
 
-def squeezed(table):
-    return re.sub(r"-+(?=\|)", "---", re.sub(r" +", " ", table))
-
-
-@pytest.mark.parametrize("text,mark", [(text, mark) for text in (README, (ROOT / "docs" / "long-jobs.md").read_text())
-                                       for mark in re.findall(r"^<!-- (python -m bench.*) -->$", text, flags=re.M)])
-def test_measured_tables_are_those_of_the_result_files(text, mark, monkeypatch, capsys):
-    """The table behind each `<!-- command -->` is exactly what the command prints."""
+@pytest.mark.parametrize("mark", marks(README))
+def test_measured_tables_are_those_of_the_result_files(mark, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    module, *arguments = shlex.split(mark)[2:]
-    assert module.startswith("bench.") and "--table" in arguments
-    importlib.import_module(module).main(arguments)
-    printed = capsys.readouterr().out.strip()
-    table = text[text.index(mark) + len(mark):].split("-->", 1)[1].split("\n\n")[0]
-    assert squeezed(table.strip()) == squeezed(printed) and printed.startswith("| ")
+    check_table(README, mark, capsys)
 
 
 def test_there_are_measured_tables():
-    assert len(re.findall(r"^<!-- python -m bench.*-->$", README, flags=re.M)) >= 2
+    assert len(marks(README)) >= 2

@@ -1,0 +1,208 @@
+"""A whole model by every method: true size, layer errors, perplexity of two texts and time, in a file that is added to."""
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptvq.calibration import calibration_tokens, describe, read_tokens, tokens_sha256
+from gptvq.config import Recipe, VQConfig
+from gptvq.demo import texts
+from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.evaluate import perplexity
+from gptvq.hf import open_model
+from gptvq.quantize import quantize
+from gptvq.report import clock
+from gptvq.tune import tune
+
+from . import runner
+from .gptq import gptq_model
+from .layers import RECIPES
+from .perplexity import LayerLog, found_linears, jobs, round_model, size
+from .rotation import rotate
+
+METHODS = ("dense", "rtn", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune")
+TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation")          # measured only where --methods names them
+ROTATED = {"gptvq+heads": False, "gptvq+rotation": True}        # whether the residual stream is rotated too
+SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"), **dict.fromkeys(ROTATED, Recipe())}
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:"
+TOPICS = "Python's own documentation"
+_PROBE = 1024                   # tokens of a sample on which the outputs of layers are compared
+
+
+@dataclass
+class Texts:
+    """Ids of the texts: to calibrate on [samples, n], to tune on [samples, n], to predict [n] each."""
+
+    calibration: Tensor
+    tuning: Tensor
+    predicted: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, args, tokenizer) -> Texts:
+        source = args.calibration or WIKITEXT + "train"
+        return cls(calibration_tokens(source, tokenizer, args.samples, args.sequence_length, args.seed),
+                   calibration_tokens(source, tokenizer, args.tune_samples, args.tune_length, args.seed + 1),
+                   {"text": read_tokens(args.text or WIKITEXT + "test", tokenizer, "--text"),
+                    "second": read_tokens(args.second or texts(None, None)[1], tokenizer, "--second")})
+
+    def settings(self, args) -> dict:
+        """What identifies them in a result file."""
+        second = describe(args.second) if args.second else TOPICS
+        return {"calibration_sha256": tokens_sha256(self.calibration), "tuning_sha256": tokens_sha256(self.tuning), "second": second,
+                **{f"{name}_sha256": tokens_sha256(ids) for name, ids in self.predicted.items()}}
+
+    def probes(self, args) -> dict[str, Tensor]:
+        """[probes, up to 1024] ids of either side on which layers are compared."""
+        length = min(_PROBE, args.window, self.calibration.shape[1])
+        held_out = self.predicted["text"]
+        return {"calibration": self.calibration[: args.probes, :length],
+                "heldout": held_out[: len(held_out) // length * length].view(-1, length)[: args.probes]}
+
+
+def run(args, argv: list[str] | None, source: str, methods: list[str], presets: list[str]) -> str:
+    """Measures what the result file lacks -> its path; see --help of bench.quality."""
+    path = args.json or str(runner.ROOT / "bench" / "results" / f"quality-{Path(args.model or 'smollm2').stem}.json")
+    _, tokenizer = dense = open_model(source, device=args.device, dtype=args.dtype)
+    found = Texts.read(args, tokenizer)
+    names = ("dtype", "samples", "sequence_length", "seed", "window", "max_windows", "second_windows", "probes", "rate")
+    settings = {"mode": "whole", "model": Path(source).name, **{name: getattr(args, name) for name in names}, **found.settings(args)}
+    results = runner.Results("quality", argv, path, settings, resume=not args.fresh)
+    there = {(row["method"], row["preset"]) for row in results.rows}
+    with contextlib.ExitStack() as stack:
+        folder = Path(args.checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
+        for method, preset in jobs(methods, presets):
+            if (method, preset) in there:
+                runner.log(f"{method} {preset or ''}: in {Path(path).name} already")
+                continue
+            model, row = build(args, source, method, preset, found, dense[0], folder)
+            results.add([{"operation": "whole", "preset": preset, "method": method, **row, **measured(model, dense[0], found, args, method),
+                          "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(), "commit": runner.commit()["hash"]}])
+            runner.log(show(results.rows[-1:]))
+            del model
+    return path
+
+
+def build(args, source: str, method: str, preset: str | None, found: Texts, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict]:
+    """(the model that a method makes, its format, sizes and seconds)."""
+    if method == "dense":
+        return dense, size(dense, found.predicted["text"])
+    config = VQConfig.preset(preset, seed=args.seed)
+    if method in ("rtn", "gptq-64", "gptq-128"):
+        model, _ = open_model(source, device=args.device, dtype=args.dtype)
+        if method == "rtn":
+            return model, round_model(model, found.calibration[0], config)
+        began, group = time.perf_counter(), int(method.removeprefix("gptq-"))
+        bits = gptq_model(model, found.calibration, config.index_bits, group)
+        return model, {"format": f"int{config.index_bits} group {group}", "bits_per_value": bits,
+                       "linear_bytes": round(bits * _weights(model, found) / 8), "quantize_seconds": time.perf_counter() - began}
+    base = method.removesuffix("+tune")
+    config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=args.seed)
+    began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}", 0
+    if base in ROTATED:
+        given, out = rotate(open_model(source, device=args.device, dtype="float32")[0], ROTATED[base]).to(dense.dtype), None
+        added = given.lm_head.weight.numel() * dense.lm_head.weight.element_size() if ROTATED[base] else 0
+    again = args.fresh and base == method
+    began = time.perf_counter() - began
+    report = quantize(given, out, config, calibration=found.calibration, device=args.device, dtype=args.dtype, check=None, overwrite=again,
+                      resume="fresh" if again else "auto", progress=LayerLog())
+    model, seconds = report.model, report.seconds + began
+    row = {"format": f"{config.dim}D K{2 ** (config.dim * config.index_bits)}", "bits_per_value": report.bits_per_value,
+           "linear_bytes": report.packed_bytes, "added_bytes": added, "solver_error": report.mean_error, "stages": report.stages,
+           "warnings": report.warnings}
+    if base != method:
+        began = time.perf_counter()
+        losses = tune(model, dense, found.tuning, rate=args.rate, progress=lambda i, n, loss: runner.log(f"step {i} of {n}: {loss:.4f}"))
+        tuning = time.perf_counter() - began
+        row |= {"losses": losses, "tune_seconds": tuning}
+        seconds += tuning
+    return model, {**row, "quantize_seconds": seconds}
+
+
+def _weights(model: nn.Module, found: Texts) -> int:
+    dense = size(model, found.predicted["text"])
+    return round(8 * dense["linear_bytes"] / dense["bits_per_value"])
+
+
+def measured(model: nn.Module, dense: nn.Module, found: Texts, args, method: str) -> dict:
+    """Perplexities, and the mean relative error of the layers' outputs on both sides, unless they are rotated."""
+    began, row = time.perf_counter(), {}
+    for name, ids in found.predicted.items():
+        windows = args.max_windows if name == "text" else args.second_windows
+        row |= {f"{name}_windows": min(len(ids) // args.window, windows), f"{name}_perplexity": perplexity(model, ids, args.window, windows)}
+    for side, ids in found.probes(args).items() if model is not dense and method not in ROTATED else ():
+        errors = output_errors(dense, model, ids)
+        row[f"error_{side}"] = sum(errors.values()) / len(errors)
+    return {**row, "evaluate_seconds": time.perf_counter() - began}
+
+
+@torch.no_grad()
+def output_errors(dense: nn.Module, model: nn.Module, tokens: Tensor) -> dict[str, float]:
+    """{linear: sum |y - y~|^2 / sum |y|^2} over the outputs y, y~ of one linear in two models, each on its own inputs.
+
+    tokens [samples, n].  Unlike the error that a solver sees, this holds what the layers before have spoilt, and is one measure for
+    methods that solve for different targets.
+    """
+    wanted: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in found_linears(dense, tokens[0])}
+
+    def compare(name: str, y: Tensor) -> None:
+        want = wanted.pop(name).float()
+        sums[name] += torch.stack([(y.float() - want).square().sum(), want.square().sum()]).double().cpu()
+
+    for ids in tokens:
+        for part, act in ((dense, wanted.__setitem__), (model, compare)):
+            handles = [part.get_submodule(name).register_forward_hook(lambda m, args, y, name=name: act(name, y)) for name in sums]
+            try:
+                part(input_ids=ids[None].to(next(part.parameters()).device), use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    return {name: float(error / power) for name, (error, power) in sums.items()}
+
+
+def show(rows: list[dict]) -> str:
+    """Markdown, one line per row; "x paper" divides by the published procedure's at the same preset."""
+    paper = {row["preset"]: row for row in rows if row["method"] == "paper"}
+
+    def ratio(key: str):
+        return lambda r: "-" if r["method"] == "paper" else f"{r[key] / paper[r['preset']][key]:.3f}"
+
+    added = {"beside the linears": lambda r: f"+{r['added_bytes'] / 1e6:.1f} MB" if r["added_bytes"] else "-"}
+    added = added if any(row.get("added_bytes") for row in rows) else {}
+    return runner.table(rows, {
+        "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],
+        "bits per value": lambda r: f"{r['bits_per_value']:.3f}",
+        "layer error": lambda r: f"{100 * r['error_calibration']:.2f} %", "held out": lambda r: f"{100 * r['error_heldout']:.2f} %",
+        "held out, x paper": ratio("error_heldout"), "perplexity": lambda r: f"{r['text_perplexity']:,.2f}",
+        "x paper": ratio("text_perplexity"), "second text": lambda r: f"{r['second_perplexity']:,.2f}",
+        "quantize": lambda r: clock(r["quantize_seconds"]), **added})
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Bits per value against the perplexity of both texts, a line per method."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 2), (("text_perplexity", "text"), ("second_perplexity", "second text"))):
+        dense = next((row[key] for row in rows if row["method"] == "dense"), None)
+        if dense:
+            axes.axhline(dense, color="black", linestyle=":", label="dense")
+        for method in METHODS[1:]:
+            points = sorted((row["bits_per_value"], row[key]) for row in rows if row["method"] == method and row[key])
+            if points:
+                axes.plot(*zip(*points), marker="o", label=method)
+        axes.set(title=title, xlabel="bits per value", ylabel="perplexity", yscale="log", ylim=(0.9 * (dense or 1), 20 * (dense or 50)))
+        axes.legend()
+    try:
+        figure.savefig(Path(path), dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error})") from error

@@ -1,0 +1,109 @@
+"""bench.quality of a whole model: every method, a result file that is added to, errors that are the formula."""
+import importlib.util
+import json
+
+import pytest
+import torch
+from bench_runs import bench, check_file
+
+from bench import gptq, quality, runner, whole
+from gptvq.hf import open_model
+
+METHODS = "dense,rtn,gptq-64,paper,gptvq,gptvq+tune"
+
+
+@pytest.fixture(scope="module")
+def options(my_model):
+    return ["--model", my_model, "--calibration", my_model.parent / "calibration.txt", "--text", my_model.parent / "test.txt", "--samples", "4",
+            "--sequence-length", "64", "--dtype", "float32", "--device", "cpu", "--window", "64", "--windows", "3", "--second-windows", "2",
+            "--tune-samples", "8", "--tune-length", "32", "--presets", "2d-2.25"]
+
+
+@pytest.fixture(scope="module")
+def measured(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    out = folder / "quality.json"
+    assert bench(quality, *options, "--methods", METHODS, "--json", out, "--checkpoints", folder / "made") == 0
+    return out
+
+
+def test_rows_of_every_method(measured):
+    rows = {row["method"]: row for row in check_file(measured, "quality")}
+    assert list(rows) == METHODS.split(",") and "error_heldout" not in rows["dense"]
+    assert all(0 < row[key] for row in rows.values() for key in ("text_perplexity", "second_perplexity"))
+    assert {(row["text_windows"], row["second_windows"]) for row in rows.values()} == {(3, 2)}
+    for key in ("error_calibration", "error_heldout"):
+        assert 0 < rows["gptvq"][key] < rows["paper"][key] < rows["rtn"][key] and rows["gptq-64"][key] < rows["rtn"][key]
+    assert rows["gptvq"]["bits_per_value"] == rows["paper"]["bits_per_value"] == rows["gptvq+tune"]["bits_per_value"]
+    assert rows["gptvq"]["linear_bytes"] == pytest.approx(rows["gptvq"]["bits_per_value"] * rows["dense"]["linear_bytes"] / 32)
+    assert rows["gptq-64"]["linear_bytes"] == pytest.approx(rows["gptq-64"]["bits_per_value"] * rows["dense"]["linear_bytes"] / 32, abs=1)
+    tuned = rows["gptvq+tune"]
+    assert len(tuned["losses"]) == 2 and tuned["quantize_seconds"] > rows["gptvq"]["quantize_seconds"]
+    assert tuned["text_perplexity"] != rows["gptvq"]["text_perplexity"]
+
+
+def test_rows_are_not_measured_twice(options, measured, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "quality.json"
+    values = json.loads(measured.read_text())
+    values["rows"] = [row for row in values["rows"] if row["method"] != "rtn"]
+    out.write_text(json.dumps(values))
+    build, made = whole.build, []
+    monkeypatch.setattr(whole, "build", lambda args, source, method, *rest: made.append(method) or build(args, source, method, *rest))
+    assert bench(quality, *options, "--methods", METHODS, "--json", out) == 0
+    assert made == ["rtn"] and {row["method"] for row in runner.load(out)["rows"]} == set(METHODS.split(","))
+    printed = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == METHODS.split(",")
+    assert bench(quality, "--table", out) == 0 and capsys.readouterr().out == printed
+    chart = tmp_path / "quality.png"
+    code, drawn = bench(quality, "--table", out, "--plot", chart), importlib.util.find_spec("matplotlib") is not None
+    assert drawn or "pip install matplotlib" in capsys.readouterr().err
+    assert code == (not drawn) and (not drawn or chart.read_bytes()[:4] == b"\x89PNG")
+    assert bench(quality, *options, "--windows", "2", "--methods", "rtn", "--json", out) == 1
+    assert "max_windows differ" in capsys.readouterr().err
+
+
+def test_rotated_outputs_are_not_compared(options, tmp_path):
+    out = tmp_path / "tried.json"
+    assert bench(quality, *options, "--methods", "gptvq+heads,gptvq+rotation", "--json", out) == 0
+    heads, rotated = check_file(out, "quality")
+    assert "error_heldout" not in heads and "error_heldout" not in rotated
+    assert heads["added_bytes"] == 0 and rotated["added_bytes"] % (4 * 64) == 0 < rotated["added_bytes"] and rotated["solver_error"] > 0
+
+
+def test_errors_are_those_of_the_outputs(my_model):
+    dense, other = (open_model(my_model, device="cpu", dtype="float32")[0] for _ in range(2))
+    name = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        other.get_submodule("model.layers.0.self_attn.v_proj").weight *= 0.5
+    tokens, outputs = torch.randint(1, 250, (2, 16)), {}
+    for model in (dense, other):
+        model.get_submodule(name).register_forward_hook(lambda m, args, y: outputs.setdefault(m, []).append(y.double()))
+        with torch.no_grad():
+            for ids in tokens:
+                model(ids[None])
+    want, have = (torch.cat(outputs[model.get_submodule(name)]) for model in (dense, other))
+    found = whole.output_errors(dense, other, tokens)
+    assert found[name] == pytest.approx(float((want - have).square().sum() / want.square().sum()), rel=1e-5)
+    assert len(found) == 14 and found["model.layers.0.self_attn.q_proj"] == 0
+    assert found["model.layers.0.self_attn.v_proj"] == pytest.approx(0.25)
+
+
+def test_gptq_of_a_model_sees_the_rounded_model(my_model):
+    """The last linear's result is that of `gptq` on inputs of a model in which all linears before it are rounded."""
+    model, _ = open_model(my_model, device="cpu", dtype="float32")
+    tokens = torch.randint(1, 250, (4, 48))
+    name = "model.layers.1.mlp.down_proj"
+    weight = model.get_submodule(name).weight.detach().clone()
+    bits = gptq.gptq_model(model, tokens, 3, 64)
+    inputs = []
+    linear = model.get_submodule(name)
+    linear.register_forward_pre_hook(lambda m, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for ids in tokens:
+            model(ids[None])
+    hessian = gptq.Hessian(weight.shape[1])
+    for x in inputs:
+        hessian.add(x)
+    want, got = gptq.gptq(weight, hessian, 3, 64), linear.weight.detach()
+    assert float(((want - got) ** 2).sum() / ((want - weight) ** 2).sum()) < 1e-2
+    assert 3.2 < bits < 4 and len(got[0, :64].unique()) <= 8
