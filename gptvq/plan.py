@@ -33,6 +33,7 @@ PROBE_SAMPLES, SENSITIVITY_SAMPLES = 4, 8
 _CUTS = (0, 1, 1, 1, 1, 2, 2, 3, 4)     # of the probe's chunks: as many sums wait for each other as in a run
 _ALIKE = 4                          # linears of one shape and format that are solved
 _CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
+_UNCOUNTED = "time and memory for weighing the tokens, which takes the whole model at once, are not counted"
 
 
 @dataclass
@@ -146,9 +147,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
                 max(probe.peak_gpu, whole) if device.type == "cuda" else 0, tried, errors,
-                [text for block in stream.blocks for text in stream.warnings[block.name]] + (
-                    ["time and memory for weighing the tokens, which takes the whole model at once, are not counted"]
-                    if config.recipe.token_weights else []))
+                [text for block in stream.blocks for text in stream.warnings[block.name]] + [_UNCOUNTED] * bool(config.recipe.token_weights))
 
 
 class _Probe:
@@ -192,8 +191,7 @@ class _Probe:
             _, wanted = self._timed("forward", run_dense, block, order, linears, hidden, device)
             self._kept = 3 + sum(wanted[name][0].numel() for name in wanted) / hidden[0].numel()
         for stage in order:
-            members = {full: linears[full] for full in stage.names}
-            inputs = self._timed("hessians", collect, stage, members, block, hidden, wanted, device, samples)
+            inputs = self._timed("hessians", collect, stage, {n: linears[n] for n in stage.names}, block, hidden, wanted, device, samples)
             for full in stage.names:
                 self._solve(full, linears, inputs, specs[full])
         for spec in specs.values():

@@ -96,7 +96,7 @@ def test_weighted_hessians_and_targets(name, ids):
             continue                                    # its other summand is no hidden state of this block's call
         if stage.summed:
             wanted, y = (part + torch.cat(states, 1)[0].double().numpy() for part, states in ((wanted, hidden), (y, drifted)))
-        got = collect(stage, {name: found[name] for name in stage.names}, block, drifted, compared, CPU, weights)
+        got = collect(stage, {name: found[name] for name in stage.names}, block, drifted, compared, CPU, weights=weights)
         root = weights.flatten().sqrt().double().numpy()[:, None]
         assert np.allclose(got.hessians[full].matrix().numpy(), 2 / len(x) * (root * x).T @ (root * x), rtol=1e-3, atol=1e-4)
         weight = (found[full].weight.T if name == "gpt2" else found[full].weight).detach()
