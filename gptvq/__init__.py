@@ -12,7 +12,8 @@ import types
 from .checkpoint import VERSION as __version__
 
 _HOME = {"VQConfig": "config", "QuantSpec": "spec", "Recipe": "config", "quantize": "quantize", "quantize_weight": "solver",
-         "load": "hf", "verify": "verify", "VQLinear": "linear", "VQWeight": "weight", "Report": "report", "GptvqError": "errors",
+         "load": "hf", "GptvqConfig": "on_load", "verify": "verify", "VQLinear": "linear", "VQWeight": "weight", "Report": "report",
+         "GptvqError": "errors",
          "ConfigError": "errors", "FormatError": "errors", "NumericalError": "errors", "ResumeMismatch": "errors",
          "BackendUnavailable": "errors",
          "Chat": "chat", "write_page": "page", "export_dense": "export", "perplexity": "evaluate", "agreement": "evaluate", "run_tasks": "tasks"}

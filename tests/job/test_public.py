@@ -35,7 +35,7 @@ def test_quantize_is_the_function(first):
 @pytest.mark.parametrize("first", ["import gptvq, transformers.quantizers.auto", "import transformers.quantizers.auto, gptvq", "import gptvq.hf"])
 def test_the_format_is_registered_in_either_order(first):
     assert python(f"{first}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as a, AUTO_QUANTIZATION_CONFIG_MAPPING as b; "
-                  "print(a['gptvq'].__name__, b['gptvq'].__name__)") == "GptvqQuantizer GptvqConfig"
+                  "print(a['gptvq'].__name__, b['gptvq'].__name__)") == "GptvqQuantizer PackedGptvqConfig"
 
 
 def tokenizer():
