@@ -117,11 +117,10 @@ class GptvqQuantizer(HfQuantizer):
                 module.check(name)
         return model
 
-    def update_weight_conversions(self, weight_conversions, model, *_):
+    def update_weight_conversions(self, weight_conversions, *_):
         if self._dense is not None:         # here, and not above, where transformers builds everything on the meta device
-            self.quantization_config = model.config.quantization_config = PackedGptvqConfig(**self._dense.quantize())
-            self.pre_quantized = True
-            self._put_in_place(model, self._dense.files)
+            self.quantization_config, self.pre_quantized = PackedGptvqConfig(**self._dense.quantize()), True
+            self._put_in_place(self._dense.model, self._dense.files)
         return []                           # packed checkpoints are stored under the names of the modules
 
     def is_serializable(self):

@@ -65,7 +65,7 @@ class Dense:
         if not isinstance(model, causal):
             raise ConfigError(f"{model.name_or_path}: {type(model).__name__} cannot be quantized on load, only causal language models can; "
                               "use AutoModelForCausalLM, or load it dense")
-        self.files, self._model, self._wish, self._temporary = files, model, wish, None
+        self.files, self.model, self._wish, self._temporary = files, model, wish, None
 
     def quantize(self) -> dict:
         """Quantizes the files, of which the list then names the packed ones -> their quantization_config."""
@@ -78,7 +78,7 @@ class Dense:
         progress = wish.progress or (RichProgress() if os.isatty(2) else Progress())
         try:
             wish.report = quantize(folder, out, wish.config, calibration=wish.calibration, samples=wish.samples,
-                                   sequence_length=wish.sequence_length, device=wish.device, dtype=str(self._model.dtype)[6:], check=None,
+                                   sequence_length=wish.sequence_length, device=wish.device, dtype=str(self.model.dtype)[6:], check=None,
                                    strict=wish.strict, tokenizer=wish.tokenizer or self._tokenizer(folder), progress=progress)
         except BaseException:
             self.clean_up()
@@ -96,7 +96,7 @@ class Dense:
     def _tokenizer(self, folder: Path):
         from .hf import read_tokenizer
 
-        found, name = read_tokenizer(folder), self._model.name_or_path
+        found, name = read_tokenizer(folder), self.model.name_or_path
         if found is None and not Path(name).exists():       # of a hub's model transformers has only fetched the weights so far
             found = read_tokenizer(name, revision=folder.name)
         return found

@@ -86,7 +86,7 @@ def test_the_dense_model_is_never_in_memory(dense, scratch, monkeypatch):
     streams, opened = [], stream.open_stream
     monkeypatch.setattr(sys.modules["gptvq.quantize"], "open_stream", lambda *args: streams.append(opened(*args)) or streams[-1])
     seen, quantize = [], on_load.Dense.quantize
-    monkeypatch.setattr(on_load.Dense, "quantize", lambda self: seen.append({t.device.type for t in self._model.state_dict().values()})
+    monkeypatch.setattr(on_load.Dense, "quantize", lambda self: seen.append({t.device.type for t in self.model.state_dict().values()})
                         or quantize(self))
     AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings())
     assert seen == [{"meta"}] and streams[0].streamed
