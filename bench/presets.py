@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from gptvq.calibration import read_tokens, tokens_sha256
 from gptvq.cli import encode
@@ -61,6 +62,8 @@ def measure(args, argv: list[str] | None) -> list[dict]:
         if getattr(args, option) is None or not Path(getattr(args, option)).is_file():
             raise ConfigError(f"--{option}: got {getattr(args, option)}, need a text file")
     source = args.model or bundled_model()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     dense, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
     tokens, prompt = read_tokens(args.text, tokenizer, "--text"), encode(tokenizer, PROMPT, chat=False)[0]
     results = runner.Results("presets", argv, args.json, {
@@ -99,7 +102,8 @@ def speed(packed, dense, prompt, args) -> dict:
 def show(rows: list[dict]) -> str:
     dense = next((row["perplexity"] for row in rows if row["preset"] is None), None)
     return runner.table(rows, {
-        "preset": lambda r: r["preset"] or "dense", "format": lambda r: r["format"], "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
+        "preset": lambda r: r["preset"] or "dense", "format": lambda r: r["format"],
+        "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
         "linears, MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}", "whole model, MB": lambda r: f"{r['total_bytes'] / 1e6:.1f}",
         "perplexity": lambda r: f"{r['perplexity']:,.2f}", "x dense perplexity": lambda r: f"{r['perplexity'] / dense:.2f}",
         "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}", "x dense tokens/s": lambda r: f"{r['speedup']:.2f}",

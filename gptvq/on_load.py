@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,9 @@ class GptvqConfig(QuantizationConfigMixin):
     The arguments are those of `gptvq.quantize`, and the weights are the same, byte by byte.  `config`: a VQConfig or a preset's name.
     `calibration`: text, a path, a dataset's name, strings, or ids [samples, tokens]; there is no default.  The checkpoint's files are
     read block by block, the dense model is at no time in memory; the packed one is written into `out`, or else into a temporary
-    folder, and loaded from there.  With `out` an interrupted load goes on where it was, and a finished one quantizes nothing.
-    `tokenizer`: where the checkpoint has none.  `progress`: None shows it on a terminal.  Afterwards `report` holds the Report.
+    folder (of the size that `gptvq plan` says), and loaded from there.  With `out` an interrupted load goes on where it was, and a
+    finished one quantizes nothing.  `tokenizer`: where the checkpoint has none.  `progress`: None shows it on a terminal.  Afterwards
+    `report` holds the Report.
     Raises ConfigError for a config or calibration of the wrong kind.
     """
 
@@ -69,13 +71,15 @@ class Dense:
 
     def quantize(self) -> dict:
         """Quantizes the files, of which the list then names the packed ones -> their quantization_config."""
+        from rich.console import Console
+
         from .quantize import quantize
 
         wish, folder = self._wish, Path(self.files[0]).parent
         if wish.out is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="gptvq-", ignore_cleanup_errors=True)
         out = Path(self._temporary.name if wish.out is None else wish.out)
-        progress = wish.progress or (RichProgress() if os.isatty(2) else Progress())
+        progress = wish.progress or (RichProgress(Console(stderr=True)) if sys.stderr and sys.stderr.isatty() else Progress())
         try:
             wish.report = quantize(folder, out, wish.config, calibration=wish.calibration, samples=wish.samples,
                                    sequence_length=wish.sequence_length, device=wish.device, dtype=str(self.model.dtype)[6:], check=None,
@@ -124,5 +128,5 @@ def refuse_offloading(device_map, settings) -> None:
     for name, place in places.items():
         held = layers is None or any(f"{layer}.".startswith(f"{name}.") for layer in layers) or not name
         if place in away and held:
-            raise ConfigError(f"device_map: {name or 'the model'!r} goes to {place!r}, but packed layers cannot be offloaded: they are small, "
-                              "give them the device that computes (device_map={\"\": \"cuda\"} or \"cpu\"), or raise max_memory")
+            raise ConfigError(f"device_map: {name or 'the model'!r} goes to {place!r}, but packed layers cannot be offloaded: they are "
+                              "small, give them the device that computes (device_map={\"\": \"cuda\"} or \"cpu\"), or raise max_memory")
