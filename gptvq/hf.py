@@ -118,7 +118,7 @@ class GptvqQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions, *_):
-        if self._dense is not None:         # here, and not above, where transformers builds everything on the meta device
+        if not self.pre_quantized:          # here, and not above, where transformers builds everything on the meta device
             self.quantization_config, self.pre_quantized = PackedGptvqConfig(**self._dense.quantize()), True
             self._put_in_place(self._dense.model, self._dense.files)
         return []                           # packed checkpoints are stored under the names of the modules
