@@ -12,18 +12,19 @@ import types
 from .checkpoint import VERSION as __version__
 
 _HOME = {"VQConfig": "config", "QuantSpec": "spec", "Recipe": "config", "quantize": "quantize", "quantize_weight": "solver",
-         "load": "hf", "verify": "verify", "VQLinear": "linear", "VQWeight": "weight", "Report": "report", "GptvqError": "errors",
-         "ConfigError": "errors", "FormatError": "errors", "NumericalError": "errors", "ResumeMismatch": "errors",
-         "BackendUnavailable": "errors",
-         "Chat": "chat", "write_page": "page", "export_dense": "export", "perplexity": "evaluate", "agreement": "evaluate", "run_tasks": "tasks"}
+         "load": "hf", "GptvqConfig": "on_load", "verify": "verify", "VQLinear": "linear", "VQWeight": "weight", "Report": "report",
+         "GptvqError": "errors", "ConfigError": "errors", "FormatError": "errors", "NumericalError": "errors",
+         "ResumeMismatch": "errors", "BackendUnavailable": "errors",
+         "Chat": "chat", "write_page": "page", "export_dense": "export", "perplexity": "evaluate", "agreement": "evaluate",
+         "run_tasks": "tasks", "plan": "plan", "tune_folder": "tune", "diagnose": "doctor"}
 __all__ = ["__version__", *_HOME]
 
 
 class _Package(types.ModuleType):
-    """`gptvq.quantize` and `gptvq.verify` are the functions: importing the submodules of those names must not put them in their place."""
+    """`gptvq.quantize`, `verify` and `plan` are the functions: importing the submodules of those names must not put them in their place."""
 
     def __setattr__(self, name, value):
-        if name in ("quantize", "verify") and isinstance(value, types.ModuleType):
+        if name in ("quantize", "verify", "plan") and isinstance(value, types.ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

@@ -124,7 +124,9 @@ def texts(calibration: str | None, text: str | None) -> tuple[str, str]:
     while seen < half:
         seen += len(entries[cut])
         cut += 1
-    return "\n\n".join(entries[:cut]), "\n\n".join(entries[cut:])
+    first, second = "\n\n".join(entries[:cut]), "\n\n".join(entries[cut:])
+    known = set(first.split("\n\n"))                    # some paragraphs stand in several topics
+    return first, "\n\n".join(part for part in second.split("\n\n") if part not in known)
 
 
 def checkpoint_bytes(folder: Path) -> int:

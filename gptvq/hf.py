@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from pathlib import Path
 
 import torch
@@ -19,26 +18,23 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import checkpoint
+from . import checkpoint, on_load
 from .calibration import read_tokens
 from .errors import ConfigError, FormatError, GptvqError
 from .experts import is_fused, unfuse
+from .gguf_file import gguf_file, mend
 from .linear import VQLinear, set_activations
 from .model import is_conv1d
 from .ops import check_activations
 from .spec import LAYOUT_VERSION
 from .verify import verify
 
-__all__ = ["GptvqConfig", "GptvqQuantizer", "attach", "load", "open_dense", "open_model", "read_tokens"]
+__all__ = ["GptvqQuantizer", "PackedGptvqConfig", "attach", "load", "open_dense", "open_model", "read_tokens"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-#: llama.cpp's pre-tokenizers that split every digit off before GPT-2's rule.
-_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-
-_GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
-class GptvqConfig(QuantizationConfigMixin):
+class PackedGptvqConfig(QuantizationConfigMixin):
     """config.json's quantization_config.  Raises FormatError for a newer layout or damaged settings."""
 
     def __init__(self, layers: dict | None = None, layout_version: int = LAYOUT_VERSION, version: str = "", config: dict | None = None,
@@ -58,11 +54,24 @@ class GptvqConfig(QuantizationConfigMixin):
 
 
 class GptvqQuantizer(HfQuantizer):
-    """Puts VQLinears in place on the meta device and checks the files against them before any tensor is read."""
+    """Puts VQLinears in place on the meta device and checks the files against them before any tensor is read.
 
-    requires_calibration = True             # refuses quantization_config= on a dense checkpoint
+    With a GptvqConfig for a dense checkpoint: quantizes it, and goes on with the packed one.
+    """
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    _dense = None                           # what is to be quantized, until it is
+
+    def validate_environment(self, device_map=None, **kwargs):
+        on_load.refuse_offloading(device_map, self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
+        on_load.refuse_unknown(device_map, model)
+        if self.pre_quantized:
+            self._put_in_place(model, checkpoint_files)
+        else:
+            self._dense = on_load.Dense(model, checkpoint_files, self.quantization_config)
+
+    def _put_in_place(self, model, checkpoint_files):
         specs = self.quantization_config.specs()
         files = [Path(file) for file in checkpoint_files or ()]
         entries = checkpoint.read_headers(files)
@@ -100,12 +109,18 @@ class GptvqQuantizer(HfQuantizer):
             checkpoint.check_tensors(entries, expected, {*tied, *tied.values()}, str(files[0].parent))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self._dense is not None:
+            self._dense.clean_up()
+            self._dense = None
         for name, module in model.named_modules():
             if isinstance(module, VQLinear):
                 module.check(name)
         return model
 
     def update_weight_conversions(self, weight_conversions, *_):
+        if not self.pre_quantized:          # here, and not above, where transformers builds everything on the meta device
+            self.quantization_config, self.pre_quantized = PackedGptvqConfig(**self._dense.quantize()), True
+            self._put_in_place(self._dense.model, self._dense.files)
         return []                           # packed checkpoints are stored under the names of the modules
 
     def is_serializable(self):
@@ -118,7 +133,7 @@ class GptvqQuantizer(HfQuantizer):
 
 def attach(model: nn.Module, settings: dict) -> None:
     """Marks a model whose linears were replaced in memory, so that save_pretrained writes a checkpoint that loads."""
-    config = GptvqConfig(**settings)
+    config = PackedGptvqConfig(**settings)
     model.hf_quantizer = GptvqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, checkpoint.METHOD
     model.config.quantization_config = config
@@ -160,7 +175,7 @@ def open_dense(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> 
     Dtype "auto" is the stored one, bfloat16 for GGUF files, whose weights are unpacked.
     """
     dtype, path = read_dtype(dtype), Path(source)
-    gguf = _gguf_file(path)
+    gguf = gguf_file(path)
     if gguf is not None:
         settings = transformers.GgufConfig(gguf_file=gguf.name, dequantize=True)
         model = from_pretrained(gguf.parent, ConfigError, gguf_file=gguf.name, quantization_config=settings,
@@ -170,7 +185,7 @@ def open_dense(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> 
                 delattr(holder, name)       # the weights are dense now
         model.is_quantized = False
         tokenizer = read_tokenizer(gguf.parent, gguf_file=gguf.name)
-        _mend_from_gguf(gguf, tokenizer, model)
+        mend(gguf, tokenizer, model)
         return model.eval(), tokenizer, gguf.name
     if path.is_dir():
         if not (path / checkpoint.CONFIG).is_file():
@@ -228,58 +243,6 @@ def read_tokenizer(source, **kwargs):
         raise ConfigError(f"{source}: transformers cannot load its tokenizer ({type(error).__name__}: {error})") from error
 
 
-def _gguf_file(path: Path) -> Path | None:
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file; check the path")
-        return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / checkpoint.CONFIG).exists() else []
-    if len(files) > 1:
-        raise ConfigError(f"{path}: holds {len(files)} .gguf files; name one of them")
-    return files[0] if files else None
-
-
-def _mend_from_gguf(path: Path, tokenizer, model) -> None:
-    """Special tokens and digit splitting as the file's metadata says; transformers before 5.20 gets both wrong for some files."""
-    from tokenizers import pre_tokenizers
-
-    values = _gguf_metadata(path)
-    for token, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = values.get(f"tokenizer.ggml.{key}_token_id")
-        if number is None:
-            continue
-        setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(number))
-        for settings in (model.config, model.generation_config) if token != "unk" else ():
-            if not isinstance(getattr(settings, f"{token}_token_id", None), list):      # several ends are set on purpose
-                setattr(settings, f"{token}_token_id", number)
-    if values.get("tokenizer.ggml.pre") in _DIGITS_APART:
-        backend = tokenizer.backend_tokenizer
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
-
-
-def _gguf_metadata(path: Path) -> dict:
-    """{key: value} of a GGUF header, arrays left out; package gguf's reader takes seconds, for the vocabulary."""
-    with open(path, "rb") as file:
-        def number(code: str):
-            return struct.unpack("<" + code, file.read(struct.calcsize(code)))[0]
-
-        def value(kind: int):
-            if kind == 8:               # string
-                return file.read(number("Q")).decode(errors="replace")
-            if kind == 9:               # array: walked over
-                inner, count = number("I"), number("Q")
-                if inner in (8, 9):
-                    for _ in range(count):
-                        value(inner)
-                else:
-                    file.seek(count * struct.calcsize(_GGUF_NUMBERS[inner]), os.SEEK_CUR)
-                return None
-            return number(_GGUF_NUMBERS[kind])
-
-        number("8s"), number("Q")       # magic and version, tensor count
-        return {value(8): value(number("I")) for _ in range(number("Q"))}
-
-
 def read_dtype(dtype: str | torch.dtype):
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -287,5 +250,5 @@ def read_dtype(dtype: str | torch.dtype):
     return "auto" if name == "auto" else getattr(torch, name)
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(checkpoint.METHOD, GptvqConfig)
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(checkpoint.METHOD, PackedGptvqConfig)
 AUTO_QUANTIZER_MAPPING.setdefault(checkpoint.METHOD, GptvqQuantizer)

@@ -131,7 +131,8 @@ class QuantSpec:
             f" svd{self.svd_rank}" if self.svd_rank else "")
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        # dataclasses.asdict makes deep copies, which torch.compile cannot follow on Python 3.10.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict) -> QuantSpec:

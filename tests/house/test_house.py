@@ -30,14 +30,15 @@ LAYERS = [
     {"linear"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",
      "redo", "parts", "plan", "sums", "mixed", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor", "bands", "code_use",
-     "plots", "page_style", "page", "chat", "kernel_speed", "tasks", "shard", "token_weights"},
+     "plots", "page_style", "page", "chat", "kernel_speed", "tasks", "shard", "token_weights", "on_load",
+     "gguf_file"},
     {"quantize"},
     {"cli_job", "cli_plan", "cli_use", "completion", "cli", "demo", "__main__"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 JOB = RANK["model"]
-EXTRA = {("hf", "quantize")}
+EXTRA = {("hf", "quantize"), ("on_load", "quantize")}
 LINE_CEILINGS = {"gptvq": 300, "csrc": 500, "triton_kernels": 500, "tests": 300, "bench": 300}
 LINE_EXCEPTIONS: dict[str, int] = {}
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}

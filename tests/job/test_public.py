@@ -32,10 +32,16 @@ def test_quantize_is_the_function(first):
                   "print(callable(f), f is quantize is g is gptvq.quantize)") == "True True"
 
 
+@pytest.mark.parametrize("name", ["plan", "verify"])
+def test_functions_named_like_their_modules(name):
+    assert python(f"import gptvq.{name}; from gptvq.{name} import {name} as f; import gptvq; "
+                  f"print(f is gptvq.{name}, callable(f))") == "True True"
+
+
 @pytest.mark.parametrize("first", ["import gptvq, transformers.quantizers.auto", "import transformers.quantizers.auto, gptvq", "import gptvq.hf"])
 def test_the_format_is_registered_in_either_order(first):
     assert python(f"{first}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as a, AUTO_QUANTIZATION_CONFIG_MAPPING as b; "
-                  "print(a['gptvq'].__name__, b['gptvq'].__name__)") == "GptvqQuantizer GptvqConfig"
+                  "print(a['gptvq'].__name__, b['gptvq'].__name__)") == "GptvqQuantizer PackedGptvqConfig"
 
 
 def tokenizer():

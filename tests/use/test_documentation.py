@@ -92,8 +92,8 @@ def test_python_of_the_quick_start_runs(my_model, tmp_path, monkeypatch, capsys)
         shutil.copy(my_model.parent / name, tmp_path)
     shutil.copytree(my_model, tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("quickstart.md", "python")
-    assert "samples=128, sequence_length=2048" in code
+    code = "\n".join(blocks("quickstart.md", "python"))
+    assert code.count("samples=128, sequence_length=2048") == 2
     exec(compile(code.replace("samples=128, sequence_length=2048", "samples=2, sequence_length=32"), "docs/quickstart.md", "exec"), {})
     assert "'kl':" in capsys.readouterr().out and (tmp_path / "my-model-2.25" / "report.html").exists()
     assert (tmp_path / "my-model-dense" / "model.safetensors").exists()
