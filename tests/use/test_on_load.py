@@ -84,7 +84,8 @@ def test_the_dense_model_is_never_in_memory(dense, scratch, monkeypatch):
     from gptvq import on_load, stream
 
     streams, opened = [], stream.open_stream
-    monkeypatch.setattr(sys.modules["gptvq.quantize"], "open_stream", lambda *args, **named: streams.append(opened(*args, **named)) or streams[-1])
+    monkeypatch.setattr(sys.modules["gptvq.quantize"], "open_stream",
+                        lambda *args, **named: streams.append(opened(*args, **named)) or streams[-1])
     seen, quantize = [], on_load.Dense.quantize
     monkeypatch.setattr(on_load.Dense, "quantize", lambda self: seen.append({t.device.type for t in self.model.state_dict().values()})
                         or quantize(self))
