@@ -46,7 +46,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     None does without.  strict: whatever would be a warning or a repair in the report is an error.
     Memory: of a folder's model one block at a time; two hidden states of every calibration token (the dense model's and the
     quantized one's) and, for the block at hand, about four more, in files where they are large.  `Recipe(compensate=0)`
-    needs only one; `Recipe(token_weights="loss")` needs the whole model, and the activations of one sample.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
+    needs only one; `Recipe(token_weights="loss")` needs the whole model, and the activations of one sample.  The report holds the
+    quantized model (`.model`, runs at once) and the tokenizer.
     Where torch.distributed is initialized, all its processes make this call with the same arguments and share the work; `out` is
     one folder that all of them see.  The result is the same, byte by byte, as of one process.
     Raises ConfigError for unusable arguments, before any work, ResumeMismatch where `out` holds another job, NumericalError

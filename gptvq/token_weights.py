@@ -18,8 +18,9 @@ def loss_gradients(model: nn.Module, blocks: list[Block], names: Iterable[str], 
                    progress: Callable[[int, int], None] = lambda done, of: None) -> dict[str, Tensor]:
     """{linear: [samples, n] float32 squared norms of the gradient of the next-token loss at its outputs}; tokens [samples, n].
 
-    blocks: those of the model, with their recorded calls.  The loss is the negative log-likelihood of the sample's own tokens, summed.  The model runs on `device` meanwhile, as a whole.
-    Linears that are not called once with a row per token (experts) are left out.  Raises NumericalError for gradients that are not finite.
+    blocks: those of the model, with their recorded calls.  The loss is the negative log-likelihood of the sample's own tokens, summed.
+    The model runs on `device` meanwhile, as a whole.  Linears that are not called once with a row per token (experts) are left out.
+    Raises NumericalError for gradients that are not finite.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     calls: dict[str, int] = {}
