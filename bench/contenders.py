@@ -49,6 +49,7 @@ class Contender:
     calls: int
     run: Callable[[], object]
     read: str | None = None         # name of the read probe over as many bytes
+    layers: list[VQLinear] = field(default_factory=list)
     close: Callable[[], None] = field(default=lambda: None)
 
 
@@ -141,7 +142,7 @@ class Shape:
 
             row = {"method": "gptvq", "preset": preset, "format": describe_format(vq.spec), "activations": kind,
                    "bits_per_value": vq.bits_per_value}
-            return Contender(f"gptvq {preset} {kind}", row, vq.nbytes, len(layers), run, f"{READ} {preset}")
+            return Contender(f"gptvq {preset} {kind}", row, vq.nbytes, len(layers), run, f"{READ} {preset}", layers)
 
         return [contender(kind) for kind in activations]
 

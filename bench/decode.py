@@ -24,9 +24,10 @@ from gptvq.model import dense_weight, find_blocks, linears
 from gptvq.weight import VQWeight
 
 from . import decode_gpu, llamacpp, runner
-from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Contender, Shape, label, random_weight, ring_bytes, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Contender, Shape, inputs, label, random_weight, ring_bytes, with_ggml
 
 PARTS = ("tokens", "linears")
+AS_CALLED = ", as in the model"
 PROMPT = "The tower stands on the hill above the river, and"
 EXAMPLE = """examples:
   python -m bench.decode --json bench/results/decode-cpu.json
@@ -37,7 +38,8 @@ EXAMPLE = """examples:
 tokens per second: greedy, batch 1, with a cache, the prompt not timed.  Without --packed the packed weights are random, with the
 standard deviation of those they replace: what such a model says is noise, but it says it as fast.  The dense weights of the head and
 the embedding are bfloat16 here and Q8_0 in llama.cpp.  linears: every linear of the decoder blocks once, in ms; weights are random,
-in as many copies as make at least 192 MB, so that no cache holds them.  --shape: a model of those sizes with random weights on any
+in as many copies as make at least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed
+ones, "as in the model": block by block, those that share an input one after another on it.  --shape: a model of those sizes with random weights on any
 device, its steps called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
 
 
@@ -86,8 +88,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     try:
         for threads in args.threads if "linears" in args.parts else []:
             torch.set_num_threads(threads)
-            shapes = Counter(tuple(dense_weight(linear).shape) for linear in found.values())
-            results.add(compare_linears(shapes, args, baselines, threads))
+            results.add(compare_linears(calls(dense, prompt, found), args, baselines, threads))
             runner.log(f"linears, {threads} threads: {len(results.rows)} rows")
         if "tokens" in args.parts:
             with tempfile.TemporaryDirectory() as folder:
@@ -106,10 +107,31 @@ def blocks_linears(model: nn.Module, prompt: Tensor) -> dict[str, nn.Module]:
     return {name: linear for block in find_blocks(model, prompt[None]) for name, linear in linears(block.module, block.name).items()}
 
 
+def calls(model: nn.Module, prompt: Tensor, found: dict[str, nn.Module]) -> list[list[tuple[int, int]]]:
+    """The shapes (rows, cols) of the linears in the order in which the model calls them, those together that get the same tensor."""
+    groups, last = [], []
+
+    def note(linear: nn.Module, args: tuple) -> None:
+        if not last or last[-1] is not args[0]:
+            groups.append([])
+        groups[-1].append(tuple(dense_weight(linear).shape))
+        last[:] = args[:1]
+
+    hooks = [linear.register_forward_pre_hook(note) for linear in found.values()]
+    try:
+        with torch.no_grad():
+            model(prompt[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return groups
+
+
 # ---- the linears alone
 @torch.inference_mode()
-def compare_linears(shapes: Counter, args, baselines: list[str], threads: int) -> list[dict]:
-    """Rows for {(rows, cols): how many}; those that cannot do every shape are left out."""
+def compare_linears(groups: list[list[tuple[int, int]]], args, baselines: list[str], threads: int) -> list[dict]:
+    """Rows for the `calls` of a model; those that cannot do every shape are left out."""
+    shapes = Counter(shape for group in groups for shape in group)
     total = sum(rows * cols * count for (rows, cols), count in shapes.items())
     parts: dict[str, list[Contender]] = {}
     every = []
@@ -122,6 +144,8 @@ def compare_linears(shapes: Counter, args, baselines: list[str], threads: int) -
             parts.setdefault(one.name, []).append(one)
     parts = {name: ones for name, ones in parts.items() if len(ones) == len(shapes)}
     passing = {name: lambda ones=ones: [one.run() for one in ones] for name, ones in parts.items()}
+    for name in [name for name, ones in parts.items() if ones[0].layers]:
+        parts[name + AS_CALLED], passing[name + AS_CALLED] = parts[name], as_called(groups, dict(zip(shapes, parts[name])))
     times = runner.paired(passing, args.repeats, settle=SETTLE)
     passes = {name: sum(one.calls for one in ones) / shapes.total() for name, ones in parts.items()}
     times = {name: [seconds / passes[name] for seconds in found] for name, found in times.items()}
@@ -129,7 +153,7 @@ def compare_linears(shapes: Counter, args, baselines: list[str], threads: int) -
     for name, ones in parts.items():
         nbytes = sum(one.nbytes * count for one, count in zip(ones, shapes.values()))
         read = {"of_read": runner.ratio(times, name, ones[0].read)} if ones[0].read in times else {}
-        rows.append({"operation": "linears of one token", **ones[0].row, "format": plain(ones[0].row["format"]),
+        rows.append({"operation": "linears of one token" + AS_CALLED * name.endswith(AS_CALLED), **ones[0].row, "format": plain(ones[0].row["format"]),
                      "bits_per_value": 8 * nbytes / total, "linears": shapes.total(), "device": "cpu", "threads": threads,
                      "cache": "cold", "median_seconds": statistics.median(times[name]),
                      "gb_per_second": nbytes / statistics.median(times[name]) / 1e9,
@@ -139,6 +163,23 @@ def compare_linears(shapes: Counter, args, baselines: list[str], threads: int) -
     for shape in every:
         shape.close()
     return rows
+
+
+def as_called(groups: list[list[tuple[int, int]]], parts: dict[tuple[int, int], Contender]) -> Callable[[], None]:
+    """A pass over all copies of a packed model's linears, each group of them on a tensor of its own."""
+    rings = {shape: iter(one.layers) for shape, one in parts.items()}
+    with torch.inference_mode(False):               # tensors of inference mode do not count their changes, and so share nothing
+        x = {cols: [inputs(1, cols).bfloat16() for _ in range(2)] for _, cols in parts}
+    copies = sum(len(one.layers) for one in parts.values()) // sum(map(len, groups))
+    order = [(x[group[0][1]][at % 2], [next(rings[shape]) for shape in group]) for at, group in enumerate(groups * copies)]
+
+    def run() -> None:
+        for tokens, layers in order:
+            for layer in layers:
+                layer(tokens)
+
+    run()                                           # learns who shares
+    return run
 
 
 def rounds(nbytes: float) -> int:

@@ -71,21 +71,24 @@ class VQLinear(nn.Module):
         return ops.dequantize(*self._decode_tables(), self.spec, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        ops.check_input(x, self.in_features, self.name or "VQLinear")
-        bias = self.bias
+        # Written for few look-ups: at one token a small layer's kernel takes as long as ten lines of Python.
+        if x.dtype not in ops.FLOATS or not x.ndim or x.shape[-1] != self.in_features:
+            ops.check_input(x, self.in_features, self.name or "VQLinear")
+        bias, buffers = self.bias, self._buffers
         if torch.compiler.is_compiling():
             return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations)
-        if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad) or x.device != self._buffers["idx"].device:
+        if x.device != buffers["idx"].device or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
             return F.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
         ready = self._ready
         if ready is not None:
             self.__dict__["_ready"] = None              # nn.Module's own way to set an attribute takes a microsecond
             if ready[0] is x and ready[1] == x._version:
                 return ready[2]
-        kernel = self._prepared(bias)
+        if self.activations not in ops.ACTIVATIONS:
+            ops.check_activations(self.activations)
+        kernel = self._prepared(buffers, bias)
         if hasattr(kernel, "together") and x.numel() <= _FEW * self.in_features and not x.is_inference():
             return self._with_followers(kernel, x)
-        ops.check_activations(self.activations)
         return kernel(x, self.activations)
 
     def _with_followers(self, kernel, x: Tensor) -> Tensor:
@@ -95,31 +98,34 @@ class VQLinear(nn.Module):
         left out); one that leaves a result lying is followed no more.
         """
         global _leader
-        ops.check_activations(self.activations)
         leader, of = _leader
         if of is not None and of() is x and leader is not self:
             if self._learnable(leader):
                 leader._followers += (self,)
         else:
             _leader = self, weakref.ref(x)
-        if not self._followers:
-            return kernel(x, self.activations)
-        if any(f._ready is not None or f.activations != self.activations for f in self._followers):
-            self._followers = tuple(f for f in self._followers if f._ready is None and f.activations == self.activations)
-        mine, *theirs = kernel.together([f._prepared(f.bias) for f in self._followers], x, self.activations)
-        for follower, y in zip(self._followers, theirs):
-            follower.__dict__["_ready"] = x, x._version, y
+        activations, followers = self.activations, self._followers
+        for follower in followers:
+            if follower._ready is not None or follower.activations != activations:
+                followers = self._followers = tuple(f for f in followers if f._ready is None and f.activations == activations)
+                break
+        if not followers:
+            return kernel(x, activations)
+        mine, *theirs = kernel.together([f._prepared(f._buffers, f.bias) for f in followers], x, activations)
+        version = x._version
+        for follower, y in zip(followers, theirs):
+            follower.__dict__["_ready"] = x, version, y
         return mine
 
     def _learnable(self, leader: VQLinear) -> bool:
         return self not in leader._followers and len(leader._followers) < 8 and self.in_features == leader.in_features
 
-    def _prepared(self, bias: Tensor | None):
-        idx, gs = self._buffers["idx"], self._buffers["gs"]
-        made_from, versions = self._made_from, (_version(gs), _version(bias))
-        if not made_from or made_from[0] is not idx or made_from[1] is not gs or made_from[2] is not bias or made_from[3] != versions:
+    def _prepared(self, buffers: dict[str, Tensor], bias: Tensor | None):
+        idx, gs, made = buffers["idx"], buffers["gs"], self._made_from
+        if not (made and made[0] is idx and made[1] is gs and made[2] is bias and (made[3] is None or made[3] == gs._version)
+                and (made[4] is None or made[4] == bias._version)):
             self._kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
-            self._made_from = idx, gs, bias, versions
+            self._made_from = idx, gs, bias, _version(gs), _version(bias)
         return self._kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -188,6 +194,6 @@ def set_activations(model: nn.Module, activations: str) -> None:
             module.activations = activations
 
 
-def _version(tensor: Tensor | None) -> int:
+def _version(tensor: Tensor | None) -> int | None:
     """Counts changes in place; inference tensors have no counter."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+    return None if tensor is None or tensor.is_inference() else tensor._version

@@ -124,6 +124,8 @@ def test_decode(my_model, tmp_path, capsys):
     shapes = [(64, 64)] * 4 + [(32, 64)] * 4 + [(96, 64)] * 4 + [(64, 96)] * 2
     assert alone[0]["bits_per_value"] == pytest.approx(8 * sum(VQConfig.preset("2d-2.25").spec(*s).nbytes for s in shapes)
                                                        / sum(a * b for a, b in shapes))
+    shared = [row for row in rows if row["operation"] == "linears of one token, as in the model"]
+    assert [row["activations"] for row in shared] == ["a16", "a8"] and all(row["linears"] == 14 for row in shared)
     printed = capsys.readouterr()
     assert "no rows of llama.cpp: it opens .gguf files alone" in printed.err and printed.out.count("\n") == 2 + len(rows)
 
@@ -138,6 +140,13 @@ def test_decode_of_a_checkpoint(my_model, tmp_path, capsys):
     assert ours["bits_per_value"] == pytest.approx(report.bits_per_value) and ours["tokens_per_second"] > 0
     assert bench(decode, "--model", my_model, "--packed", my_model, *options) == 1
     assert "not a gptvq checkpoint" in capsys.readouterr().err
+
+
+def test_calls_are_in_the_order_of_the_model(my_model):
+    dense, _ = open_model(my_model, device="cpu", dtype="float32")
+    prompt = torch.arange(1, 9)
+    q, k, gate, down = (64, 64), (32, 64), (96, 64), (64, 96)
+    assert decode.calls(dense, prompt, decode.blocks_linears(dense, prompt)) == 2 * [[q, k, k], [q], [gate, gate], [down]]
 
 
 def test_random_weights_are_as_large_as_those_they_replace(my_model):
