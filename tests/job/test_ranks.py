@@ -56,6 +56,15 @@ def test_hidden_states_on_the_disk(forks, folder, tmp_path, compensate):
     assert files(tmp_path / "again") == files(tmp_path / "one")
 
 
+def test_tokens_weighed_by_the_loss(forks, folder, tmp_path):
+    request = {"model": folder, "samples": 5, "recipe": {"token_weights": "loss"}}
+    run(forks, **request, out=tmp_path / "one")
+    run(forks, **request, out=tmp_path / "many", ranks=2)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    run(forks, model=folder, samples=5, out=tmp_path / "plain")
+    assert files(tmp_path / "plain")["model.safetensors"] != files(tmp_path / "one")["model.safetensors"]
+
+
 def test_one_process_stops_the_others(forks, tmp_path):
     """What only one process sees, in its samples, ends the job in all."""
     result = forks.run(model="llama", out=tmp_path / "out", samples=4, ranks=2, poisoned=3)
