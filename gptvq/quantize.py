@@ -114,9 +114,13 @@ def _loss_gradients(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], 
     """{linear: [samples, n]} of the dense model, if the recipe weighs tokens by them."""
     if not run.config.recipe.token_weights:
         return {}
+    def tell(done: int, of: int) -> None:
+        if done == of or done % -(-of // 10) == 0:                  # ten lines where each is printed
+            run.progress.stage(f"weighing the calibration tokens: {done} of {of} sequences")
+
     run.progress.stage("weighing the calibration tokens")
     with run.timed("weights"):
-        found = loss_gradients(stream.model, stream.blocks, specs, tokens, run.device)
+        found = loss_gradients(stream.model, stream.blocks, specs, tokens, run.device, tell)
     for name in (name for name in specs if name not in found):
         run.note(f"{name}: sees only some of the tokens, which all count the same")
     return found

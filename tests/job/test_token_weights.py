@@ -12,6 +12,7 @@ from gptvq.drift import collect, find_stages, run_dense
 from gptvq.errors import ConfigError, NumericalError
 from gptvq.model import find_blocks, linears, record_calls, unfuse_experts
 from gptvq.plan import plan
+from gptvq.report import Progress
 from gptvq.token_weights import POWER, loss_gradients, stage_weights
 
 CPU = torch.device("cpu")
@@ -113,7 +114,11 @@ def test_a_whole_job(tmp_path, ids):
         ("folder", tmp_path / "model", WEIGHTED), ("module", build(), WEIGHTED), ("plain", build(), plain))}
     hashes = {name: [record.sha256 for record in report.layers] for name, report in made.items()}
     assert hashes["folder"] == hashes["module"] != hashes["plain"] and not made["folder"].warnings
-    report = gptvq.quantize(tmp_path / "model", tmp_path / "out", WEIGHTED, calibration=ids, device="cpu", check=None)
+    told = []
+    progress = Progress()
+    progress.stage = told.append
+    report = gptvq.quantize(tmp_path / "model", tmp_path / "out", WEIGHTED, calibration=ids, device="cpu", check=None, progress=progress)
+    assert f"weighing the calibration tokens: {len(ids)} of {len(ids)} sequences" in told
     assert [record.sha256 for record in report.layers] == hashes["module"] and report.stages["weights"] > 0
     with pytest.raises(gptvq.ResumeMismatch, match="token_weights"):
         gptvq.quantize(tmp_path / "model", tmp_path / "out", plain, calibration=ids, device="cpu", check=None)
