@@ -25,13 +25,14 @@ from . import runner
 from .decode import PROMPT
 from .perplexity import LayerLog, size
 
-DEFAULT = ("1d-2.25", "2d-2.125", "2d-2.25", "4d-2.25", "1d-3.125", "2d-3.125", "1d-4.125", "2d-4.125")
+DEFAULT = ("2d-2.125", "2d-2.25", "2d-2.25-s64", "4d-2.25", "2d-3.125", "2d-3.125-s64", "1d-4.125-s64", "2d-4.125")
 EXAMPLE = """examples:
   python -m bench.presets --calibration wiki.train.txt --text wiki.test.txt --json bench/results/presets.json
   python -m bench.presets --table bench/results/presets.json
 
 Tokens per second: greedy, batch 1, the packed and the dense bfloat16 model taking turns; "x dense" is the median of the ratios within
-the rounds, which other load of the machine touches less than the speeds.  whole model: all tensors of the checkpoint."""
+the rounds, which other load of the machine touches less than the speeds.  whole model: all tensors of the checkpoint.  Rows are
+added to those that the file has; a preset that is there is not measured again."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +52,7 @@ def parser():
     p.add_argument("--max-windows", type=runner.positive, default=40, metavar="N", help="default %(default)s")
     p.add_argument("--tokens", type=runner.positive, default=32, metavar="N", help="new tokens in each round, default %(default)s")
     p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="rounds, default %(default)s")
+    p.add_argument("--fresh", action="store_true", help="measure the rows that the file has already anew")
     p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing, print these result files")
     return p
 
@@ -69,10 +71,12 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     results = runner.Results("presets", argv, args.json, {
         "model": Path(source).name, "dtype": "bfloat16", "samples": args.samples, "sequence_length": args.sequence_length,
         "text_sha256": tokens_sha256(tokens), "window": args.window, "windows": min(len(tokens) // args.window, args.max_windows),
-        "tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads()})
-    results.add([{"preset": None, **size(dense, tokens), "total_bytes": sum(p.numel() * p.element_size() for p in dense.parameters()),
-                  "perplexity": perplexity(dense, tokens, args.window, args.max_windows)}])
-    for preset in args.presets:
+        "tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads()}, resume=not args.fresh)
+    there = {row["preset"] for row in results.rows}
+    if None not in there:
+        results.add([{"preset": None, **size(dense, tokens), "total_bytes": sum(p.numel() * p.element_size() for p in dense.parameters()),
+                      "perplexity": perplexity(dense, tokens, args.window, args.max_windows)}])
+    for preset in (preset for preset in args.presets if preset not in there):
         with tempfile.TemporaryDirectory() as folder:
             report = quantize(source, folder, VQConfig.preset(preset), calibration=args.calibration, samples=args.samples,
                               sequence_length=args.sequence_length, device="cpu", dtype="bfloat16", resume="never", check=None,
@@ -101,7 +105,7 @@ def speed(packed, dense, prompt, args) -> dict:
 
 def show(rows: list[dict]) -> str:
     dense = next((row["perplexity"] for row in rows if row["preset"] is None), None)
-    return runner.table(rows, {
+    return runner.table(sorted(rows, key=lambda row: -row["bits_per_value"]), {
         "preset": lambda r: r["preset"] or "dense", "format": lambda r: r["format"],
         "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
         "linears, MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}", "whole model, MB": lambda r: f"{r['total_bytes'] / 1e6:.1f}",

@@ -8,12 +8,16 @@ from gptvq.calibration import read_tokens
 
 def test_rows(my_model, tmp_path, capsys):
     files = [str(my_model.parent / name) for name in ("calibration.txt", "test.txt")]
-    presets.main(["--model", str(my_model), "--calibration", files[0], "--text", files[1], "--presets", "2d-2.25,1d-4.125", "--samples",
-                  "2", "--sequence-length", "32", "--window", "64", "--max-windows", "3", "--tokens", "3", "--repeats", "2",
-                  "--json", str(tmp_path / "presets.json")])
+    options = ["--model", str(my_model), "--calibration", files[0], "--text", files[1], "--samples", "2", "--sequence-length", "32",
+               "--window", "64", "--max-windows", "3", "--tokens", "3", "--repeats", "2", "--json", str(tmp_path / "presets.json")]
+    presets.main([*options, "--presets", "2d-2.25"])
+    first = runner.load(str(tmp_path / "presets.json"))["rows"]
+    capsys.readouterr()
+    presets.main([*options, "--presets", "2d-2.25,1d-4.125"])
     printed = capsys.readouterr().out
     found = runner.load(str(tmp_path / "presets.json"))
     dense, two, four = found["rows"]
+    assert found["rows"][:2] == first                   # not measured again
     assert dense["preset"] is None and dense["bits_per_value"] == 16 and found["settings"]["windows"] == 3
     report = gptvq.quantize(my_model, tmp_path / "out", "2d-2.25", calibration=files[0], samples=2, sequence_length=32, dtype="bfloat16")
     assert two["bits_per_value"] == report.bits_per_value and two["linear_bytes"] == report.packed_bytes < four["linear_bytes"]
