@@ -6,7 +6,6 @@ but for W* = W + D (H + damping)^-1, the weight that gets nearest to the dense m
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from . import ops
 from .config import Recipe
 from .errors import ConfigError, NumericalError
-from .hessian import Hessian
+from .hessian import Hessian, finite
 from .model import Block, InputCollector, Stop, dense_weight, identity, in_list
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -138,11 +137,9 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: l
             pass
         x = run.calls[0][1]
         have = _seen(leader, run.sums) if stage.summed else x
-        before = hessian.tokens
-        hessian.add(x)
-        change = _rows(want.to(device) - have)
-        if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
-            ops.cross(drift, change, _rows(x))
+        counted, change = hessian.add(x), finite(_rows(want.to(device) - have))
+        if counted is not None and change is not None:
+            ops.cross(drift, change[0], counted)
     return Inputs(dict.fromkeys(stage.names, hessian), stage.summed, drift * (2 / max(hessian.tokens, 1)))
 
 

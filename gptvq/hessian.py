@@ -27,8 +27,9 @@ class Hessian:
 
     def __init__(self, cols: int, device: torch.device | str | None = None):
         self.sum = torch.zeros(cols, cols, dtype=torch.float32, device=device)
-        self.tokens = self.dropped = 0
         self.borrowed = 0
+        self._tokens = self._dropped = 0
+        self._unread: Tensor | None = None      # of _tokens, those to be counted as dropped, on a device that nobody waited for yet
         self._given = False             # a matrix, not a sum over tokens
         self._matrix: Tensor | None = None
         self._factors: dict[tuple, HessianFactor] = {}
@@ -37,19 +38,42 @@ class Hessian:
     def from_matrix(cls, matrix: Tensor, tokens: int = 0) -> Hessian:
         """Wraps a given H [cols, cols]."""
         self = cls(0)
-        self.sum, self.tokens, self._given = matrix, tokens, True
+        self.sum, self._tokens, self._given = matrix, tokens, True
         return self
 
-    def add(self, x: Tensor) -> None:
-        """x [.., cols] inputs of any float dtype."""
+    @property
+    def tokens(self) -> int:
+        """That `sum` counts; waits for a GPU to have seen them."""
+        self._read()
+        return self._tokens
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of batches with non-finite values; waits like `tokens`."""
+        self._read()
+        return self._dropped
+
+    def add(self, x: Tensor) -> Tensor | None:
+        """x [.., cols] inputs of any float dtype -> what counts of them, [n, cols]: x or, where it is not finite, None or zeros."""
         x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device)
-        if not math.isfinite(float(x.sum(dtype=torch.float32))):    # a NaN or inf survives the sum, a tenth of isfinite's cost
-            self.dropped += x.shape[0]
-            return
-        self.tokens += x.shape[0]
-        ops.gram(self.sum, x)
+        counted = finite(x)
+        if counted is None:
+            self._dropped += x.shape[0]
+            return None
+        counted, sound = counted
+        self._tokens += x.shape[0]
+        if sound is not None:
+            lost = (~sound).long() * x.shape[0]
+            self._unread = lost if self._unread is None else self._unread + lost
+        ops.gram(self.sum, counted)
         self._matrix = None
         self._factors.clear()
+        return counted
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            lost, self._unread = int(self._unread), None
+            self._tokens, self._dropped = self._tokens - lost, self._dropped + lost
 
     def matrix(self) -> Tensor:
         """H [cols, cols] float32, to be read only; zeros where no token was seen."""
@@ -105,6 +129,23 @@ class HessianFactor:
         if self.repair.startswith("damping"):
             return H + self.damp * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
         return H
+
+
+def waits(device: torch.device) -> bool:
+    """Whether it costs nothing to look at a value on `device`: a GPU would have to finish all that it was given before."""
+    return device.type == "cpu"
+
+
+def finite(x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(x, None), or None where x is not finite; where that would make a GPU wait, (x or zeros, which of them as a bool on the device).
+
+    A NaN or inf survives the sum, a tenth of isfinite's cost.
+    """
+    total = x.sum(dtype=torch.float32)
+    if waits(x.device):
+        return (x, None) if math.isfinite(float(total)) else None
+    sound = torch.isfinite(total)
+    return torch.where(sound, x, torch.zeros((), dtype=x.dtype, device=x.device)), sound
 
 
 def borrow(hessians: Sequence[Hessian]) -> None:

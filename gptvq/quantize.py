@@ -149,9 +149,12 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
 
         progress.stage("running the quantized block")
         with run.timed("forward"):
-            before, hidden = hidden, activations.new("hidden", index)
+            before, hidden, sound = hidden, activations.new("hidden", index), []
             for state in before:
-                hidden.append(_finite(block(state.to(device)), block).to(state.device))
+                out = block(state.to(device))
+                sound.append(torch.isfinite(out).all())
+                hidden.append(out.to(state.device))
+            _require_finite(block, hidden, torch.stack(sound))
         for full, linear in packed.items():
             stream.model.set_submodule(full, linear)
         block.to(home)
@@ -254,8 +257,8 @@ def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
                           f"sequence_length={positions} or less")
 
 
-def _finite(hidden: Tensor, block: Block) -> Tensor:
-    if not bool(torch.isfinite(hidden).all()):
-        raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden)).sum())} non-finite activations; the source "
-                             "checkpoint is damaged or its dtype overflowed, try dtype float32")
-    return hidden
+def _require_finite(block: Block, hidden, sound: Tensor) -> None:
+    """sound: which of the samples in `hidden` are finite, looked at once for all of them."""
+    for sample in (~sound).nonzero().flatten().tolist():
+        raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden[sample])).sum())} non-finite activations in "
+                             f"calibration sample {sample}; the source checkpoint is damaged or its dtype overflowed, try dtype float32")

@@ -108,7 +108,7 @@ def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, s
     case = Case(f"{rows} x {cols}", rows, cols, dim, bits, *group, scale)
     W, H = (t.to(machine.device) for t in case.build(torch.float32))
     hessian = Hessian(cols, machine.device)
-    hessian.sum, hessian.tokens = H, 2
+    hessian.sum, hessian._tokens = H, 2
     with Tally() as tally:
         solve(W, hessian, case.spec, Recipe(passes=1, sweeps=1, em_iterations=3))
     assert tally.peak <= solving_bytes(rows, case.spec) <= 2.5 * tally.peak
