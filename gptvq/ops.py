@@ -42,6 +42,12 @@ def require_memory(device: torch.device, need: int, what: str, fits: Callable[[i
         cuda.require_memory(device, need, what, fits)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that can be had; None for other devices."""
+    found = cuda.free_bytes(device)
+    return None if found is None else found[0]
+
+
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     """u8 [rows, vectors], each below K -> u8 [tiles, blocks, block_bytes]; padding rows and columns hold code 0."""
     if codes.dtype != torch.uint8 or codes.shape != (spec.rows, spec.vectors):

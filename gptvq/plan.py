@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import mixed
+from .ahead import locked_bytes
 from .calibration import calibration_windows, tokens_sha256
 from .config import VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense
@@ -25,7 +26,7 @@ from .report import Progress
 from .solver import solve
 from .spec import QuantSpec
 from .storage import writing
-from .stream import BlockStream, open_stream, states_on_disk
+from .stream import BlockStream, open_stream, reads_ahead, states_on_disk
 
 #: Sequences that the tried block sees, and that sensitivities are measured on.
 PROBE_SAMPLES, SENSITIVITY_SAMPLES = 3, 8
@@ -137,13 +138,14 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     # What the check keeps of the dense model, and the whole checkpoint that it reads at last.
     logits = checked * (getattr(_settings(stream.model), "vocab_size", None) or 0) * next(stream.model.parameters()).element_size()
     whole = packed + stream.nbytes - dense if checked else 0
-    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples),
+    ahead = probe.ahead if reads_ahead(stream, device) and len(stream.blocks) > 1 else (0, 0)
+    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples) + ahead[0],
                    surveyed.now + logits + (whole if device.type == "cpu" else 0))
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
-                max(probe.peak_gpu, whole) if device.type == "cuda" else 0, tried, errors,
+                max(probe.peak_gpu + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
                 [text for block in stream.blocks for text in stream.warnings[block.name]])
 
 
@@ -177,6 +179,7 @@ class _Probe:
             self.block(self._hidden[0].to(device))      # what only a first call does
             self._try({full: found[full] for full in self.specs}, specs)
         self._end = _memory()
+        self.ahead = locked_bytes(whole := self.block.module.state_dict()), sum(map(_nbytes, whole.values()))     # bytes in RAM, on a GPU
         self.peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
     def _try(self, linears: dict[str, nn.Module], specs: dict[str, QuantSpec]) -> None:

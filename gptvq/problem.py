@@ -16,6 +16,11 @@ def solving_bytes(rows: int, spec: QuantSpec) -> int:
     return 4 * max(9 * n * n + 2 * rows * n, 4 * n * n + (6 + spec.dim) * rows * n)
 
 
+def working_bytes(specs: list[QuantSpec]) -> int:
+    """Most memory that solving these layers one after the other takes, with the sums that they are solved from."""
+    return max((solving_bytes(spec.rows, spec) + 8 * spec.cols ** 2 for spec in specs), default=0)
+
+
 def solvable(spec: QuantSpec, free: int) -> str:
     """What fits into `free` bytes of a GPU, as advice."""
     n = spec.vectors * spec.dim

@@ -22,6 +22,7 @@ from .evaluate import divergence
 from .job import Run
 from .linear import VQLinear
 from .model import Block, dense_weight, embed, in_list
+from .problem import working_bytes
 from .report import Progress, Report
 from .solver import solve
 from .spec import LAYOUT_VERSION, QuantSpec
@@ -96,7 +97,8 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
             wanted = stream.logits(held_out, device)
     if not complete:
         run.take_over(stream)                                   # from here on the model is no longer the dense one
-        _quantize_blocks(stream, run, specs, tokens)
+        with stream.reading_ahead(device):
+            _quantize_blocks(stream, run, specs, tokens)
         _describe(stream, run, specs)
         run.finish(stream)
     report = run.report
@@ -130,8 +132,10 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         progress.block(index, block.name)
         with run.timed("load"):
             linears = {full: linear for full, linear in stream.load(block).items() if full in specs}
-        home = next(block.module.parameters()).device
+        home = torch.device("cpu") if stream.streamed else next(block.module.parameters()).device
         block.to(device)
+        if index + 1 < len(blocks):
+            stream.read_ahead(blocks[index + 1], working_bytes([specs[full] for full in linears]), device)
         packed, kept = {}, run.kept(index, linears)
         order, compared = [] if kept else [Stage(tuple(linears))], {}
         if recipe.compensate:

@@ -30,7 +30,7 @@ LAYERS = [
     {"linear"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",
      "redo", "parts", "plan", "mixed", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor", "bands", "code_use",
-     "plots", "page_style", "page", "chat", "kernel_speed", "tasks", "shard"},
+     "plots", "page_style", "page", "chat", "ahead", "kernel_speed", "tasks", "shard"},
     {"quantize"},
     {"cli_job", "cli_plan", "cli_use", "completion", "cli", "demo", "__main__"},
     {"__init__"},
