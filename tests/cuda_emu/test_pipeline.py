@@ -117,7 +117,7 @@ def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, s
 def test_too_little_memory_is_said_before(machine, monkeypatch):
     case = LAYERS[1]
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (360_000, 1_000_000))
-    with pytest.raises(BackendUnavailable, match="weight: solving 64 x 96 weights: needs 0.000381 GB on c.*, where 0.00036 of 0.001 GB are "
+    with pytest.raises(BackendUnavailable, match="weight: solving 64 x 96 weights: needs 0.000467 GB on c.*, where 0.00036 of 0.001 GB are "
                                                  "free; 36 rows of 96 columns would fit"):
         solved(case, Recipe(), machine.device, monkeypatch, "cuda")
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (10_000, 1_000_000))
