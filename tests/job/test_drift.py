@@ -203,20 +203,32 @@ def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids, waits, monke
     assert torch.equal(inputs.drift, torch.zeros_like(inputs.drift))
 
 
+def with_lost_samples(ids, device):
+    """What `collect` gives where a sample is lost in one stream and one in both."""
+    block, linears_, hidden = opened("llama", ids)
+    block.to(device)
+    stage = find_stages(block, linears_, hidden[0].to(device))[0]
+    wanted = run_dense(block, [stage], linears_, [1.01 * h for h in hidden], device)[1]
+    wanted[stage.names[0]][2] = wanted[stage.names[0]][2] / 0
+    hidden[5] = hidden[5] * float("inf")
+    inputs = collect(stage, {full: linears_[full] for full in stage.names}, block, hidden, wanted, device)
+    assert inputs.drift.abs().max() > 0
+    for one in inputs.hessians.values():
+        assert (one.tokens, one.dropped) == ((len(ids) - 1) * ids.shape[1], ids.shape[1])
+    return inputs
+
+
 def test_what_a_gpu_is_not_asked_for_changes_nothing(ids, monkeypatch):
-    """Neither with a sample that is lost in one stream nor with one lost in both."""
-    found = {}
-    for waits in (True, False):
-        monkeypatch.setattr(hessian, "waits", lambda device, waits=waits: waits)
-        block, linears_, hidden = opened("llama", ids)
-        stage = find_stages(block, linears_, hidden[0])[0]
-        wanted = run_dense(block, [stage], linears_, [1.01 * h for h in hidden], CPU)[1]
-        wanted[stage.names[0]][2] = wanted[stage.names[0]][2] / 0
-        hidden[5] = hidden[5] * float("inf")
-        found[waits] = collect(stage, {full: linears_[full] for full in stage.names}, block, hidden, wanted, CPU)
-    a, b = found[True], found[False]
-    assert torch.equal(a.drift, b.drift) and a.drift.abs().max() > 0
-    for name, one in a.hessians.items():
-        other = b.hessians[name]
-        assert (one.tokens, one.dropped) == (other.tokens, other.dropped) == ((len(ids) - 1) * ids.shape[1], ids.shape[1])
-        assert torch.equal(one.sum.triu(), other.sum.triu())
+    found = with_lost_samples(ids, CPU)
+    monkeypatch.setattr(hessian, "waits", lambda device: False)
+    other = with_lost_samples(ids, CPU)
+    assert torch.equal(found.drift, other.drift)
+    for name, one in found.hessians.items():
+        assert torch.equal(one.sum.triu(), other.hessians[name].sum.triu())
+
+
+@pytest.mark.gpu
+def test_lost_samples_on_a_gpu(ids):
+    want, found = with_lost_samples(ids, CPU), with_lost_samples(ids, torch.device("cuda"))
+    for a, b in [(found.drift, want.drift), *((one.sum.triu(), want.hessians[name].sum.triu()) for name, one in found.hessians.items())]:
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))

@@ -60,12 +60,13 @@ def test_three_tf32_products_on_a_gpu():
     assert worst(cuda.matmul_3xtf32(A, B), A, B) < max(4 * plain, 2.0 ** -20)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("order", ["importance", "sequential"])
 @pytest.mark.parametrize("lazy, block_cols", [(64, 32), (80, 32), (16, 48), (1024, 32)])
-def test_two_levels_give_the_same_codes(order, lazy, block_cols, monkeypatch):
+def test_two_levels_give_the_same_codes(device, order, lazy, block_cols, monkeypatch):
     """In float64 all but exact ties; and the same bytes each time."""
     case = Case("ragged", 40, 250, 2, 2, 16, 64)
-    W, H = case.build(torch.float32)
+    W, H = (t.to(device) for t in case.build(torch.float32))
     recipe = Recipe(order=order, em_starts=1, em_iterations=10, passes=2, sweeps=0, block_cols=block_cols, dtype="float64")
     want, ours = solve(W, H, case.spec, recipe)
     calls, submatmul = [], ops.submatmul
