@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bench/gpu.sh [PART..]: what a machine with a GPU is wanted for, without network.  It builds, then does the parts in this order:
-#   tests      those that need a GPU
+#   tests      those that need a GPU or, of the Triton kernels, can use one
 #   bench      the benches of a GPU; their result files are called by its name
 #   sanitizer  compute-sanitizer over the tests of the kernels, its four tools beside each other
 #   rest       all tests, and every other bench
@@ -63,7 +63,8 @@ skip() { # NAME REASON
 archive() {
     [ -n "${ARCHIVE:-}" ] || return 0
     # Steps beside each other: a file may grow meanwhile, and the archive that is there last counts.
-    tar -czf "$ARCHIVE.$BASHPID" --warning=no-file-changed --exclude="${ARCHIVE##*/}*" -C "$out" . || [ $? -eq 1 ] && mv "$ARCHIVE.$BASHPID" "$ARCHIVE"
+    local new="$ARCHIVE.$BASHPID"
+    tar -czf "$new" --warning=no-file-changed --exclude="${ARCHIVE##*/}*" -C "$out" . || [ $? -eq 1 ] && mv "$new" "$ARCHIVE"
 }
 
 finish() {
@@ -84,7 +85,7 @@ for part in tests bench sanitizer; do
     [ -n "$gpu" ] || ! wants "$part" || skip "${part/tests/gpu-tests}" "no CUDA device"
 done
 if [ -n "$gpu" ] && wants tests; then
-    step gpu-tests 900 "$python" -m pytest -q -rs -m gpu
+    step gpu-tests 900 "$python" -m pytest -q -rs --continue-on-collection-errors -m gpu
 fi
 if [ -n "$gpu" ] && wants bench; then
     step gpu-gemv 600 "$python" -m bench.gemv --device cuda --dtype float16 --activations a16 --json "$named-gemv.json"
@@ -97,6 +98,9 @@ if [ -n "$gpu" ] && wants bench; then
     step gpu-gemv-m 600 "$python" -m bench.gemv --device cuda --dtype float16 --activations a16 --presets 2d-2.25,2d-3.125,4d-2.25 \
         --m 2,8,16,64,2048 --repeats 5 --json "$named-gemv-m.json"
     step gpu-triton 600 "$python" -m bench.triton --device cuda --json "$named-triton.json"
+fi
+if [ -n "$gpu" ] && wants tests; then           # last: it compiles every kernel first
+    step gpu-triton-tests 900 "$python" -m pytest -q -rs tests/triton_interpreter
 fi
 if [ -n "$gpu" ] && wants sanitizer; then
     if ! command -v compute-sanitizer >/dev/null; then
@@ -121,7 +125,7 @@ fi
 wants rest || finish
 model=()
 [ -z "${MODEL:-}" ] || model=(--model "$MODEL")
-step tests 3600 "$python" -m pytest -q -rs
+step tests 3600 "$python" -m pytest -q -rs --continue-on-collection-errors
 step triton-resources 600 "$python" -m bench.triton_resources --json "$out/triton-resources.json"
 step dequantize 600 "$python" -m bench.dequantize --json "$out/dequantize.json"
 step quantize 900 "$python" -m bench.quantize --json "$out/quantize.json"

@@ -17,8 +17,9 @@ def solving_bytes(rows: int, spec: QuantSpec) -> int:
 
 
 def working_bytes(specs: list[QuantSpec]) -> int:
-    """Most memory that solving these layers one after the other takes, with the sums that they are solved from."""
-    return max((solving_bytes(spec.rows, spec) + 8 * spec.cols ** 2 for spec in specs), default=0)
+    """Most memory that solving these layers one after the other takes, with a Hessian of each, as experts have them, and a drift."""
+    solving = max((solving_bytes(spec.rows, spec) + 4 * max(spec.rows, spec.cols) * spec.cols for spec in specs), default=0)
+    return solving + sum(4 * spec.cols ** 2 for spec in specs)
 
 
 def solvable(spec: QuantSpec, free: int) -> str:

@@ -175,10 +175,10 @@ def test_gpu_script_keeps_to_its_time(tmp_path):
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         summary = {line.split()[0]: line for line in archive.extractfile("./summary.txt").read().decode().splitlines()}
         assert archive.extractfile("./racecheck.log").read() == b"racecheck\n"
-    assert done.returncode == 1 and done.stderr == "" and list(summary)[:2] == ["build", "gpu-tests"] and "GPU:" in summary
-    assert {*summary} == {"build", "gpu-tests", *tools, "GPU:"} and all(" ok " in summary[tool] for tool in tools)
+    assert done.returncode == 1 and done.stderr == "" and list(summary)[:3] == ["build", "gpu-tests", "gpu-triton-tests"]
+    assert {*list(summary)[3:]} == {*tools, "GPU:"} and all(" ok " in summary[tool] for tool in tools)
     limits = [int(limit) for limit in (tmp_path / "limits").read_text().split()]
-    assert all(30 < limit <= 50 for limit in limits[:2]) and all(60 < limit <= 100 for limit in limits[2:]) and len(limits) == 6
+    assert all(30 < limit <= 50 for limit in limits[:3]) and all(60 < limit <= 100 for limit in limits[3:]) and len(limits) == 7
     assert run("bench", budget=20).stdout.count("skipped: no time left") == 9
     refused = run("everything", budget=20)
     assert refused.returncode == 2 and "got the part everything" in refused.stderr
