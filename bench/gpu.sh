@@ -10,7 +10,7 @@
 # minutes: BUDGET=580 bench/gpu.sh tests bench, and BUDGET=580 bench/gpu.sh sanitizer.
 # SCALE: the steps' own limits of time, times so many.
 # ARCHIVE: a .tar.gz file of all that is in OUT, made anew after each step, for where few files are brought back.
-# PYTHON: the interpreter, with torch and the build tools installed.
+# PYTHON: the interpreter, with torch and the build tools installed.  GPTVQ_COMMIT: the commit of a copy without .git.
 # MODEL, CALIBRATION and TEXT (a model and two texts) are for bench.quality, which is skipped without the texts; MODEL also for
 # bench.decode.  Both take the demo's model where it is not set.
 # It ends with 1 if something failed; what cannot run here, for want of a GPU, a file or time, is skipped and said so.
