@@ -67,6 +67,45 @@ inline Packed checked_weight(const Arg& idx_arg, const Arg& cb_arg, const Arg& g
   return weight;
 }
 
+// Null without a bias.
+inline const float* checked_bias(const std::optional<Arg>& arg, const Spec& s) {
+  if (!arg) return nullptr;
+  const TensorArg bias = tensor(*arg);
+  bias.require("bias", "float32", {s.rows});
+  return bias.data<const float>();
+}
+
+// The layers of one call, all on x [tokens, cols]; Linear: of either kind.
+template <class Linear>
+void check_layers(const std::vector<const Linear*>& layers, std::int64_t tokens) {
+  if (tokens < 0) throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need 0 or more");
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    if (!layers[i]) throw std::invalid_argument("layer " + std::to_string(i) + ": got None, need a Linear");
+    const std::int64_t cols = layers[i]->spec().cols, need = layers[0]->spec().cols;
+    if (cols != need)
+      throw std::invalid_argument("layer " + std::to_string(i) + " has " + std::to_string(cols) + " columns, need " + std::to_string(need) +
+                                  " as in layer 0");
+  }
+}
+
+// The outputs of that call, from their addresses.
+inline std::vector<void*> checked_outputs(const std::vector<std::uintptr_t>& y, std::size_t layers, std::uintptr_t x, std::int64_t tokens) {
+  if (layers != y.size())
+    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers) + ", one per layer");
+  if (tokens > 0 && !x) throw std::invalid_argument("x: got a tensor without storage, need one with data");
+  std::vector<void*> outputs;
+  for (const std::uintptr_t address : y) {
+    if (tokens > 0 && !address) throw std::invalid_argument("y: got a tensor without storage, need one with data");
+    outputs.push_back(reinterpret_cast<void*>(address));
+  }
+  return outputs;
+}
+
+inline OutType float_type(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("type: got " + std::to_string(code) + ", need 0, 1 or 2");
+  return static_cast<OutType>(code);
+}
+
 // Calls f while other Python threads run.  pybind11::gil_scoped_release takes the interpreter back in its destructor, which may not
 // be left the way Python leaves it where the interpreter has meanwhile ended: by ending the (daemon) thread.
 template <class F>

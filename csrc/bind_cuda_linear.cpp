@@ -1,6 +1,4 @@
 // gptvq._C.cuda: y = W x.  A weight is prepared once, so that a call passes little more than addresses, which the caller has checked.
-#include <algorithm>
-
 #include "bind.h"
 #include "cuda/linear.h"
 
@@ -10,32 +8,15 @@ namespace gptvq {
 namespace {
 
 std::unique_ptr<cuda::Linear> prepare(const Arg& idx, const Arg& cb, const Arg& gs, const std::optional<Arg>& sc,
-                                      const std::optional<Arg>& table, const std::optional<Arg>& bias_arg, const SpecArg& fields, int,
+                                      const std::optional<Arg>& table, const std::optional<Arg>& bias, const SpecArg& fields, int,
                                       std::uint64_t) {
   const Spec spec = checked_spec(fields);
-  const float* bias = nullptr;
-  if (bias_arg) {
-    const TensorArg b = tensor(*bias_arg);
-    b.require("bias", "float32", {spec.rows});
-    bias = b.data<const float>();
-  }
-  return std::make_unique<cuda::Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, bias);
+  return std::make_unique<cuda::Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, checked_bias(bias, spec));
 }
 
 cuda::Arithmetic arithmetic_of(int code) {
   if (code < 0 || code > 3) throw std::invalid_argument("arithmetic: got " + std::to_string(code) + ", need 0, 1, 2 or 3");
   return static_cast<cuda::Arithmetic>(code);
-}
-
-void check_layers(const std::vector<const cuda::Linear*>& layers, std::int64_t tokens) {
-  if (tokens < 0) throw std::invalid_argument("tokens: got " + std::to_string(tokens) + ", need 0 or more");
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    if (!layers[i]) throw std::invalid_argument("layer " + std::to_string(i) + ": got None, need a Linear");
-    const std::int64_t cols = layers[i]->spec().cols, need = layers[0]->spec().cols;
-    if (cols != need)
-      throw std::invalid_argument("layer " + std::to_string(i) + " has " + std::to_string(cols) + " columns, need " + std::to_string(need) +
-                                  " as in layer 0");
-  }
 }
 
 std::int64_t scratch(const std::vector<const cuda::Linear*>& layers, std::int64_t tokens, int arithmetic, int device) {
@@ -48,21 +29,14 @@ void run(const std::vector<const cuda::Linear*>& layers, std::uintptr_t x, int t
          const std::vector<std::uintptr_t>& y, int arithmetic, std::uintptr_t scratch_memory, std::int64_t scratch_bytes, int device,
          std::uint64_t stream) {
   check_layers(layers, tokens);
-  if (layers.size() != y.size())
-    throw std::invalid_argument("y: got " + std::to_string(y.size()) + " outputs, need " + std::to_string(layers.size()) +
-                                ", one per layer");
-  if (type < 0 || type > 2) throw std::invalid_argument("type: got " + std::to_string(type) + ", need 0, 1 or 2");
+  const std::vector<void*> outputs = checked_outputs(y, layers.size(), x, tokens);
+  const OutType out_type = float_type(type);
   const cuda::Arithmetic kind = arithmetic_of(arithmetic);
   const std::int64_t need = cuda::linear_scratch(layers, tokens, kind, device);
   if (scratch_bytes < need || (need && (!scratch_memory || scratch_memory % 16)))
     throw std::invalid_argument("scratch: got " + std::to_string(scratch_bytes) + " bytes, need " + std::to_string(need) +
                                 " at a multiple of 16");
-  if (tokens > 0 && !x) throw std::invalid_argument("x: got a tensor without storage, need one with data");
-  if (tokens > 0 && std::find(y.begin(), y.end(), 0) != y.end())
-    throw std::invalid_argument("y: got a tensor without storage, need one with data");
-  std::vector<void*> outputs;
-  for (const std::uintptr_t address : y) outputs.push_back(reinterpret_cast<void*>(address));
-  cuda::linear(layers, reinterpret_cast<const void*>(x), static_cast<OutType>(type), tokens, outputs, kind,
+  cuda::linear(layers, reinterpret_cast<const void*>(x), out_type, tokens, outputs, kind,
                reinterpret_cast<void*>(scratch_memory), device, stream);
 }
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from . import ops, ranks
 from .config import Recipe
 from .errors import ConfigError, NumericalError
-from .hessian import Hessian, packed_size
+from .hessian import Hessian, finite, packed_size
 from .model import (
     Block,
     InputCollector,
@@ -171,13 +171,13 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: S
                 pass
             x = run.calls[0][1]
             have = _seen(leader, run.sums) if stage.summed else x
-            before, change = hessian.tokens, _rows(compared[place].to(device) - have)
+            change = _rows(compared[place].to(device) - have)
             if weights is not None:
                 root = weights[samples.first + place].to(device).sqrt()[:, None]
                 x, change = root * _rows(x), root * change
-            hessian.add(x)
-            if hessian.tokens > before and math.isfinite(float(change.sum(dtype=torch.float32))):
-                ops.cross(drift, change, _rows(x))
+            counted, sound = hessian.add(x), finite(change)
+            if counted is not None and sound is not None:
+                ops.cross(drift, sound[0], counted)
         found = Sums.of({leader: leader}, {leader: hessian})
         found.put(_DRIFT, drift.view(-1))
         return found

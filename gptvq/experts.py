@@ -38,9 +38,12 @@ class UnfusedExperts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
         out = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self):
-            slot, token = torch.where((top_k_index == index).T)
-            if len(token):
+        # Sorted once: a GPU is waited for once a call, not once an expert.
+        chosen, order = top_k_index.T.flatten().sort(stable=True)
+        ends = torch.searchsorted(chosen, torch.arange(len(self) + 1, dtype=chosen.dtype, device=chosen.device)).tolist()
+        for expert, first, last in zip(self, ends, ends[1:]):
+            if first < last:
+                slot, token = order[first:last] // len(top_k_index), order[first:last] % len(top_k_index)
                 y = expert.down_proj(self._gated(expert, hidden_states[token])) * top_k_weights[token, slot, None]
                 out.index_add_(0, token, y.to(out.dtype))
         return out

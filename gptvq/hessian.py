@@ -18,6 +18,26 @@ _BAND = 128                         # rows of a packed sum that begin in one col
 _LEAF = {"cpu": 96, "cuda": 2048}   # rows that are factorized at once
 
 
+@dataclass
+class Counts:
+    """Of tokens: those in a sum, and those dropped; `lost` of the former turn out to be dropped, as a GPU knows that nobody waited for."""
+
+    tokens: int = 0
+    dropped: int = 0
+    lost: Tensor | None = None
+
+    def __add__(self, other: Counts) -> Counts:
+        lost = [counts.lost for counts in (self, other) if counts.lost is not None]
+        return Counts(self.tokens + other.tokens, self.dropped + other.dropped, sum(lost[1:], lost[0]) if lost else None)
+
+    def read(self) -> tuple[int, int]:
+        """(tokens, dropped); waits for a GPU that has not said yet which."""
+        if self.lost is not None:
+            lost, self.lost = int(self.lost), None
+            self.tokens, self.dropped = self.tokens - lost, self.dropped + lost
+        return self.tokens, self.dropped
+
+
 class Hessian:
     """H = (2 / n) sum_t x_t x_t^T over n tokens x_t of a layer's [.., cols] inputs; layers with one input share one.
 
@@ -28,7 +48,7 @@ class Hessian:
 
     def __init__(self, cols: int, device: torch.device | str | None = None):
         self.sum = torch.zeros(cols, cols, dtype=torch.float32, device=device)
-        self.tokens = self.dropped = 0
+        self.counts = Counts()
         self.borrowed = 0
         self._given = False             # a matrix, not a sum over tokens
         self._matrix: Tensor | None = None
@@ -38,14 +58,14 @@ class Hessian:
     def from_matrix(cls, matrix: Tensor, tokens: int = 0) -> Hessian:
         """Wraps a given H [cols, cols]."""
         self = cls(0)
-        self.sum, self.tokens, self._given = matrix, tokens, True
+        self.sum, self.counts, self._given = matrix, Counts(tokens), True
         return self
 
     @classmethod
-    def from_packed(cls, flat: Tensor, cols: int, device: torch.device | str | None, tokens: int, dropped: int) -> Hessian:
+    def from_packed(cls, flat: Tensor, cols: int, device: torch.device | str | None, counts: Counts) -> Hessian:
         """With the sum that `packed` gave."""
         self = cls(cols, device)
-        self.tokens, self.dropped = tokens, dropped
+        self.counts = counts
         for first, band in _bands(flat, cols):
             self.sum[first: first + _BAND, first:] = band
         return self
@@ -57,16 +77,29 @@ class Hessian:
             band.copy_(self.sum[first: first + _BAND, first:])
         return flat
 
-    def add(self, x: Tensor) -> None:
-        """x [.., cols] inputs of any float dtype."""
+    @property
+    def tokens(self) -> int:
+        """That `sum` counts; waits like `Counts.read`."""
+        return self.counts.read()[0]
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of batches with non-finite values; waits like `Counts.read`."""
+        return self.counts.read()[1]
+
+    def add(self, x: Tensor) -> Tensor | None:
+        """x [.., cols] inputs of any float dtype -> what counts of them, [n, cols]: x or, where it is not finite, None or zeros."""
         x = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device)
-        if not math.isfinite(float(x.sum(dtype=torch.float32))):    # a NaN or inf survives the sum, a tenth of isfinite's cost
-            self.dropped += x.shape[0]
-            return
-        self.tokens += x.shape[0]
-        ops.gram(self.sum, x)
+        counted = finite(x)
+        if counted is None:
+            self.counts += Counts(dropped=len(x))
+            return None
+        counted, sound = counted
+        self.counts += Counts(len(x), lost=None if sound is None else (~sound).long() * len(x))
+        ops.gram(self.sum, counted)
         self._matrix = None
         self._factors.clear()
+        return counted
 
     def matrix(self) -> Tensor:
         """H [cols, cols] float32, to be read only; zeros where no token was seen."""
@@ -122,6 +155,23 @@ class HessianFactor:
         if self.repair.startswith("damping"):
             return H + self.damp * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
         return H
+
+
+def waits(device: torch.device) -> bool:
+    """Whether it costs nothing to look at a value on `device`: a GPU would have to finish all that it was given before."""
+    return device.type == "cpu"
+
+
+def finite(x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(x, None), or None where x is not finite; where that would make a GPU wait, (x or zeros, which of them as a bool on the device).
+
+    A NaN or inf survives the sum, a tenth of isfinite's cost.
+    """
+    total = x.sum(dtype=torch.float32)
+    if waits(x.device):
+        return (x, None) if math.isfinite(float(total)) else None
+    sound = torch.isfinite(total)
+    return torch.where(sound, x, torch.zeros((), dtype=x.dtype, device=x.device)), sound
 
 
 def borrow(hessians: Sequence[Hessian]) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,27 @@ def peak_memory() -> int:
     except ImportError:                                 # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of this process in RAM: now, and at most since the last reset."""
+
+    now: int
+    peak: int
+
+
+def resident_memory(reset: bool = False) -> Memory:
+    """What Linux says; zeros elsewhere.  reset: the peak counts from here on."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return Memory(0, 0)
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    found = Memory(*(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM")))
+    if reset:
+        with contextlib.suppress(OSError):                      # not on this kernel: the peak since the start is an upper bound
+            Path("/proc/self/clear_refs").write_text("5")
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -100,6 +100,17 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     return backend(A.device).matmul(A, B)
 
 
+def matmul_split(A: Tensor, B: Tensor) -> Tensor:
+    """As `matmul`; by the CUDA backend in tensor cores, with about the error of float32: see backends.cuda.matmul_3xtf32."""
+    module = backend(A.device)
+    return cuda.matmul_3xtf32(A, B) if module is cuda else module.matmul(A, B)
+
+
+def lazy_columns(device: torch.device, cols: int) -> int:
+    """How many of `cols` columns the trailing update of a pass takes at once: on the CPU all of them, whose bits others rely on."""
+    return cuda.LAZY_COLS if backend(device) is cuda else cols
+
+
 def submatmul(C: Tensor, A: Tensor, B: Tensor) -> None:
     """C [m, n] -= A [m, k] @ B [k, n], in place; see `matmul`."""
     backend(C.device).submatmul(C, A, B)

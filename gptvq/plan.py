@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from . import mixed
+from .ahead import locked_bytes
 from .calibration import calibration_windows, tokens_sha256
 from .config import VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense
 from .errors import ConfigError
 from .hessian import Hessian
 from .journal import Journal
+from .machine import resident_memory
 from .model import dense_weight, embed
 from .ranks import Samples
 from .report import Progress
 from .solver import solve
 from .spec import QuantSpec
 from .storage import writing
-from .stream import BlockStream, open_stream, states_on_disk
+from .stream import BlockStream, open_stream, reads_ahead, states_on_disk
 
 #: Sequences that the tried block sees, and that sensitivities are measured on.
 PROBE_SAMPLES, SENSITIVITY_SAMPLES = 4, 8
@@ -109,7 +111,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     opened = _clock(device)
     stream.survey(tokens[:1], device)
     seconds["survey"] = _clock(device) - opened
-    surveyed = _memory(reset=True)
+    surveyed = resident_memory(reset=True)
     errors: dict = {}
     if targeted:
         choices = mixed.candidates(config, presets, stream.shapes)
@@ -140,13 +142,14 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     # What the check keeps of the dense model, and the whole checkpoint that it reads at last.
     logits = checked * (getattr(_settings(stream.model), "vocab_size", None) or 0) * next(stream.model.parameters()).element_size()
     whole = packed + stream.nbytes - dense if checked else 0
-    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples),
+    ahead = probe.ahead if reads_ahead(stream, device) and len(stream.blocks) > 1 else (0, 0)
+    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples) + ahead[0],
                    surveyed.now + logits + (whole if device.type == "cpu" else 0))
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
-                max(probe.peak_gpu, whole) if device.type == "cuda" else 0, tried, errors,
+                max(probe.peak_gpu + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
                 [text for block in stream.blocks for text in stream.warnings[block.name]] + [_UNCOUNTED] * bool(config.recipe.token_weights))
 
 
@@ -172,14 +175,15 @@ class _Probe:
         for before in stream.blocks[: stream.blocks.index(self.block)]:
             with stream.loaded(before, device):
                 self._hidden = [before(state.to(device)).to(state.device) for state in self._hidden]
-        self._start = _memory(reset=True)
+        self._start = resident_memory(reset=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._timed("load", stream.load, self.block)
         with stream.loaded(self.block, device) as found:
             self.block(self._hidden[0].to(device))      # what only a first call does
             self._try({full: found[full] for full in self.specs}, specs)
-        self._end = _memory()
+        self._end = resident_memory()
+        self.ahead = locked_bytes(whole := self.block.module.state_dict()), sum(map(_nbytes, whole.values()))     # bytes in RAM, on a GPU
         self.peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
     def _try(self, linears: dict[str, nn.Module], specs: dict[str, QuantSpec]) -> None:
@@ -259,28 +263,6 @@ def _clock(device: torch.device | None = None) -> Tensor:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """Resident bytes of this process: now, and at most since the last reset."""
-
-    now: int
-    peak: int
-
-
-def _memory(reset: bool = False) -> _Memory:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return _Memory(0, 0)
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    found = _Memory(*(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM")))
-    if reset:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")       # the peak counts from here
-        except OSError:
-            pass                                        # not on this kernel: the peak since the start is an upper bound
-    return found
 
 
 def _nbytes(tensor: Tensor) -> int:

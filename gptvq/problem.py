@@ -13,13 +13,19 @@ from .spec import QuantSpec
 def solving_bytes(rows: int, spec: QuantSpec) -> int:
     """Most memory that solving `rows` rows of a layer takes beside its Hessian's sum: factorization, or the codebook update."""
     n = spec.vectors * spec.dim
-    return 4 * max(9 * n * n + 2 * rows * n, 4 * n * n + (6 + spec.dim) * rows * n)
+    return 4 * max(9 * n * n + 2 * rows * n, 6 * n * n + (8 + spec.dim) * rows * n)
+
+
+def working_bytes(specs: list[QuantSpec]) -> int:
+    """Most memory that solving these layers one after the other takes, with a Hessian of each, as experts have them, and a drift."""
+    solving = max((solving_bytes(spec.rows, spec) + 4 * max(spec.rows, spec.cols) * spec.cols for spec in specs), default=0)
+    return solving + sum(4 * spec.cols ** 2 for spec in specs)
 
 
 def solvable(spec: QuantSpec, free: int) -> str:
     """What fits into `free` bytes of a GPU, as advice."""
     n = spec.vectors * spec.dim
-    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 4 * n * n) // ((6 + spec.dim) * n))
+    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 6 * n * n) // ((8 + spec.dim) * n))
     smaller = f"{rows} rows of {spec.cols} columns would fit" if rows > 0 else f"no layer of {spec.cols} columns would fit"
     return f"{smaller}; free memory, use a larger GPU, or device='cpu'"
 
@@ -69,7 +75,7 @@ class Problem:
 
     def gradient(self, index: Tensor, residual: Tensor) -> Tensor:
         """Half the descent direction of the loss in the centroids, collect((W - Q) H s), as float64 [.., K, d]."""
-        pull = ops.matmul(residual, self.H).view(self.spec.rows, self.spec.vectors, self.spec.dim)
+        pull = ops.matmul_split(residual, self.H).view(self.spec.rows, self.spec.vectors, self.spec.dim)
         return self.collect(index, pull if self.scale is None else pull * self.scale.unsqueeze(-1))
 
     def curvature(self, index: Tensor) -> Tensor:

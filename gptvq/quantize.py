@@ -22,6 +22,7 @@ from .evaluate import divergence
 from .job import Run
 from .linear import VQLinear
 from .model import Block, dense_weight, embed, in_list
+from .problem import working_bytes
 from .ranks import Samples
 from .report import Progress, Report
 from .solver import solve
@@ -100,7 +101,8 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
     if not complete:
         gradients = _loss_gradients(stream, run, specs, tokens)
         run.take_over(stream)                                   # from here on the model is no longer the dense one
-        _quantize_blocks(stream, run, specs, tokens, gradients)
+        with stream.reading_ahead(device):
+            _quantize_blocks(stream, run, specs, tokens, gradients)
         _describe(stream, run, specs)
         run.finish(stream)
     report = run.report
@@ -151,8 +153,10 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         progress.block(index, block.name)
         with run.timed("load"):
             linears = {full: linear for full, linear in stream.load(block).items() if full in specs}
-        home = next(block.module.parameters()).device
+        home = torch.device("cpu") if stream.streamed else next(block.module.parameters()).device
         block.to(device)
+        if index + 1 < len(blocks):
+            stream.read_ahead(blocks[index + 1], working_bytes([specs[full] for full in linears]), device)
         packed, kept = {}, run.kept(index, linears)
         order, compared = [] if kept else [Stage(tuple(linears))], {}
         if recipe.compensate:
@@ -172,9 +176,12 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
 
         progress.stage("running the quantized block")
         with run.timed("forward"):
-            before, hidden = hidden, activations.new("hidden", index)
+            before, hidden, sound = hidden, activations.new("hidden", index), []
             for state in before:
-                hidden.append(_finite(block(state.to(device)), block).to(state.device))
+                out = block(state.to(device))
+                sound.append(torch.isfinite(out).all())
+                hidden.append(out.to(state.device))
+            _require_finite(block, hidden, sound, samples.first)
         for full, linear in packed.items():
             stream.model.set_submodule(full, linear)
         block.to(home)
@@ -279,8 +286,10 @@ def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
                           f"sequence_length={positions} or less")
 
 
-def _finite(hidden: Tensor, block: Block) -> Tensor:
-    if not bool(torch.isfinite(hidden).all()):
-        raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden)).sum())} non-finite activations; the source "
-                             "checkpoint is damaged or its dtype overflowed, try dtype float32")
-    return hidden
+def _require_finite(block: Block, hidden, sound: list[Tensor], first: int) -> None:
+    """sound: for each of the samples in `hidden`, from `first` on, whether it is finite, looked at once for all of them."""
+    for place, good in enumerate(torch.stack(sound).tolist() if sound else []):
+        if not good:
+            raise NumericalError(f"{block.name}: its output holds {int((~torch.isfinite(hidden[place])).sum())} non-finite activations in "
+                                 f"calibration sample {first + place}; the source checkpoint is damaged or its dtype overflowed, try dtype "
+                                 "float32")

@@ -166,6 +166,9 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
                 fit_strip(problem, centroids, strip, problem.W, natural, recipe)
     W = problem.W[:, columns]
     index = torch.empty(spec.rows, spec.vectors, dtype=torch.uint8, device=W.device)
+    # Two levels: errors come to the columns before `reach` at once, to all behind it together. A fit needs them everywhere.
+    lazy = W.shape[1] if by_strip else max(ops.lazy_columns(W.device, W.shape[1]), recipe.block_cols)
+    begun, reach, pending = 0, lazy, []
     for first, last in _blocks(spec, recipe):
         if by_strip and first * d % spec.group_cols == 0:
             strip = first * d // spec.group_cols
@@ -177,7 +180,11 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
         index[:, at], E = ops.column_block(
             W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows,
             recipe.method == "paper")
-        ops.submatmul(W[:, cols.stop:], E, factor.U[cols, cols.stop:])
+        pending += [E] if reach < W.shape[1] else []
+        ops.submatmul(W[:, cols.stop: reach], E, factor.U[cols, cols.stop: reach])
+        if cols.stop + recipe.block_cols > reach and reach < W.shape[1]:        # the next block might go beyond it
+            ops.submatmul(W[:, reach:], torch.cat(pending, 1), factor.U[begun: cols.stop, reach:])
+            begun, reach, pending = cols.stop, cols.stop + lazy, []
     return index, centroids
 
 

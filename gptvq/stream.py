@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import ranks
+from . import ops, ranks
+from .ahead import ReadAhead
 from .checkpoint import unique_tensors
 from .errors import FormatError, NumericalError
 from .journal import Journal
@@ -40,9 +41,11 @@ class BlockStream:
     `survey` fills in the rest: `blocks` with the arguments of their calls, {linear: (rows, cols)}, bytes, and hashes.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, blocks: list[Block] | None = None, read: Callable | None = None):
+    def __init__(self, model: nn.Module, tokenizer, name: str, blocks: list[Block] | None = None, read: Callable | None = None,
+                 folder: Path | None = None):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.blocks, self._read = blocks or [], read
+        self.blocks, self._read, self._folder = blocks or [], read, folder
+        self._ahead: ReadAhead | None = None
         self.shapes: dict[str, tuple[int, int]] = {}
         self.weight_bytes: dict[str, int] = {}
         self.nbytes = 0                                         # of all tensors
@@ -88,6 +91,9 @@ class BlockStream:
     def load(self, block: Block) -> dict[str, nn.Module]:
         """Reads the weights of a block, unless they are in memory -> {full name: linear}."""
         if self.streamed and any(tensor.is_meta for tensor in block.module.state_dict().values()):
+            if self._ahead is not None and (found := self._ahead.take(block.name)) is not None:
+                block.module.load_state_dict({name.removeprefix(block.name + "."): t for name, t in found.items()}, assign=True)
+                return linears(block.module, block.name)
             fresh = self._read(block.name)
             block.module.__dict__.update({kind: fresh.__dict__[kind] for kind in ("_modules", "_parameters", "_buffers")})
             if block.name in self.experts:
@@ -100,6 +106,26 @@ class BlockStream:
         """Gives the memory of a block back, where it can be read again."""
         if self.streamed:
             block.module.to("meta")
+
+    @contextlib.contextmanager
+    def reading_ahead(self, device: torch.device) -> Iterator[None]:
+        """Within it `read_ahead` has a GPU's next block read while it works; with other devices, and models in memory, nothing is."""
+        self._ahead = ReadAhead(self._folder, self._hashes, device) if reads_ahead(self, device) else None
+        try:
+            yield
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+            self._ahead = None
+
+    def read_ahead(self, block: Block, working: int, device: torch.device) -> None:
+        """Begins to read a block that is on meta; it goes on to `device` where it leaves `working` bytes and a tenth of all free."""
+        wanted = block.module.state_dict(prefix=block.name + ".")
+        lasting = {name for name, _ in block.module.named_buffers(prefix=block.name)} <= wanted.keys()
+        if self._ahead is not None and lasting and self._ahead.readable(wanted):
+            free = ops.free_bytes(device)
+            need = working + sum(t.numel() * t.element_size() for t in wanted.values())
+            self._ahead.start(block.name, wanted, free is None or need <= 0.9 * free[0])
 
     @contextlib.contextmanager
     def loaded(self, block: Block, device: torch.device) -> Iterator[dict[str, nn.Module]]:
@@ -181,7 +207,12 @@ def open_stream(source, dtype, tokenizer, whole: bool = False) -> BlockStream:
     name = Path(source).resolve().name if Path(source).exists() else str(source)
     return BlockStream(model, hf.read_tokenizer(folder) if tokenizer is None else tokenizer, name,
                        [Block(f"{list_name}.{index}", module) for index, module in enumerate(members)],
-                       lambda block: parts.read_block(folder, dtype, block))
+                       lambda block: parts.read_block(folder, dtype, block), folder)
+
+
+def reads_ahead(stream: BlockStream, device: torch.device) -> bool:
+    """Whether a run on `device` reads one block ahead; a CPU has enough to do, and no second memory to put it into."""
+    return stream.streamed and device.type == "cuda"
 
 
 class Activations:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, ranks
-from .hessian import Hessian
+from .hessian import Counts, Hessian
 from .ranks import CHUNKS, Samples
 
 _PIECE = 1 << 24                    # elements that are exchanged at once
@@ -29,7 +29,7 @@ class Sums:
 
     leaders: dict[str, str] = field(default_factory=dict)
     flats: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, leaders: dict[str, str], hessians: dict[str, Hessian]) -> Sums:
@@ -37,13 +37,13 @@ class Sums:
         self = cls(dict(leaders))
         for name in list(hessians):
             hessian = hessians.pop(name)
-            self.put(name, hessian.packed(), hessian.tokens, hessian.dropped)
+            self.put(name, hessian.packed(), hessian.counts)
         return self
 
-    def put(self, name: str, flat: Tensor, tokens: int = 0, dropped: int = 0) -> None:
+    def put(self, name: str, flat: Tensor, counts: Counts | None = None) -> None:
         free, whole = ops.free_bytes(flat.device) or (1, 1)
         # Where half of a GPU is in use, a mixture of experts has its Hessians there: their parts wait in the host's memory.
-        self.flats[name], self.counts[name] = flat if 2 * free >= whole else flat.cpu(), (tokens, dropped)
+        self.flats[name], self.counts[name] = flat if 2 * free >= whole else flat.cpu(), counts or Counts()
         self.leaders[name] = name
 
     def hessians(self, cols: dict[str, int], device: torch.device) -> dict[str, Hessian]:
@@ -51,7 +51,7 @@ class Sums:
         found: dict[str, Hessian] = {}
         for name, leader in self.leaders.items():
             if leader in cols and leader not in found:
-                found[leader] = Hessian.from_packed(self.flats.pop(leader), cols[leader], device, *self.counts[leader])
+                found[leader] = Hessian.from_packed(self.flats.pop(leader), cols[leader], device, self.counts[leader])
         return {name: found[self.leaders[name]] if name in self.leaders else Hessian(cols[name], device) for name in cols}
 
 
@@ -76,7 +76,7 @@ def _exchanged(samples: Samples, sizes: dict[str, int], device: torch.device, mi
     table = torch.full((max(map(len, spans)), len(sizes), 3), -1)
     for row, sums in zip(table, mine):
         for name, leader in sums.leaders.items():
-            row[number[name]] = torch.tensor([number[leader], *sums.counts[leader]])
+            row[number[name]] = torch.tensor([number[leader], *sums.counts[leader].read()])
     tables = torch.cat([rows[: len(own)] for rows, own in zip(ranks.gather(table), spans)])
     total, groups, order = Sums(), {}, [span for own in spans for span in own]
     for name, i in number.items():
@@ -87,7 +87,7 @@ def _exchanged(samples: Samples, sizes: dict[str, int], device: torch.device, mi
                 present = [span for span, there in zip(order, seen.tolist()) if there]
                 rows = [len(set(present) & set(own)) for own in spans]
                 flats = [sums.flats[sums.leaders[name]] for sums in mine if name in sums.leaders]
-                total.put(name, _added(flats, order, present, rows, sizes[name], device), *tables[seen, i, 1:].sum(0).tolist())
+                total.put(name, _added(flats, order, present, rows, sizes[name], device), Counts(*tables[seen, i, 1:].sum(0).tolist()))
     return total
 
 
@@ -117,7 +117,7 @@ def _add(left: Sums, right: Sums) -> Sums:
         if leader == name:
             both = [(sums.flats[own], sums.counts[own]) for sums, own in zip((left, right), pair) if own is not None]
             flat = both[0][0] if len(both) == 1 else both[0][0] + both[1][0].to(both[0][0].device)
-            total.put(name, flat, *(sum(count) for count in zip(*(counts for _, counts in both))))
+            total.put(name, flat, sum((counts for _, counts in both), Counts()))
     return total
 
 

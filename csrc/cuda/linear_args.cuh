@@ -94,28 +94,31 @@ __device__ __forceinline__ void put_output(const LinearBatch& batch, const Linea
   store_rounded(w.y, batch.type, static_cast<std::int64_t>(token) * w.rows + row, sum + (w.bias ? w.bias[row] : 0.f));
 }
 
-// What one CTA of a group kernel does: tiles of a row group, and chunks.
+// What a warp of a group kernel does: one of the CTA's tiles of a row group, and the CTA's chunks.
 struct GroupPart {
-  int split, tile, tile_end, chunk, chunk_end;
+  int split, tile, chunk, chunk_end;
+  bool works;                       // else there is no tile for the warp, and it only helps with the table; `tile` is the CTA's first
 
-  __device__ __forceinline__ GroupPart(const LinearLayer& w, int cta) : split(cta % w.splits) {
+  __device__ __forceinline__ GroupPart(const LinearLayer& w, int cta, int warp) : split(cta % w.splits) {
     const int per_group = (w.group_tiles + w.warps - 1) / w.warps, part = cta / w.splits, group = part / per_group;
-    tile = group * w.group_tiles + part % per_group * w.warps;
-    tile_end = min(min((group + 1) * w.group_tiles, w.tiles), tile + w.warps);
+    const int first = group * w.group_tiles + part % per_group * w.warps;
+    works = warp < w.warps && first + warp < min((group + 1) * w.group_tiles, w.tiles);
+    tile = works ? first + warp : first;
     chunk = w.chunks * split / w.splits;
     chunk_end = w.chunks * (split + 1) / w.splits;
   }
 };
 
-// entries: centroid e, its dimensions one byte each, at [8 e .. 8 e + 8), 4 bytes for every bank; by the whole CTA.
+// entries: centroid e, its dimensions one byte each, at [8 e .. 8 e + 8), 4 bytes for every bank; by the whole CTA.  What 8 lanes
+// write at a time lies in different banks.
 template <class F>
 __device__ __forceinline__ void fill_table(const std::int8_t* book, uint4* entries) {
-  for (int e = threadIdx.x; e < F::codewords; e += blockDim.x) {
+  for (unsigned e = threadIdx.x; e < F::codewords; e += blockDim.x) {
     std::uint32_t word = 0;
 #pragma unroll
     for (int d = 0; d < F::dim; ++d) word |= (static_cast<std::uint32_t>(__ldg(book + d * F::codewords + e)) & 255) << 8 * d;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) entries[8 * e + (k + e) % 8] = make_uint4(word, word, word, word);    // 8 lanes, 8 x 4 banks
+    for (int k = 0; k < 8; ++k) entries[(8 * e | e % 8) ^ k] = make_uint4(word, word, word, word);
   }
 }
 

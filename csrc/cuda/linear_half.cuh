@@ -42,9 +42,8 @@ __device__ __forceinline__ void add_halves(const LinearBatch& batch, const Linea
   const float group[2] = {rows.group_scale(batch, w, at, 0), rows.group_scale(batch, w, at, 1)};
 #pragma unroll
   for (int i = 0; i < F::rounds; ++i) {
-    std::uint32_t even[F::steps][2], odd[F::steps][2];
-    table.decode(codes, i, 0, even);
-    table.decode(codes, i, 1, odd);
+    std::uint32_t found[F::steps][4];
+    decode_round(codes, table, i, found);
 #pragma unroll
     for (int j = 0; j < F::steps; ++j) {
       const int s = i * F::steps + j;
@@ -54,8 +53,9 @@ __device__ __forceinline__ void add_halves(const LinearBatch& batch, const Linea
       const uint4 v = __ldg(reinterpret_cast<const uint4*>(x + s / 2 * 64 + 16 * t + s % 2 * 8));
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const std::uint32_t a[4] = {scaled_pair<0>(even[j][k], by[0]), scaled_pair<0>(odd[j][k], by[1]), scaled_pair<1>(even[j][k], by[0]),
-                                    scaled_pair<1>(odd[j][k], by[1])};
+        const std::uint32_t even = found[j][2 * k], odd = found[j][2 * k + 1];
+        const std::uint32_t a[4] = {scaled_pair<0>(even, by[0]), scaled_pair<0>(odd, by[1]), scaled_pair<1>(even, by[0]),
+                                    scaled_pair<1>(odd, by[1])};
         const std::uint32_t b[2] = {k ? v.z : v.x, k ? v.w : v.y};
         mma_m16n8k16(c, a, b);
       }
@@ -66,9 +66,9 @@ __device__ __forceinline__ void add_halves(const LinearBatch& batch, const Linea
 // A CTA's tiles and chunks as in linear_tile_kernel or, where the CTA has a table, in linear_group_kernel.
 template <class F>
 __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __grid_constant__ LinearBatch batch) {
-  constexpr bool by_group = F::lookup == Lookup::cta_table, warp_table = F::lookup == Lookup::warp_table;
+  constexpr bool by_group = F::lookup == Lookup::cta_table;
   GPTVQ_SHARED(uint4, entries, by_group ? 256 * 8 : 1);
-  GPTVQ_SHARED(PairTable, tables, warp_table ? 2 * kTokensWarps : 1);
+  GPTVQ_SHARED(PairTable, tables, (pair_tables<F, kTokensWarps>));
   GPTVQ_SHARED(float, sums, by_group ? 1 : kTokensWarps * 128);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, first = blockIdx.y * kHalfTokens;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
@@ -76,24 +76,16 @@ __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __
   const __half* x = reinterpret_cast<const __half*>(batch.x) + token * w.chunks * kChunk;
   float c[4] = {0, 0, 0, 0};
   if constexpr (by_group) {
-    const GroupPart part(w, blockIdx.x - w.first_cta);
-    const int tile = part.tile + warp;
-    const bool works = warp < w.warps && tile < part.tile_end;
-    const LaneRows<F> rows(w, works ? tile : part.tile, g, t);
+    const GroupPart part(w, blockIdx.x - w.first_cta, warp);
+    const LaneRows<F> rows(w, part.tile, g, t);
     const Table<F> table(entries, l);
-#pragma unroll 1
-    for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
-      if (at.sub == 0 || at.chunk == part.chunk) {
-        __syncthreads();
-        fill_table<F>(rows.codebook(batch, w, at, 0), entries);
-        __syncthreads();
-      }
-      if (works) add_halves<F>(batch, w, at, rows, rows.codes(batch, w, at, t), table, x + at.chunk * kChunk, t, c);
-    }
-    if (!works) return;
+    walk_group<F>(batch, w, part, rows, entries, t, [&](const Place& at, const Codes<F>& codes) {
+      add_halves<F>(batch, w, at, rows, codes, table, x + at.chunk * kChunk, t, c);
+    });
+    if (!part.works) return;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int to = first + 2 * t + k % 2, row = 16 * tile + 2 * g + k / 2;
+      const int to = first + 2 * t + k % 2, row = 16 * part.tile + 2 * g + k / 2;
       if (to < batch.tokens && row < w.rows) put_sum(batch, w, part.split, to, row, c[k]);
     }
   } else {
@@ -103,13 +95,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __
     int turn = 2 * warp;
 #pragma unroll 1
     for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
-      if constexpr (warp_table) {
-        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
-        table.table = shared_address(&tables[turn]);
-        turn ^= 1;
-      } else {
-        table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
-      }
+      find_books<F>(batch, w, at, rows, tables, turn, table);
       add_halves<F>(batch, w, at, rows, rows.codes(batch, w, at, t), table, x + at.chunk * kChunk, t, c);
     }
 #pragma unroll
@@ -117,9 +103,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps) linear_half_kernel(const __
     __syncthreads();
     for (int i = threadIdx.x; i < 128; i += blockDim.x) {
       const int to = first + 2 * (i % 4) + i / 32 % 2, row = 16 * tile + 2 * (i % 32 / 4) + i / 64;
-      float total = sums[i];
-      for (int k = 1; k < w.warps; ++k) total += sums[128 * k + i];
-      if (to < batch.tokens && row < w.rows) put_output(batch, w, to, row, total);
+      if (to < batch.tokens && row < w.rows) put_output(batch, w, to, row, over_warps(sums + i, 128, w));
     }
   }
 }

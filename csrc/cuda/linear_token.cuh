@@ -107,6 +107,16 @@ struct LaneInputs {
         step(batch.step + static_cast<std::int64_t>(token) * w.chunks * Spans<F, Grain>::count) {}
 };
 
+// The weights of round i of a chunk: fragments of the mma, one for each step.
+template <class F>
+__device__ __forceinline__ void decode_round(const Codes<F>& codes, const Table<F>& table, int i, std::uint32_t (&a)[F::steps][4]) {
+  std::uint32_t even[F::steps][2], odd[F::steps][2];
+  table.decode(codes, i, 0, even);
+  table.decode(codes, i, 1, odd);
+#pragma unroll
+  for (int j = 0; j < F::steps; ++j) a[j][0] = even[j][0], a[j][1] = odd[j][0], a[j][2] = even[j][1], a[j][3] = odd[j][1];
+}
+
 // The products of one chunk, added to the lane's sums of rows 2 g and 2 g + 1.
 template <class F, int Grain>
 __device__ __forceinline__ void add_chunk(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LaneRows<F>& rows,
@@ -120,16 +130,14 @@ __device__ __forceinline__ void add_chunk(const LinearBatch& batch, const Linear
   for (int i = 0; i < S::tiles; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0;
 #pragma unroll
   for (int i = 0; i < F::rounds; ++i) {
-    std::uint32_t even[F::steps][2], odd[F::steps][2];
-    table.decode(codes, i, 0, even);
-    table.decode(codes, i, 1, odd);
+    std::uint32_t a[F::steps][4];
+    decode_round(codes, table, i, a);
 #pragma unroll
     for (int j = 0; j < F::steps; ++j) {
       const int s = i * F::steps + j;
-      const std::uint32_t a[4] = {even[j][0], odd[j][0], even[j][1], odd[j][1]};
       std::uint32_t b[2] = {x.own[S::turn(s)][0], x.own[S::turn(s)][1]};
       if constexpr (S::kinds > 1) b[0] *= mask[S::kind(s)], b[1] *= mask[S::kind(s)];      // the multiplier's pipe has nothing else to do
-      mma_m16n8k32_s8(c[S::tile(s)], a, b);
+      mma_m16n8k32_s8(c[S::tile(s)], a[j], b);
     }
   }
   const float group[2] = {rows.group_scale(batch, w, at, 0), rows.group_scale(batch, w, at, 1)};
@@ -173,13 +181,52 @@ __device__ __forceinline__ void fill_pairs(const std::int8_t* book, PairTable& t
   __syncwarp();
 }
 
+template <class F, int Warps>
+constexpr int pair_tables = F::lookup == Lookup::warp_table ? 2 * Warps : 1;
+
+// Has `table` find the codebooks of a chunk.  Where a warp has tables in shared memory, those at an even `turn` and behind it, it fills
+// one after the other: a lane may still look something up in the last chunk's.
+template <class F>
+__device__ __forceinline__ void find_books(const LinearBatch& batch, const LinearLayer& w, const Place& at, const LaneRows<F>& rows,
+                                           PairTable* tables, int& turn, Table<F>& table) {
+  if constexpr (F::lookup == Lookup::warp_table) {
+    fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
+    table.table = shared_address(&tables[turn]);
+    turn ^= 1;
+  } else {
+    table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
+  }
+}
+
+// The sum over the warps that work of what each left `stride` behind the one before.
+__device__ __forceinline__ float over_warps(const float* from, int stride, const LinearLayer& w) {
+  float total = from[0];
+  for (int k = 1; k < w.warps; ++k) total += from[k * stride];
+  return total;
+}
+
+// use(place, codes) of all chunks of a group kernel's CTA, the table in `entries` filled for each, in warps that have a tile.
+template <class F, class Use>
+__device__ __forceinline__ void walk_group(const LinearBatch& batch, const LinearLayer& w, const GroupPart& part, const LaneRows<F>& rows,
+                                           uint4* entries, int t, Use use) {
+#pragma unroll 1
+  for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
+    const Codes<F> codes = rows.codes(batch, w, at, t);
+    if (at.sub == 0 || at.chunk == part.chunk) {
+      __syncthreads();
+      fill_table<F>(rows.codebook(batch, w, at, 0), entries);
+      __syncthreads();
+    }
+    if (part.works) use(at, codes);
+  }
+}
+
 // One CTA per tile of 16 rows, whose warps take turns at the chunks.
 template <class F, int Grain>
 __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const __grid_constant__ LinearBatch batch) {
   static_assert(F::lookup != Lookup::cta_table, "a table for one tile");
-  constexpr bool warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_SHARED(float, partial, kLinearWarps * 16);
-  GPTVQ_SHARED(PairTable, tables, warp_table ? 2 * kLinearWarps : 1);
+  GPTVQ_SHARED(PairTable, tables, (pair_tables<F, kLinearWarps>));
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = blockIdx.x - w.first_cta;
@@ -195,13 +242,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
 #pragma unroll 1
   for (Place at(w, warp < w.warps ? warp : w.chunks); at.chunk < w.chunks; at.advance(w)) {
     const Codes<F> codes = rows.codes(batch, w, at, t);
-    if constexpr (warp_table) {
-      fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
-      table.table = shared_address(&tables[turn]);
-      turn ^= 1;                    // a lane may still look something up in the last chunk's
-    } else {
-      table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
-    }
+    find_books<F>(batch, w, at, rows, tables, turn, table);
     add_chunk<F, Grain>(batch, w, at, rows, codes, table, inputs, idle, mask, t, sum);
   }
   add_lanes<Grain>(sum);
@@ -211,11 +252,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_tile_kernel(const
   }
   __syncthreads();
   const int row = 16 * tile + threadIdx.x;
-  if (threadIdx.x < 16 && row < w.rows) {
-    float total = partial[threadIdx.x];
-    for (int i = 1; i < w.warps; ++i) total += partial[i * 16 + threadIdx.x];
-    put_output(batch, w, token, row, total);
-  }
+  if (threadIdx.x < 16 && row < w.rows) put_output(batch, w, token, row, over_warps(partial + threadIdx.x, 16, w));
 }
 
 // Formats with a table for the whole CTA: one CTA per up to 16 tiles of a row group, a tile for each warp, that walks along the chunks of
@@ -226,10 +263,8 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(cons
   GPTVQ_SHARED(uint4, entries, 256 * 8);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4, token = blockIdx.y;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
-  const GroupPart part(w, blockIdx.x - w.first_cta);
-  const int tile = part.tile + warp;
-  const bool works = warp < w.warps && tile < part.tile_end;
-  const LaneRows<F> rows(w, works ? tile : part.tile, g, t);
+  const GroupPart part(w, blockIdx.x - w.first_cta, warp);
+  const LaneRows<F> rows(w, part.tile, g, t);
   const LaneInputs<F, Grain> inputs(batch, w, token, g, t);
   std::uint32_t mask[Spans<F, Grain>::kinds];
   masks_of<F, Grain>(g, mask);
@@ -237,21 +272,14 @@ __global__ void __launch_bounds__(32 * kLinearWarps, 2) linear_group_kernel(cons
 
   float sum[2] = {0, 0};
   const Table<F> table(entries, l);
-#pragma unroll 1
-  for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
-    const Codes<F> codes = rows.codes(batch, w, at, t);
-    if (at.sub == 0 || at.chunk == part.chunk) {
-      __syncthreads();
-      fill_table<F>(rows.codebook(batch, w, at, 0), entries);
-      __syncthreads();
-    }
-    if (works) add_chunk<F, Grain>(batch, w, at, rows, codes, table, inputs, idle, mask, t, sum);
-  }
+  walk_group<F>(batch, w, part, rows, entries, t, [&](const Place& at, const Codes<F>& codes) {
+    add_chunk<F, Grain>(batch, w, at, rows, codes, table, inputs, idle, mask, t, sum);
+  });
   add_lanes<Grain>(sum);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = 16 * tile + 2 * g + r;
-    if (works && t == 0 && row < w.rows) put_sum(batch, w, part.split, token, row, sum[r]);
+    const int row = 16 * part.tile + 2 * g + r;
+    if (part.works && t == 0 && row < w.rows) put_sum(batch, w, part.split, token, row, sum[r]);
   }
 }
 

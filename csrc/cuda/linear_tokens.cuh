@@ -20,21 +20,13 @@ struct TokensShape {
 
 template <class F>
 struct Fragments {
-  std::uint32_t a[kSteps][4];
+  std::uint32_t a[F::rounds][F::steps][4];
 
   __device__ __forceinline__ void decode(const Codes<F>& codes, const Table<F>& table) {
 #pragma unroll
-    for (int i = 0; i < F::rounds; ++i) {
-      std::uint32_t even[F::steps][2], odd[F::steps][2];
-      table.decode(codes, i, 0, even);
-      table.decode(codes, i, 1, odd);
-#pragma unroll
-      for (int j = 0; j < F::steps; ++j) {
-        std::uint32_t(&to)[4] = a[i * F::steps + j];
-        to[0] = even[j][0], to[1] = odd[j][0], to[2] = even[j][1], to[3] = odd[j][1];
-      }
-    }
+    for (int i = 0; i < F::rounds; ++i) decode_round(codes, table, i, a[i]);
   }
+  __device__ __forceinline__ const std::uint32_t (&step(int s) const)[4] { return a[s / F::steps][s % F::steps]; }
 };
 
 // Scales of a lane's two rows: the group's, times those of the chunk's scale blocks.
@@ -83,8 +75,8 @@ __device__ __forceinline__ void add_tokens(const LinearBatch& batch, const Linea
             if constexpr (Shape::halves == 2) b[0][0] *= half[h], b[0][1] *= half[h], b[1][0] *= half[h], b[1][1] *= half[h];
 #pragma unroll
             for (int p = 0; p < Tiles; ++p) {
-              mma_m16n8k32_s8(c[h][p], fragments[p].a[2 * k], b[0]);
-              mma_m16n8k32_s8(c[h][p], fragments[p].a[2 * k + 1], b[1]);
+              mma_m16n8k32_s8(c[h][p], fragments[p].step(2 * k), b[0]);
+              mma_m16n8k32_s8(c[h][p], fragments[p].step(2 * k + 1), b[1]);
             }
           }
         }
@@ -114,9 +106,8 @@ template <class F, int Grain>
 __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kernel(const __grid_constant__ LinearBatch batch) {
   using Shape = TokensShape<F, Grain>;
   constexpr int tiles = Shape::tiles;
-  constexpr bool warp_table = F::lookup == Lookup::warp_table;
   GPTVQ_DYN_SMEM(float, sums);                  // [warp][token tile][slot][lane]
-  GPTVQ_SHARED(PairTable, tables, warp_table ? 2 * kTokensWarps : 1);
+  GPTVQ_SHARED(PairTable, tables, (pair_tables<F, kTokensWarps>));
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
   const int tile = (blockIdx.x - w.first_cta) * tiles, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
@@ -134,13 +125,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
       const Codes<F> codes = rows.codes(batch, w, at, t);
       scales[p].load(batch, w, at, rows);
       Table<F> table(batch.two_to_16);
-      if constexpr (warp_table) {
-        fill_pairs<F>(rows.codebook(batch, w, at, 0), tables[turn]);
-        table.table = shared_address(&tables[turn]);
-        turn ^= 1;
-      } else {
-        table.load({rows.codebook(batch, w, at, 0), rows.codebook(batch, w, at, 1)});
-      }
+      find_books<F>(batch, w, at, rows, tables, turn, table);
       fragments[p].decode(codes, table);
     }
     add_tokens<F, Grain, tiles>(batch, w, at, fragments, scales, g, t, sums + warp * warp_sums + l);
@@ -151,9 +136,7 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_tile_tokens_kerne
     if (row >= w.rows) continue;
     const int slot = (token % kTokenTile / 4 * tiles + in_tiles / 16) * 2 + in_tiles % 2;
     const float* from = sums + (token / kTokenTile * Shape::slots + slot) * 32 + in_tiles % 16 / 2 * 4 + token % 4;
-    float total = from[0];
-    for (int k = 1; k < w.warps; ++k) total += from[k * warp_sums];
-    put_output(batch, w, token, row, total);
+    put_output(batch, w, token, row, over_warps(from, warp_sums, w));
   }
 }
 
@@ -165,32 +148,23 @@ __global__ void __launch_bounds__(32 * kTokensWarps, 2) linear_group_tokens_kern
   GPTVQ_SHARED(uint4, entries, 256 * 8);
   const int warp = uniform(threadIdx.x / 32), l = lane_id(), g = l / 4, t = l % 4;
   const LinearLayer& w = batch.layer[batch.layer_of(blockIdx.x)];
-  const GroupPart part(w, blockIdx.x - w.first_cta);
-  const int tile = part.tile + warp, token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
-  const bool works = warp < w.warps && tile < part.tile_end;
-  const LaneRows<F> rows(w, works ? tile : part.tile, g, t);
+  const GroupPart part(w, blockIdx.x - w.first_cta, warp);
+  const LaneRows<F> rows(w, part.tile, g, t);
+  const int token_tiles = (batch.tokens + kTokenTile - 1) / kTokenTile;
   float* mine = sums + warp * token_tiles * Shape::slots * 32 + l;
   for (int i = 0; i < token_tiles * Shape::slots; ++i) mine[32 * i] = 0;
 
   const Table<F> table(entries, l);
-#pragma unroll 1
-  for (Place at(w, part.chunk); at.chunk < part.chunk_end; at.advance(w)) {
-    const Codes<F> codes = rows.codes(batch, w, at, t);
-    if (at.sub == 0 || at.chunk == part.chunk) {
-      __syncthreads();
-      fill_table<F>(rows.codebook(batch, w, at, 0), entries);
-      __syncthreads();
-    }
-    if (!works) continue;
+  walk_group<F>(batch, w, part, rows, entries, t, [&](const Place& at, const Codes<F>& codes) {
     Fragments<F> fragments[1];
     RowScales<F, Grain> scales[1];
     scales[0].load(batch, w, at, rows);
     fragments[0].decode(codes, table);
     add_tokens<F, Grain, 1>(batch, w, at, fragments, scales, g, t, mine);
-  }
-  if (!works) return;
+  });
+  if (!part.works) return;
   for (int i = 0; i < token_tiles * Shape::slots; ++i) {
-    const int token = i / Shape::slots * kTokenTile + i % Shape::slots / 2 * 4 + t, row = 16 * tile + 2 * g + i % 2;
+    const int token = i / Shape::slots * kTokenTile + i % Shape::slots / 2 * 4 + t, row = 16 * part.tile + 2 * g + i % 2;
     if (token < batch.tokens && row < w.rows) put_sum(batch, w, part.split, token, row, mine[32 * i]);
   }
 }

@@ -23,28 +23,41 @@ struct CodesShape { int rows, vectors, blocks; long long total; };    // total: 
 
 constexpr int kPackThreads = 256, kDequantizeWarps = 4;
 
+// Row i of all blocks, of which a thread of pack and unpack has one.
+template <class Layout>
+struct BlockRow {
+  long long row, codes, word;     // of the weight, padding included; where its codes begin, and its word of plane 0 in bytes
+  int first;                      // vector of the row
+
+  __device__ __forceinline__ BlockRow(const CodesShape& s, long long i) {
+    const int block = static_cast<int>(i / 16 % s.blocks);
+    const long long tile = i / 16 / s.blocks;
+    row = tile * 16 + i % 16;
+    codes = row * s.vectors;
+    word = (tile * s.blocks + block) * Layout::block_bytes + 4 * (i % 16);
+    first = block * Layout::vectors;
+  }
+};
+
 template <int Bits, int Dim>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const std::uint8_t* __restrict__ codes, std::uint8_t* __restrict__ idx,
                                                             CodesShape s) {
   using Layout = DeviceLayout<Bits, Dim>;
   const long long i = static_cast<long long>(blockIdx.x) * kPackThreads + threadIdx.x;
   if (i >= s.total) return;
-  const int r = static_cast<int>(i % 16), block = static_cast<int>(i / 16 % s.blocks);
-  const long long tile = i / 16 / s.blocks, row = tile * 16 + r;
-  const int first = block * Layout::vectors;
-  const std::uint8_t* from = codes + row * s.vectors;
+  const BlockRow<Layout> at(s, i);
+  const std::uint8_t* from = codes + at.codes;
   std::uint32_t quads[Layout::quads];
 #pragma unroll
   for (int q = 0; q < Layout::quads; ++q) {
     quads[q] = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int v = first + 4 * q + j;
-      if (row < s.rows && v < s.vectors) quads[q] |= static_cast<std::uint32_t>(from[v] & (Layout::codewords - 1)) << 8 * j;
+      const int v = at.first + 4 * q + j;
+      if (at.row < s.rows && v < s.vectors) quads[q] |= static_cast<std::uint32_t>(from[v] & (Layout::codewords - 1)) << 8 * j;
     }
   }
-  std::uint8_t* to = idx + (tile * s.blocks + block) * Layout::block_bytes + 4 * r;
-  Layout::encode(reinterpret_cast<std::uint32_t*>(to), [&](int q) { return quads[q]; });
+  Layout::encode(reinterpret_cast<std::uint32_t*>(idx + at.word), [&](int q) { return quads[q]; });
 }
 
 template <int Bits, int Dim>
@@ -53,18 +66,16 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const std::uint8_t
   using Layout = DeviceLayout<Bits, Dim>;
   const long long i = static_cast<long long>(blockIdx.x) * kPackThreads + threadIdx.x;
   if (i >= s.total) return;
-  const int r = static_cast<int>(i % 16), block = static_cast<int>(i / 16 % s.blocks);
-  const long long tile = i / 16 / s.blocks, row = tile * 16 + r;
-  if (row >= s.rows) return;
-  const std::uint8_t* from = idx + (tile * s.blocks + block) * Layout::block_bytes + 4 * r;
-  const int first = block * Layout::vectors;
-  std::uint8_t* to = codes + row * s.vectors;
+  const BlockRow<Layout> at(s, i);
+  if (at.row >= s.rows) return;
+  const std::uint8_t* from = idx + at.word;
+  std::uint8_t* to = codes + at.codes;
 #pragma unroll
   for (int q = 0; q < Layout::quads; ++q) {
     const std::uint32_t quad = Layout::quad(reinterpret_cast<const std::uint32_t*>(from), q);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int v = first + 4 * q + j;
+      const int v = at.first + 4 * q + j;
       if (v < s.vectors) to[v] = static_cast<std::uint8_t>(quad >> 8 * j);
     }
   }

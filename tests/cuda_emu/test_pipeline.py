@@ -13,7 +13,7 @@ from gptvq import codebook, ops
 from gptvq.backends import cuda, cuda_call, reference
 from gptvq.config import Recipe
 from gptvq.errors import BackendUnavailable
-from gptvq.hessian import Hessian
+from gptvq.hessian import Counts, Hessian
 from gptvq.linear import VQLinear
 from gptvq.problem import solving_bytes
 from gptvq.solver import solve
@@ -108,7 +108,7 @@ def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, s
     case = Case(f"{rows} x {cols}", rows, cols, dim, bits, *group, scale)
     W, H = (t.to(machine.device) for t in case.build(torch.float32))
     hessian = Hessian(cols, machine.device)
-    hessian.sum, hessian.tokens = H, 2
+    hessian.sum, hessian.counts = H, Counts(2)
     with Tally() as tally:
         solve(W, hessian, case.spec, Recipe(passes=1, sweeps=1, em_iterations=3))
     assert tally.peak <= solving_bytes(rows, case.spec) <= 2.5 * tally.peak
@@ -117,7 +117,7 @@ def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, s
 def test_too_little_memory_is_said_before(machine, monkeypatch):
     case = LAYERS[1]
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (360_000, 1_000_000))
-    with pytest.raises(BackendUnavailable, match="weight: solving 64 x 96 weights: needs 0.000381 GB on c.*, where 0.00036 of 0.001 GB are "
+    with pytest.raises(BackendUnavailable, match="weight: solving 64 x 96 weights: needs 0.000467 GB on c.*, where 0.00036 of 0.001 GB are "
                                                  "free; 36 rows of 96 columns would fit"):
         solved(case, Recipe(), machine.device, monkeypatch, "cuda")
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (10_000, 1_000_000))

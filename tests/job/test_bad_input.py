@@ -105,6 +105,13 @@ def test_non_finite_activations_name_the_block(ids):
     model = build()
     model.model.layers[1].input_layernorm.weight.data[7] = float("nan")
     refused(r"model\.layers\.1", model, calibration=ids, config=preset(), error=NumericalError)
+    model, broken = build(), int(ids[3].max())
+    model.model.layers[0].register_forward_hook(                                # the embedding's rows are told apart by their values
+        lambda m, args, out, row=model.model.embed_tokens.weight.data[broken].clone(): out.masked_fill_(
+            (args[0] == row).all(-1, keepdim=True), float("nan")) if isinstance(out, torch.Tensor) else None)
+    first = next(i for i, sample in enumerate(ids) if broken in sample)
+    refused(rf"model\.layers\.0: its output holds \d+ non-finite activations in calibration sample {first};", model, calibration=ids,
+            config=preset(), error=NumericalError)
     model = build()
     model.model.embed_tokens.weight.data[int(ids[0, 9]), 0] = float("inf")
     refused("embeddings: non-finite activations", model, calibration=ids, error=NumericalError)

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import torch
 from job.tiny_models import build, logits, preset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptvq
+from gptvq import hessian
 from gptvq.config import Recipe, VQConfig
 from gptvq.drift import Stage, collect, find_stages, run_dense, target_weight
 from gptvq.hessian import Hessian
@@ -174,11 +176,59 @@ def test_a_block_that_changes_its_ways_is_named(ids):
         collect(stage, {stage.names[0]: found[stage.names[0]]}, block, hidden, {stage.names[0]: hidden}, CPU)
 
 
-def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids):
+class Looks(TorchDispatchMode):
+    """Counts what would make a GPU finish all its work first: a value or an unknown number of them fetched from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.index.Tensor):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids, waits, monkeypatch):
     block, found, hidden = opened("llama", ids)
     stage = find_stages(block, found, hidden[0])[0]
     bad = [hidden[0] * float("nan"), *hidden[1:]]
     wanted = run_dense(block, [stage], found, hidden, CPU)[1]
-    inputs = collect(stage, {full: found[full] for full in stage.names}, block, bad, wanted, CPU)
+    monkeypatch.setattr(hessian, "waits", lambda device: waits)                 # False: as on a GPU
+    with Looks() as looks:
+        inputs = collect(stage, {full: found[full] for full in stage.names}, block, bad, wanted, CPU)
+    assert len(looks.found) == (2 * len(bad) if waits else 1), looks.found      # on a GPU only the number of tokens at last
     assert inputs.hessians[stage.names[0]].dropped == ids.shape[1]
     assert torch.equal(inputs.drift, torch.zeros_like(inputs.drift))
+
+
+def with_lost_samples(ids, device):
+    """What `collect` gives where a sample is lost in one stream and one in both."""
+    block, linears_, hidden = opened("llama", ids)
+    block.to(device)
+    stage = find_stages(block, linears_, hidden[0].to(device))[0]
+    wanted = run_dense(block, [stage], linears_, [1.01 * h for h in hidden], device)[1]
+    wanted[stage.names[0]][2] = wanted[stage.names[0]][2] / 0
+    hidden[5] = hidden[5] * float("inf")
+    inputs = collect(stage, {full: linears_[full] for full in stage.names}, block, hidden, wanted, device)
+    assert inputs.drift.abs().max() > 0
+    for one in inputs.hessians.values():
+        assert (one.tokens, one.dropped) == ((len(ids) - 1) * ids.shape[1], ids.shape[1])
+    return inputs
+
+
+def test_what_a_gpu_is_not_asked_for_changes_nothing(ids, monkeypatch):
+    found = with_lost_samples(ids, CPU)
+    monkeypatch.setattr(hessian, "waits", lambda device: False)
+    other = with_lost_samples(ids, CPU)
+    assert torch.equal(found.drift, other.drift)
+    for name, one in found.hessians.items():
+        assert torch.equal(one.sum.triu(), other.hessians[name].sum.triu())
+
+
+@pytest.mark.gpu
+def test_lost_samples_on_a_gpu(ids):
+    want, found = with_lost_samples(ids, CPU), with_lost_samples(ids, torch.device("cuda"))
+    for a, b in [(found.drift, want.drift), *((one.sum.triu(), want.hessians[name].sum.triu()) for name, one in found.hessians.items())]:
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptvq import ranks, sums
-from gptvq.hessian import Hessian, packed_size
+from gptvq.hessian import Counts, Hessian, packed_size
 from gptvq.ranks import CHUNKS, Samples
 from gptvq.sums import Sums, summed
 
@@ -54,7 +54,7 @@ def chunks(samples, seed):
         own = Sums()
         for name in ("a", "b", "c", "d"):
             if rng.random() < 0.75:
-                own.put(name, torch.randn(SIZES[name]) * 10 ** rng.randint(-3, 3), rng.randint(1, 50), rng.randint(0, 2))
+                own.put(name, torch.randn(SIZES[name]) * 10 ** rng.randint(-3, 3), Counts(rng.randint(1, 50), rng.randint(0, 2)))
         if "a" in own.leaders and "b" in own.leaders and rng.random() < 0.5:
             own.leaders["b"] = "a"
             del own.flats["b"], own.counts["b"]
@@ -72,7 +72,7 @@ def written_out(found, name):
         return b if a is None else a if b is None else a + b
 
     total = plus(plus(plus(of(0), of(1)), plus(of(2), of(3))), plus(plus(of(4), of(5)), plus(of(6), of(7))))
-    counts = [own.counts[own.leaders[name]] for own in found.values() if name in own.leaders]
+    counts = [own.counts[own.leaders[name]].read() for own in found.values() if name in own.leaders]
     return total, sum(c[0] for c in counts), sum(c[1] for c in counts)
 
 
@@ -100,7 +100,7 @@ def test_one_order_of_additions(together, monkeypatch, parts, samples):
                 assert (name in total.leaders) == (want is not None)
                 if want is not None:
                     leader = total.leaders[name]
-                    assert torch.equal(total.flats[leader], want) and total.counts[leader] == (tokens, dropped)
+                    assert torch.equal(total.flats[leader], want) and total.counts[leader].read() == (tokens, dropped)
             same = all(own.leaders.get("a") == own.leaders.get("b") for own in found.values())
             assert (total.leaders.get("a") == total.leaders.get("b")) == same
 
@@ -120,7 +120,7 @@ def test_three_sums_wait_at_most(monkeypatch):
     def chunk(places):
         most.append(len(alive))
         own = Counted()
-        own.put("a", torch.ones(10), 1)
+        own.put("a", torch.ones(10), Counts(1))
         return own
 
     monkeypatch.setattr(sums, "Sums", Counted)
@@ -134,7 +134,7 @@ def test_a_packed_hessian(cols):
     hessian.add(torch.randn(40, cols))
     flat = hessian.packed()
     assert flat.shape == (packed_size(cols),) and packed_size(cols) <= cols * (cols + 128) / 2
-    back = Hessian.from_packed(flat, cols, CPU, hessian.tokens, hessian.dropped)
+    back = Hessian.from_packed(flat, cols, CPU, hessian.counts)
     assert torch.equal(back.matrix(), hessian.matrix()) and back.tokens == 40
 
 

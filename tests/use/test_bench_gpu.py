@@ -2,6 +2,7 @@
 import os
 import shutil
 import subprocess
+import tarfile
 
 import pytest
 import torch
@@ -153,3 +154,31 @@ def test_gpu_script_goes_on_where_a_step_fails(tmp_path):
     assert "FAILED (exit code 3)" in summary["gpu-tests"] and "STOPPED after 1 s" in summary["gpu-layer-70b"]
     assert all(" ok " in summary[name] for name in ("build", "gpu-gemv", "gpu-layer-7b", "gpu-decode-compile"))
     assert "tests" not in summary and f"--json {tmp_path}/out/made-up-gpu-80-gb-gemv.json" in (tmp_path / "calls").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout (coreutils)")
+def test_gpu_script_keeps_to_its_time(tmp_path):
+    """With stand-ins for Python, compute-sanitizer and timeout: what each step may take, and that all comes back in one file."""
+    for name, text in (("python", GPU), ("compute-sanitizer", "#!/bin/sh\necho $2\n"),
+                       ("timeout", "#!/bin/sh\necho $3 >> {folder}/limits\nshift 3\nexec \"$@\"\n")):
+        (tmp_path / name).write_text(text.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    script = shutil.copytree(ROOT / "bench", tmp_path / "tree" / "bench", ignore=lambda *_: {"results"}) / "gpu.sh"
+
+    def run(*parts, budget):
+        return subprocess.run(["bash", script, *parts], capture_output=True, text=True, env={
+            **os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "BUDGET": str(budget), "ARCHIVE": str(tmp_path / "all.tar.gz")})
+
+    done = run("sanitizer", "tests", budget=110)
+    tools = ["memcheck", "racecheck", "synccheck", "initcheck"]
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        summary = {line.split()[0]: line for line in archive.extractfile("./summary.txt").read().decode().splitlines()}
+        assert archive.extractfile("./racecheck.log").read() == b"racecheck\n"
+    assert done.returncode == 1 and done.stderr == "" and list(summary)[:3] == ["build", "gpu-tests", "gpu-triton-tests"]
+    assert {*list(summary)[3:]} == {*tools, "GPU:"} and all(" ok " in summary[tool] for tool in tools)
+    limits = [int(limit) for limit in (tmp_path / "limits").read_text().split()]
+    assert all(30 < limit <= 50 for limit in limits[:3]) and all(60 < limit <= 100 for limit in limits[3:]) and len(limits) == 7
+    assert run("bench", budget=20).stdout.count("skipped: no time left") == 9
+    refused = run("everything", budget=20)
+    assert refused.returncode == 2 and "got the part everything" in refused.stderr
