@@ -22,7 +22,7 @@ _PRESETS = {
 }
 #: How the inputs of a packed linear enter the kernels: as 16-bit integers, 8-bit integers, or as they are in float32.
 ACTIVATIONS = ("a16", "a8", "fp32")
-PRESETS = tuple(_PRESETS) + tuple(f"{p}-s64" for p in _PRESETS if p != "4d-2.125")
+PRESETS = tuple(_PRESETS) + tuple(f"{p}-s64" for p in _PRESETS)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class VQConfig:
         `method="paper"` solves it by the published procedure; `changes` override single settings.
         """
         base, mark, scale = label.partition("-s")
-        if base not in _PRESETS or mark and (scale not in map(str, SCALE_BLOCKS) or base == "4d-2.125"):
+        if base not in _PRESETS or mark and scale not in map(str, SCALE_BLOCKS):
             raise ConfigError(f"unknown preset {label!r}; presets: {', '.join(PRESETS)}")
         dim, bits, size = _PRESETS[base]
         recipe = Recipe.paper() if method == "paper" else Recipe(method=method)

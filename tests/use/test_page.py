@@ -163,8 +163,9 @@ def test_large_layers_are_counted_in_part(packed, monkeypatch):
     assert all(0 < use.entropy <= use.bits and sum(use.ranked) == pytest.approx(1, abs=1e-5) for use in whole.values())
 
 
-def test_bands_are_those_of_the_result_file():
-    rows = json.loads((ROOT / "bench/results/quality-layers.json").read_text())["rows"]
+def test_bands_are_those_of_the_result_files():
+    files = ("quality-layers", "quality-layers-4d-2.125-s64")
+    rows = [row for file in files for row in json.loads((ROOT / f"bench/results/{file}.json").read_text())["rows"]]
     found = {}
     for row in rows:
         if row["method"] in BANDS and row.get("shape"):
