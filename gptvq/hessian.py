@@ -157,7 +157,7 @@ class HessianFactor:
         return H
 
 
-def waits(device: torch.device) -> bool:
+def looking_is_free(device: torch.device) -> bool:
     """Whether it costs nothing to look at a value on `device`: a GPU would have to finish all that it was given before."""
     return device.type == "cpu"
 
@@ -168,7 +168,7 @@ def finite(x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     A NaN or inf survives the sum, a tenth of isfinite's cost.
     """
     total = x.sum(dtype=torch.float32)
-    if waits(x.device):
+    if looking_is_free(x.device):
         return (x, None) if math.isfinite(float(total)) else None
     sound = torch.isfinite(total)
     return torch.where(sound, x, torch.zeros((), dtype=x.dtype, device=x.device)), sound

@@ -189,16 +189,16 @@ class Looks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids, waits, monkeypatch):
+@pytest.mark.parametrize("free", [True, False])
+def test_non_finite_inputs_count_as_dropped_and_leave_no_drift(ids, free, monkeypatch):
     block, found, hidden = opened("llama", ids)
     stage = find_stages(block, found, hidden[0])[0]
     bad = [hidden[0] * float("nan"), *hidden[1:]]
     wanted = run_dense(block, [stage], found, hidden, CPU)[1]
-    monkeypatch.setattr(hessian, "waits", lambda device: waits)                 # False: as on a GPU
+    monkeypatch.setattr(hessian, "looking_is_free", lambda device: free)                 # False: as on a GPU
     with Looks() as looks:
         inputs = collect(stage, {full: found[full] for full in stage.names}, block, bad, wanted, CPU)
-    assert len(looks.found) == (2 * len(bad) if waits else 1), looks.found      # on a GPU only the number of tokens at last
+    assert len(looks.found) == (2 * len(bad) if free else 1), looks.found      # on a GPU only the number of tokens at last
     assert inputs.hessians[stage.names[0]].dropped == ids.shape[1]
     assert torch.equal(inputs.drift, torch.zeros_like(inputs.drift))
 
@@ -220,7 +220,7 @@ def with_lost_samples(ids, device):
 
 def test_what_a_gpu_is_not_asked_for_changes_nothing(ids, monkeypatch):
     found = with_lost_samples(ids, CPU)
-    monkeypatch.setattr(hessian, "waits", lambda device: False)
+    monkeypatch.setattr(hessian, "looking_is_free", lambda device: False)
     other = with_lost_samples(ids, CPU)
     assert torch.equal(found.drift, other.drift)
     for name, one in found.hessians.items():

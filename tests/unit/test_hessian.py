@@ -47,10 +47,10 @@ def test_how_tokens_are_batched_does_not_matter():
     torch.testing.assert_close(one.matrix(), many.matrix(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_few_non_finite_tokens_are_dropped_and_more_are_an_error(bad, waits, monkeypatch):
-    monkeypatch.setattr(hessian_module, "waits", lambda device: waits)          # False: as on a GPU
+def test_a_few_non_finite_tokens_are_dropped_and_more_are_an_error(bad, free, monkeypatch):
+    monkeypatch.setattr(hessian_module, "looking_is_free", lambda device: free)          # False: as on a GPU
     x, clean, hessian = inputs(1000, 8), Hessian(8), Hessian(8)
     broken = inputs(9, 8, 1)
     broken[3, 5] = bad
