@@ -9,6 +9,7 @@ import pytest
 import gptvq
 from gptvq import cli, kernel_speed
 from gptvq.completion import script
+from gptvq.config import PRESETS
 
 
 def test_bench_command(capsys, monkeypatch, tmp_path):
@@ -58,7 +59,7 @@ def test_bash_completion(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert complete(text, "gptvq", "e") == ["eval", "export"]
     assert complete(text, "gptvq", "quantize", "--cal") == ["--calibration", "--calibration-samples"]
-    assert set(complete(text, "gptvq", "quantize", "m", "--preset", "4d")) == {"4d-2.125", "4d-2.25", "4d-2.25-s64"}
+    assert set(complete(text, "gptvq", "quantize", "m", "--preset", "4d")) == {name for name in PRESETS if name.startswith("4d")}
     assert complete(text, "gptvq", "quantize", "mod") == ["model.gguf"]
     assert complete(text, "gptvq", "completion", "z") == ["zsh"]
 
