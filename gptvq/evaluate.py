@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import ConfigError, NumericalError
 
 DEFAULT_WINDOW = 2048
-_CHUNK = 256                    # positions per float32 log-softmax: 256 x 49k vocabulary = 50 MB
+_CHUNK = 64                     # positions per float32 log-softmax: 64 x 128k vocabulary = 33 MB
 
 
 def default_window(model) -> int:
@@ -149,16 +149,25 @@ def divergence(dense: Tensor, model, tokens: Tensor) -> dict[str, float]:
     {"kl": mean KL(dense || model) per token in nats, "same_token": share of positions with the same likeliest token, "tokens"}.
     Raises NumericalError for a divergence that is not finite.
     """
-    kl, same = 0.0, 0
     place = next(model.parameters()).device
-    for ids, want in zip(tokens, dense):
-        logits = model(input_ids=ids[None].to(place), use_cache=False).logits[0].cpu()
-        for p, q in zip(want.split(_CHUNK), logits.split(_CHUNK)):
-            p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-            kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    kl, same = sum(_distance(want, model(input_ids=ids[None].to(place), use_cache=False).logits[0].cpu())
+                   for ids, want in zip(tokens, dense)).tolist()
     count = tokens.numel()
     if not math.isfinite(kl):
         raise NumericalError(f"the divergence from the dense model on {count} tokens is {kl}; the model's weights or activations overflow, "
                              "try dtype bfloat16 or float32")
     return {"kl": kl / count, "same_token": same / count, "tokens": count}
+
+
+def _distance(dense: Tensor, logits: Tensor) -> Tensor:
+    """float64 [2]: the sum of KL(dense || logits) over positions [n, vocabulary], and how many have the same likeliest token."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for p, q in zip(dense.split(_CHUNK), logits.split(_CHUNK)):
+        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += torch.stack([(p.exp() * (p - q)).sum(dtype=torch.float64), (p.argmax(-1) == q.argmax(-1)).sum().double()])
+    return total
+
+
+def divergence_bytes(positions: int, vocabulary: int, itemsize: int) -> int:
+    """Bytes that `divergence` holds at most beside the model and `dense`: a sample's logits, and five float32 chunks of them."""
+    return vocabulary * (positions * itemsize + 5 * 4 * min(positions, _CHUNK))

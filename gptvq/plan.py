@@ -19,9 +19,10 @@ from .calibration import calibration_windows, tokens_sha256
 from .config import VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense
 from .errors import ConfigError
+from .evaluate import divergence_bytes
 from .hessian import Hessian
 from .journal import Journal
-from .machine import resident_memory
+from .machine import resident_memory, trim_memory
 from .model import dense_weight, embed
 from .ranks import Samples
 from .report import Progress
@@ -110,6 +111,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     progress.stage("reading the whole model once")
     opened = _clock(device)
     stream.survey(tokens[:1], device)
+    trim_memory()
     seconds["survey"] = _clock(device) - opened
     surveyed = resident_memory(reset=True)
     errors: dict = {}
@@ -139,12 +141,13 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     files_only, state_bytes = states_on_disk(samples, probe.state)
     progress.stage("timing the journal")
     seconds["journal"] = probe.journal_seconds(disk, in_blocks, len(stream.blocks), samples)
-    # What the check keeps of the dense model, and the whole checkpoint that it reads at last.
-    logits = checked * (getattr(_settings(stream.model), "vocab_size", None) or 0) * next(stream.model.parameters()).element_size()
-    whole = packed + stream.nbytes - dense if checked else 0
+    # The check keeps logits of the dense model; at last the whole checkpoint and the comparison join them.
+    vocabulary, itemsize = getattr(_settings(stream.model), "vocab_size", None) or 0, next(stream.model.parameters()).element_size()
+    logits, whole = checked * vocabulary * itemsize, packed + stream.nbytes - dense if checked else 0
+    checking = surveyed.now + logits + divergence_bytes(min(checked, tokens.shape[1]), vocabulary, itemsize)
+    checking += (whole if device.type == "cpu" else 0) - (0 if stream.streamed else dense - packed)
     ahead = probe.ahead if reads_ahead(stream, device) and len(stream.blocks) > 1 else (0, 0)
-    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples) + ahead[0],
-                   surveyed.now + logits + (whole if device.type == "cpu" else 0))
+    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples) + ahead[0], checking)
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,

@@ -21,6 +21,7 @@ from .errors import ConfigError, NumericalError
 from .evaluate import divergence
 from .job import Run
 from .linear import VQLinear
+from .machine import trim_memory
 from .model import Block, dense_weight, embed, in_list
 from .problem import working_bytes
 from .ranks import Samples
@@ -88,6 +89,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
     progress.stage("reading the whole model once")
     with run.timed("survey"):
         stream.survey(tokens[:1], device)
+        trim_memory()
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
     report.model_name, report.tokenizer = stream.name, stream.tokenizer
@@ -192,6 +194,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                 streams = {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})}
                 run.commit(index, block, {kind: activations.whole(kind, index, states) for kind, states in streams.items()})
             stream.release(block)
+        trim_memory()
 
 
 def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, samples: Samples,
@@ -264,6 +267,7 @@ def _compare(run: Run, wanted: Tensor, tokens: Tensor) -> None:
     """Reads the checkpoint back and notes how far it is from the dense model's logits `wanted` for `tokens`."""
     from .hf import load
 
+    trim_memory()
     run.progress.stage("reading the checkpoint back and comparing it with the dense model")
     with run.timed("check"):
         found = divergence(wanted, load(run.folder, run.device), tokens)

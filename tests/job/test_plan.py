@@ -1,4 +1,5 @@
 """gptvq.plan on tiny models: sizes are those of the run, targets are met, and what it writes is what quantize takes."""
+import importlib
 import json
 import time
 
@@ -7,9 +8,11 @@ import torch
 from job.tiny_models import build, preset
 
 import gptvq
-from gptvq import ConfigError, NumericalError, cli, journal, stream
+from gptvq import ConfigError, NumericalError, cli, evaluate, journal, machine, stream
 from gptvq.plan import plan
 from gptvq.tensorfile import read_header
+
+planning = importlib.import_module("gptvq.plan")                # not the function
 
 
 def bytes_of(model):
@@ -83,6 +86,18 @@ def test_hidden_states_in_files_take_disk_instead_of_memory(ids, monkeypatch):
     assert files.journal_bytes - memory.journal_bytes == 2 * states
     assert memory.peak_ram - files.peak_ram > 5 * states
     assert files.seconds["journal"] > 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_check_at_the_end_takes_memory(streamed, tmp_path, monkeypatch):
+    model = build()
+    model.save_pretrained(tmp_path / "dense")
+    memory = machine.Memory(now=10 ** 9, peak=0)
+    monkeypatch.setattr(planning, "resident_memory", lambda reset=False: memory)
+    found = plan(tmp_path / "dense" if streamed else model, preset(), samples=4, sequence_length=64)
+    vocabulary = model.config.vocab_size
+    replaced = 0 if streamed else found.dense_bytes - found.packed_bytes
+    assert found.peak_ram == memory.now + 2048 * vocabulary * 4 + evaluate.divergence_bytes(64, vocabulary, 4) + found.disk - replaced
 
 
 def test_a_slow_disk_shows(ids, monkeypatch):
