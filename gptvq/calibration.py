@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 
@@ -167,3 +167,18 @@ def _checked_ids(ids: Tensor) -> Tensor:
 def _short(source) -> str:
     text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     return repr(text[:60]) if text.strip() else "it"
+
+
+def require_usable(model: nn.Module, tokens: Tensor) -> None:
+    """Raises ConfigError for ids beyond the vocabulary and for samples longer than the model's positions."""
+    settings = getattr(model, "config", None)
+    if hasattr(settings, "get_text_config"):
+        settings = settings.get_text_config()
+    vocabulary = getattr(settings, "vocab_size", None)
+    if vocabulary and int(tokens.max()) >= vocabulary:
+        raise ConfigError(f"calibration tokens: got the id {int(tokens.max())}, the model's vocabulary ends at {vocabulary - 1}; use the "
+                          "model's own tokenizer")
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions and tokens.shape[1] > positions:
+        raise ConfigError(f"calibration samples of {tokens.shape[1]} tokens are longer than the model's {positions} positions; set "
+                          f"sequence_length={positions} or less")

@@ -27,7 +27,7 @@ ANY_FLOAT = "a float"
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 #: What a quantization_config holds beside quant_method, layout_version and layers.
 SETTINGS = {"version": (str,), "config": (dict, type(None)), "bits_per_value": (int, float), "calibration": (dict, type(None)),
-             "experts": (list, type(None))}
+             "experts": (list, type(None)), "tied": (dict, type(None))}
 
 
 # ---- writing
@@ -163,6 +163,10 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
                               "the file is damaged")
     if not all(isinstance(name, str) for name in settings.get("experts") or ()):
         raise FormatError(f"{where}: experts: got {shorten(settings['experts'])}, need names; the file is damaged")
+    if not all(isinstance(name, str) and isinstance(head, str) and head in layers and name not in layers
+               for name, head in (settings.get("tied") or {}).items()):
+        raise FormatError(f"{where}: tied: got {shorten(settings['tied'])}, need embeddings and the packed heads they share; the file is "
+                          "damaged")
     specs = {}
     for name, values in layers.items():
         try:

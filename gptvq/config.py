@@ -80,6 +80,7 @@ class VQConfig:
     `group_size` weights share one codebook; the group's rows and columns are chosen to fit each layer unless
     `group_rows` and `group_cols` are given.  `rules` is a sequence of (pattern, change): layers whose name matches the
     shell pattern take `change`, a dict of settings, a preset's name, or None to leave the layer as it is; the first match counts.
+    `head` is the preset of the output head (lm_head), and of the embedding where the two are tied; "" leaves them as they are.
     """
 
     dim: int = 2
@@ -92,6 +93,7 @@ class VQConfig:
     rules: tuple[tuple[str, str | dict | None], ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0                   # picks the calibration samples; the solver itself draws no random number
+    head: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "rules", tuple((str(p), c) for p, c in self.rules))
@@ -105,6 +107,8 @@ class VQConfig:
         for pattern, change in self.rules:
             if change is not None:
                 self._changed(change, f"rule for {pattern!r}").spec(4096, 4096)
+        if self.head:
+            VQConfig.preset(self.head)
 
     @classmethod
     def preset(cls, label: str, method: str = "gptvq", **changes) -> VQConfig:
@@ -157,11 +161,13 @@ class VQConfig:
         if not isinstance(change, dict) or not set(change) <= {"dim", "index_bits", "group_size", "group_rows", "group_cols",
                                                                "scale_block", "svd_rank"}:
             raise ConfigError(f"{where}: expected a preset name, None, or a dict of format settings, got {change!r}")
-        return dataclasses.replace(self, rules=(), **change)
+        return dataclasses.replace(self, rules=(), head="", **change)
 
     def to_dict(self) -> dict:
         values = dataclasses.asdict(self)
         values["rules"] = [list(rule) for rule in self.rules]
+        if not self.head:                   # as before there was such a thing
+            del values["head"]
         return values
 
     @classmethod

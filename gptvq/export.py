@@ -43,6 +43,10 @@ def export_dense(folder: str | os.PathLike, out: str | os.PathLike, dtype: str =
     if name not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype: got {name!r}, need auto, float32, float16 or bfloat16")
     plan = tensors(source, settings, getattr(torch, name))
+    if settings.get("tied"):
+        for part in (config, *(values for values in config.values() if isinstance(values, dict))):
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = True
     target = checkpoint.prepare(out, overwrite, source)
     checkpoint.require_space(target, sum(nbytes for nbytes, _ in plan.values()))
     if overwrite:
@@ -92,7 +96,7 @@ def tensors(folder: Path, settings: dict, dtype: torch.dtype) -> dict[str, tuple
         return _dense(entries, layer, specs[layer], dtype) if layer in specs else _read(entries[name], name)
 
     plan: dict[str, tuple[int, Callable[[], Tensor]]] = {}
-    experts = settings.get("experts") or []
+    experts, under = settings.get("experts") or [], {head: name for name, head in (settings.get("tied") or {}).items()}
     for name, entry in entries.items():
         layer, _, leaf = name.rpartition(".")
         home = next((e for e in experts if name.startswith(e + ".")), None)
@@ -108,7 +112,7 @@ def tensors(folder: Path, settings: dict, dtype: torch.dtype) -> dict[str, tuple
             read = functools.partial(part, f"{layer}.weight")
             turned = is_conv1d(modules[layer])
             size = specs[layer].rows * specs[layer].cols * dtype.itemsize
-            plan[f"{layer}.weight"] = size, (lambda read=read: read().T) if turned else read
+            plan[f"{under.get(layer, layer)}.weight"] = size, (lambda read=read: read().T) if turned else read
     return plan
 
 

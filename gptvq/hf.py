@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint, on_load
 from .calibration import read_tokens
+from .embedding import put_head
 from .errors import ConfigError, FormatError, GptvqError
 from .experts import is_fused, unfuse
 from .gguf_file import gguf_file, mend
@@ -38,13 +39,15 @@ class PackedGptvqConfig(QuantizationConfigMixin):
     """config.json's quantization_config.  Raises FormatError for a newer layout or damaged settings."""
 
     def __init__(self, layers: dict | None = None, layout_version: int = LAYOUT_VERSION, version: str = "", config: dict | None = None,
-                 bits_per_value: float = 0.0, calibration: dict | None = None, experts: list | None = None, quant_method=checkpoint.METHOD,
-                 **unknown):
+                 bits_per_value: float = 0.0, calibration: dict | None = None, experts: list | None = None, tied: dict | None = None,
+                 quant_method=checkpoint.METHOD, **unknown):
         self.quant_method = checkpoint.METHOD
         self.version, self.layout_version = version, layout_version
         self.config, self.layers = config, layers
         self.bits_per_value, self.calibration = bits_per_value, calibration
         self.experts = experts or []        # fused experts that were unfused into linears
+        if tied:                            # {embedding: the packed output head whose weight it is}
+            self.tied = tied
         self.specs()
         if unknown:
             raise FormatError(f"quantization_config: unknown settings {sorted(unknown)}; config.json is damaged or of a newer gptvq")
@@ -102,6 +105,11 @@ class GptvqQuantizer(HfQuantizer):
                                       f"{shape or 'no linear'} there; config.json is damaged or of another model")
                 bias = linear.bias
                 model.set_submodule(name, VQLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype, name))
+            for embedding, head in getattr(self.quantization_config, "tied", {}).items():
+                try:
+                    put_head(model, local(head), model.get_submodule(local(head)), local(embedding))
+                except (ConfigError, AttributeError) as error:          # the latter for a name that the model does not have
+                    raise FormatError(f"quantization_config: tied: {error}; config.json is damaged or of another model") from error
         if checkpoint_files and not strip:
             packed = {f"{layer}.{buffer}": dtype for layer, spec in specs.items() for buffer, (_, dtype) in spec.buffer_shapes().items()}
             expected = {name: (tuple(tensor.shape), packed.get(name, _kind(tensor))) for name, tensor in model.state_dict().items()}

@@ -117,7 +117,8 @@ class Run:
         if self.patterns:
             self.redo = plan_redo(self.folder, self.patterns, [b.name for b in stream.blocks], specs, self.report.job, begun)
             self.report.job["redo"] = self.redo.field
-            self.report.redone = {**self.redo.field, "from": stream.blocks[self.redo.first].name}
+            names = [*(block.name for block in stream.blocks), "the head"]
+            self.report.redone = {**self.redo.field, "from": names[self.redo.first]}
 
     def take_over(self, stream: BlockStream) -> None:
         """Puts the blocks in the journal in the place of the dense ones, and what is noted of them into the report."""

@@ -23,12 +23,12 @@ _PROBE_TOKENS = 8
 @dataclass
 class Block:
     """One decoder block and how the model calls it; `args` and `kwargs` hold everything but the hidden state."""
-
     name: str
     module: nn.Module
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     hidden_at: int | str = 0            # position or keyword of the hidden state
+    in_tuple: bool = False              # whether its output is the first of several
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[1, tokens, width] -> [1, tokens, width], with the recorded masks and position tables."""
@@ -99,7 +99,7 @@ def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: 
         called.append(block)
 
     def after(block: Block, out: Any) -> None:
-        last[0] = _output(out)
+        last[0], block.in_tuple = _output(out), _output(out) is not out
         if block is blocks[-1]:
             raise Stop
 

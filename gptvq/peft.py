@@ -58,8 +58,12 @@ class LoraVQLinear(nn.Module, LoraLayer):
 
 
 def packed_linears(model: nn.Module) -> list[str]:
-    """The last parts of the packed linears' names, for LoraConfig(target_modules=...); peft's "all-linear" sees dense ones alone."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, VQLinear)})
+    """The last parts of the packed linears' names, for LoraConfig(target_modules=...); peft's "all-linear" sees dense ones alone.
+
+    As there, the output head is left out.
+    """
+    head = model.get_output_embeddings()
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, VQLinear) and module is not head})
 
 
 def _with_packed(create):

@@ -20,6 +20,7 @@ from .config import VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense
 from .errors import ConfigError
 from .evaluate import divergence_bytes
+from .head import find_head
 from .hessian import Hessian
 from .journal import Journal
 from .machine import resident_memory, trim_memory
@@ -114,10 +115,13 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     trim_memory()
     seconds["survey"] = _clock(device) - opened
     surveyed = resident_memory(reset=True)
+    head = find_head(stream) if config.head else None
     errors: dict = {}
     if targeted:
         choices = mixed.candidates(config, presets, stream.shapes)
         rest = stream.nbytes - sum(stream.weight_bytes[full] for full in choices)
+        if head is not None:
+            rest += head.spec(config).nbytes - stream.weight_bytes[head.name]
         weights = sum(rows * cols for full, (rows, cols) in stream.shapes.items() if full in choices)
         budget = target_bytes - rest if target_bits is None else int(target_bits * weights / 8 + 1e-9)
         mixed.check_budget(choices, budget, rest)
@@ -127,17 +131,19 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
         errors = {full: found for full, found in errors.items() if None not in found}
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
+    if head is not None:
+        specs[head.name] = head.spec(config)
 
     probe = _Probe(stream, specs, config, tokens[:PROBE_SAMPLES], device, progress)
-    share, all_weights = samples / len(probe.tokens), sum(spec.rows * spec.cols for spec in specs.values())
-    blocks = all_weights / sum(spec.rows * spec.cols for spec in probe.specs.values())      # as many of the tried one make up the model
+    share, inside = samples / len(probe.tokens), [spec for name, spec in specs.items() if name in stream.shapes]
+    blocks = sum(spec.rows * spec.cols for spec in inside) / sum(spec.rows * spec.cols for spec in probe.specs.values())      # as many of the tried one make up the model
     seconds["load"] = seconds["load"] + probe.seconds["load"] * blocks
     seconds["embed"] = probe.seconds["embed"] * share
     for stage in ("forward", "hessians"):
         seconds[stage] = probe.seconds[stage] * share * blocks
     seconds["solve"] = sum(probe.solve_seconds(spec) for spec in specs.values())
     packed, dense = sum(spec.nbytes for spec in specs.values()), sum(stream.weight_bytes[full] for full in specs)
-    in_blocks = packed - dense + sum(_nbytes(t) for block in stream.blocks for t in block.module.state_dict().values())
+    in_blocks = sum(specs[name].nbytes - stream.weight_bytes[name] for name in specs if name in stream.shapes) + sum(_nbytes(t) for block in stream.blocks for t in block.module.state_dict().values())
     files_only, state_bytes = states_on_disk(samples, probe.state)
     progress.stage("timing the journal")
     seconds["journal"] = probe.journal_seconds(disk, in_blocks, len(stream.blocks), samples)

@@ -13,12 +13,14 @@ from .calibration import (
     calibration_windows,
     check_tokens,
     describe,
+    require_usable,
     tokens_sha256,
 )
 from .config import VQConfig
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
 from .evaluate import divergence
+from .head import Head, find_head, quantize_head
 from .job import Run
 from .linear import VQLinear
 from .machine import trim_memory
@@ -84,7 +86,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         if run.folder is not None and not hasattr(stream.model, "config"):
             raise ConfigError(f"{stream.name}: only Hugging Face models can be written to a folder; pass out=None")
         tokens, unused = calibration_windows(calibration, stream.tokenizer, samples, sequence_length, config.seed)
-        _check_tokens(stream.model, tokens)
+        require_usable(stream.model, tokens)
         held_out = _held_out(run, check, unused, calibration, stream, tokens.shape[1])
     progress.stage("reading the whole model once")
     with run.timed("survey"):
@@ -92,6 +94,9 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         trim_memory()
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
+    head = find_head(stream) if config.head else None
+    if head is not None:
+        specs[head.name] = head.spec(config)
     report.model_name, report.tokenizer = stream.name, stream.tokenizer
     report.calibration = {"source": describe(calibration), "samples": tokens.shape[0], "sequence_length": tokens.shape[1],
                           "tokens": tokens.numel(), "sha256": tokens_sha256(tokens)}
@@ -104,8 +109,10 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         gradients = _loss_gradients(stream, run, specs, tokens)
         run.take_over(stream)                                   # from here on the model is no longer the dense one
         with stream.reading_ahead(device):
-            _quantize_blocks(stream, run, specs, tokens, gradients)
-        _describe(stream, run, specs)
+            hidden, samples = _quantize_blocks(stream, run, specs, tokens, gradients)
+        if head is not None:
+            quantize_head(head, specs[head.name], hidden, samples, run)
+        _describe(stream, run, head)
         run.finish(stream)
     report = run.report
     if wanted is not None:
@@ -118,20 +125,26 @@ def _loss_gradients(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], 
     """{linear: [samples, n]} of the dense model, if the recipe weighs tokens by them."""
     if not run.config.recipe.token_weights:
         return {}
+    names = [name for name in specs if name in stream.shapes]           # no head: it is called behind the blocks
+
     def tell(done: int, of: int) -> None:
         if done == of or done % -(-of // 10) == 0:                  # ten lines where each is printed
             run.progress.stage(f"weighing the calibration tokens: {done} of {of} sequences")
 
     run.progress.stage("weighing the calibration tokens")
     with run.timed("weights"):
-        found = loss_gradients(stream.model, stream.blocks, specs, tokens, run.device, tell)
-    for name in (name for name in specs if name not in found):
+        found = loss_gradients(stream.model, stream.blocks, names, tokens, run.device, tell)
+    for name in (name for name in names if name not in found):
         run.note(f"{name}: sees only some of the tokens, which all count the same")
     return found
 
 
-def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor, gradients: dict[str, Tensor]) -> None:
-    """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal."""
+def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor,
+                     gradients: dict[str, Tensor]) -> tuple[Sequence[Tensor], Samples]:
+    """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal.
+
+    Returns the quantized stream behind the last one, of this rank's samples.
+    """
     recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
     example = embed(stream.model, blocks, tokens[:1])[0]
     samples = Samples(len(tokens), ranks.size() > 1)
@@ -140,7 +153,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
                                  + activations.disk_bytes)
-    todo = [name for block in blocks[run.done:] for name in specs if name.startswith(block.name + ".")]
+    behind = tuple(block.name + "." for block in blocks[: run.done])
+    todo = [name for name in specs if not name.startswith(behind)]
     progress.start(sum(specs[name].rows * specs[name].cols for name in todo), len(blocks))
     if run.done:
         hidden = activations.stored("hidden", run.done - 1)
@@ -195,6 +209,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                 run.commit(index, block, {kind: activations.whole(kind, index, states) for kind, states in streams.items()})
             stream.release(block)
         trim_memory()
+    return hidden, samples
 
 
 def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, samples: Samples,
@@ -231,7 +246,7 @@ def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidd
     return packed
 
 
-def _describe(stream: BlockStream, run: Run, specs: dict[str, QuantSpec]) -> None:
+def _describe(stream: BlockStream, run: Run, head: Head | None) -> None:
     """The totals of the report, and the settings of the quantized model."""
     from .hf import attach
 
@@ -243,7 +258,8 @@ def _describe(stream: BlockStream, run: Run, specs: dict[str, QuantSpec]) -> Non
         attach(stream.model, {
             "version": checkpoint.VERSION, "layout_version": LAYOUT_VERSION, "config": run.config.to_dict(), "layers": quantized,
             "bits_per_value": report.bits_per_value, "calibration": report.calibration,
-            "experts": [name for block in stream.blocks for name in stream.experts[block.name]]})
+            "experts": [name for block in stream.blocks for name in stream.experts[block.name]],
+            **({"tied": {head.embedding: head.name}} if head is not None and head.embedding else {})})
     if stream.streamed and run.journal is not None:
         report.folder = run.folder                              # the model is read back when somebody asks for it
     else:
@@ -256,7 +272,7 @@ def _held_out(run: Run, check, unused: Tensor | None, calibration, stream: Block
         return None
     if not (isinstance(check, str) and check == "auto"):
         tokens = check_tokens(check, stream.tokenizer, sequence_length)
-        _check_tokens(stream.model, tokens)
+        require_usable(stream.model, tokens)
         return tokens
     if unused is None and not isinstance(calibration, Tensor):
         run.note("no calibration text was left over to check the result on; give some (check=, --check)")
@@ -273,21 +289,6 @@ def _compare(run: Run, wanted: Tensor, tokens: Tensor) -> None:
         found = divergence(wanted, load(run.folder, run.device), tokens)
     run.report.check = {**found, "sha256": tokens_sha256(tokens)}
     run.report.save(run.folder)
-
-
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """Raises ConfigError for ids beyond the vocabulary and for samples longer than the model's positions."""
-    settings = getattr(model, "config", None)
-    if hasattr(settings, "get_text_config"):
-        settings = settings.get_text_config()
-    vocabulary = getattr(settings, "vocab_size", None)
-    if vocabulary and int(tokens.max()) >= vocabulary:
-        raise ConfigError(f"calibration tokens: got the id {int(tokens.max())}, the model's vocabulary ends at {vocabulary - 1}; use the "
-                          "model's own tokenizer")
-    positions = getattr(settings, "max_position_embeddings", None)
-    if positions and tokens.shape[1] > positions:
-        raise ConfigError(f"calibration samples of {tokens.shape[1]} tokens are longer than the model's {positions} positions; set "
-                          f"sequence_length={positions} or less")
 
 
 def _require_finite(block: Block, hidden, sound: list[Tensor], first: int) -> None:

@@ -67,13 +67,14 @@ def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs:
     if not wanted:
         raise ConfigError(f"{folder}: no layer's error is over {_WEAK_FACTOR} times the median of its kind; name layers to redo instead of "
                           f"{WEAK!r}")
-    first = min(index for index, block in enumerate(blocks) if any(name.startswith(block + ".") for name in wanted))
+    # Of a head alone all blocks are kept; it is behind them.
+    first = min((index for index, block in enumerate(blocks) if any(name.startswith(block + ".") for name in wanted)), default=len(blocks))
     kept = _before(report, blocks, first)
     for name, record in kept.items():
         if specs.get(name) != record.spec:
             now = specs[name].to_dict() if name in specs else "dense"
-            raise ResumeMismatch(f"{name}: its format was {record.spec.to_dict()}, is {now}; layers before {blocks[first]}, the first to "
-                                 "redo, cannot be changed")
+            raise ResumeMismatch(f"{name}: its format was {record.spec.to_dict()}, is {now}; layers before "
+                                 f"{[*blocks, 'the head'][first]}, the first to redo, cannot be changed")
     hashes = hashlib.sha256("".join(record.sha256 for record in kept.values()).encode()).hexdigest()
     return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first)})
 

@@ -117,6 +117,9 @@ def read_structure(folder: Path) -> Structure:
             if last != "bias":
                 raise FormatError(f"{entry.file}: tensor {shorten(name, 200)}: the packed layer has no such tensor; quantize again")
             checkpoint.check_tensor(entries, name, (spec.rows,), ANY_FLOAT, str(folder))
+    for name in settings.get("tied") or ():
+        if own := [entry for entry in entries if entry.startswith(f"{name}.")]:
+            raise FormatError(f"{where}: tied: {shorten(name, 200)} has a tensor of its own, {shorten(own[0], 200)}; the file is damaged")
     stated, bits = settings["bits_per_value"], 8 * sum(s.nbytes for s in specs.values()) / sum(s.rows * s.cols for s in specs.values())
     if not 0 < stated < 100 or not math.isclose(stated, bits, rel_tol=1e-6):      # the first for numbers that are no float
         raise FormatError(f"{where}: bits_per_value: got {stated}, the layers' formats make it {bits}; the file is damaged")

@@ -28,6 +28,7 @@ from .shard import shard_buffer, shard_spec
 from .spec import QuantSpec
 from .weight import DTYPES, VQWeight
 
+_NO_HEADS = "packed output heads and embeddings cannot be served by vLLM yet; quantize without --head, use transformers, or `gptvq export --dense`"
 _ALIGN = 64                 # elements: parts begin at aligned addresses in the parameter that holds them
 
 
@@ -46,6 +47,8 @@ class GptvqVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict) -> GptvqVllmConfig:
+        if tied := config.get("tied"):
+            raise ConfigError(f"{', '.join(tied)}: {_NO_HEADS}")
         return cls(checkpoint.layer_specs(config, "quantization_config"), list(config.get("experts") or []))
 
     def get_name(self) -> str:
@@ -72,6 +75,8 @@ class GptvqVllmConfig(QuantizationConfig):
             raise ConfigError(f"{prefix}: mixtures of experts cannot be served by vLLM in this format yet; use transformers, or "
                               "`gptvq export --dense`")
         if not isinstance(layer, LinearBase):
+            if prefix in self.layers:
+                raise ConfigError(f"{prefix}: {_NO_HEADS}")
             return None
         names = self.parts_of(prefix)
         if not any(name in self.layers for name in names):

@@ -8,10 +8,10 @@ from job.tiny_models import build, preset
 IDS = torch.arange(12).view(1, 12) * 7 % 256
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+@pytest.fixture(scope="module", params=["", "2d-4.125-s64"], ids=["dense head", "packed head"])
+def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "model"
-    gptvq.quantize(build("llama"), folder, preset("2d-2.25-s64"), calibration=IDS.repeat(4, 1))
+    gptvq.quantize(build("llama-tied"), folder, preset("2d-2.25-s64", head=request.param), calibration=IDS.repeat(4, 1))
     return gptvq.load(folder, device="cpu")
 
 

@@ -50,11 +50,11 @@ def same_state(one, other):
         assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
-def test_the_same_bytes_as_quantize_and_load(name, tmp_path, scratch):
+@pytest.mark.parametrize("name, head", [("llama-tied", ""), ("gpt2", ""), ("mixtral", ""), ("llama-tied", "2d-4.125"), ("llama", "1d-4.125")])
+def test_the_same_bytes_as_quantize_and_load(name, head, tmp_path, scratch):
     build(name).save_pretrained(tmp_path / "dense")
-    gptvq.quantize(tmp_path / "dense", tmp_path / "out", preset("2d-2.25"), calibration=IDS)
-    wish = settings()
+    gptvq.quantize(tmp_path / "dense", tmp_path / "out", preset("2d-2.25", head=head), calibration=IDS)
+    wish = settings(config=preset("2d-2.25", head=head))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=wish)
     want = gptvq.load(tmp_path / "out", "cpu")
     same_state(model, want)

@@ -8,6 +8,8 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 
 from job.tiny_models import build, logits, preset  # noqa: E402
 
+from gptvq.peft import packed_linears  # noqa: E402
+
 IDS = torch.arange(48).view(2, 24) * 5 % 256
 
 
@@ -23,6 +25,15 @@ def with_adapter(folder, **settings):
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], **settings))
+
+
+def test_a_packed_head_takes_no_adapter_unasked(tmp_path):
+    gptvq.quantize(build("llama-tied"), tmp_path / "out", preset("2d-2.25", head="2d-4.125"), calibration=IDS)
+    names, model = packed_linears(gptvq.load(tmp_path / "out")), gptvq.load(tmp_path / "out")
+    assert "q_proj" in names and "lm_head" not in names
+    plain = logits(model, IDS)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[*names, "lm_head"]))
+    assert torch.equal(logits(adapted, IDS), plain)
 
 
 def test_a_new_adapter_changes_nothing_and_training_it_helps(folder):

@@ -162,6 +162,10 @@ def test_other_layers_are_left_to_vllm(vllm, config):
     assert config.get_quant_method(torch.nn.Embedding(4, 4), "model.embed_tokens") is None
     layer = linear.ReplicatedLinear(8, 8, bias=False, quant_config=config, prefix="lm_head")
     assert isinstance(layer.quant_method, linear.UnquantizedLinearMethod)
+    with pytest.raises(ConfigError, match="packed output heads and embeddings cannot be served by vLLM yet"):
+        config.get_quant_method(torch.nn.Embedding(4, 4), next(iter(config.layers)))
+    with pytest.raises(ConfigError, match="model.embed_tokens: packed output heads"):
+        type(config).from_config({"tied": {"model.embed_tokens": "lm_head"}})
     with pytest.raises(ConfigError, match="mixtures of experts"):
         config.get_quant_method(torch.nn.Module(), "model.layers.1.mlp.experts")
 

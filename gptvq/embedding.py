@@ -1,0 +1,103 @@
+"""TiedEmbedding: token embeddings looked up in the packed output head that they are tied to."""
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from .backends.reference_packed import bit_map
+from .errors import ConfigError
+from .linear import VQLinear
+from .spec import TILE_ROWS, QuantSpec
+from .weight import decode_tables
+
+
+class TiedEmbedding(nn.Module):
+    """ids [..] -> [.., width], rows of the dequantized weight of `head`, whose buffers are kept and stored under its own name alone.
+
+    The rows come in `dtype`, which `.to()` and `.half()` change as they would change an embedding's weight, times `scale`.
+    """
+
+    def __init__(self, head: VQLinear, dtype: torch.dtype, scale: float = 1.0):
+        super().__init__()
+        self._of = (head,)              # in a tuple: as a submodule its buffers would have a second name
+        self.num_embeddings, self.embedding_dim, self.scale = head.out_features, head.in_features, scale
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=head.idx.device), persistent=False)
+
+    @property
+    def head(self) -> VQLinear:
+        return self._of[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """A dequantized copy without the scale, for code that reads an embedding's weight; writing into it changes nothing."""
+        return self.head.dequantize(self._like.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        head = self.head
+        rows = lookup(head.spec, head._decode_tables(), ids.reshape(-1).to(head.idx.device))
+        rows = rows.to(self._like.dtype).view(*ids.shape, self.embedding_dim)
+        return rows if self.scale == 1 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, tied to {self.head.name or 'a packed head'}"
+
+
+def put_head(model: nn.Module, name: str, head: VQLinear, embedding: str | None) -> None:
+    """Puts a packed output head into a Hugging Face model, and the embedding (its full name) that is tied to it, if any."""
+    model.set_submodule(name, head)
+    if embedding is None:
+        return
+    before = model.get_submodule(embedding)
+    if not isinstance(before, nn.Embedding) or tuple(before.weight.shape) != (head.out_features, head.in_features):
+        raise ConfigError(f"{embedding}: got {type(before).__name__}, need an nn.Embedding of {head.out_features} x {head.in_features} to "
+                          f"tie to {name}")
+    model.set_submodule(embedding, TiedEmbedding(head, before.weight.dtype, scale_of(before)))
+    for settings in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        settings.tie_word_embeddings = False        # transformers would look for the weight of either
+    if getattr(model, "all_tied_weights_keys", None):
+        model.all_tied_weights_keys = {key: of for key, of in model.all_tied_weights_keys.items() if key != f"{name}.weight"}
+
+
+def scale_of(embedding: nn.Embedding) -> float:
+    """The factor that transformers' scaled embeddings multiply their rows by; 1 for any other."""
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
+    return float(scale) if isinstance(scale, (int, float)) else 1.0
+
+
+def lookup(spec: QuantSpec, tables: tuple, rows: Tensor) -> Tensor:
+    """float32 [n, cols]: those `rows` (int64 [n]) of the weight whose `weight.decode_tables` are given, bit for bit as dequantized."""
+    idx, cb, gs, sc, scales = tables
+    tile, row = rows // TILE_ROWS, rows % TILE_ROWS
+    codes = _codes(idx.view(spec.tiles, spec.blocks, -1, TILE_ROWS, 4)[tile, :, :, row].flatten(2), spec)      # [n, vectors]
+    strip = torch.arange(spec.vectors, device=rows.device) * spec.dim // spec.group_cols
+    group = (rows // spec.group_rows)[:, None]
+    vectors = cb.transpose(2, 3)[group, strip, codes].float() * gs.float()[group, strip][..., None]
+    values = vectors.flatten(1)[:, : spec.cols]
+    if sc is not None:
+        packed = sc[tile, :, row]                                                                           # [n, pairs of blocks]
+        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(1)[:, : spec.scale_blocks].long()
+        factors = scales[torch.arange(spec.scale_blocks, device=rows.device), nibbles]
+        values = values * factors.repeat_interleave(spec.scale_block, 1)[:, : spec.cols]
+    return values
+
+
+def _codes(data: Tensor, spec: QuantSpec) -> Tensor:
+    """int64 [n, vectors] from the bytes of rows, u8 [n, blocks, bytes]."""
+    if spec.code_bits < 8:
+        byte, bit, weight = _places(spec.code_bits, spec.dim, data.device)
+        data = ((data[:, :, byte] >> bit & 1) * weight).sum(-1)
+    return data.flatten(1)[:, : spec.vectors].long()
+
+
+@torch.compiler.assume_constant_result
+def _places(code_bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(byte, bit, its value in the code) of each bit of each vector of a block, [vectors, code_bits]; see `bit_map`."""
+    return _cached_places(code_bits, dim, device)
+
+
+@functools.lru_cache(maxsize=None)          # a CUDA graph can only be captured of what copies nothing to the device
+def _cached_places(code_bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    byte, bit = bit_map(code_bits, dim).unbind(-1)
+    return byte.to(device), bit.to(device, torch.uint8), (1 << torch.arange(code_bits, dtype=torch.uint8)).to(device)

@@ -1,0 +1,107 @@
+"""The output head of a language model, quantized behind its blocks, and with it the embedding where the two are tied."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ranks
+from .config import VQConfig
+from .drift import Stage, collect
+from .embedding import put_head, scale_of
+from .errors import ConfigError, NumericalError
+from .job import Run
+from .linear import VQLinear
+from .model import Block, Stop, call
+from .ranks import Samples
+from .solver import solve
+from .spec import QuantSpec
+from .stream import BlockStream
+
+
+@dataclass
+class Head(Block):
+    """lm_head as one more block: called with hidden states behind the last block, it ends where its linear has seen its input.
+
+    `embedding` is the full name of the embedding that shares its weight, if one does.
+    """
+
+    model: nn.Module = None
+    blocks: Sequence[Block] = ()
+    embedding: str | None = None
+
+    def spec(self, config: VQConfig) -> QuantSpec:
+        return VQConfig.preset(config.head).spec(*self.module.weight.shape, self.name)
+
+    def __call__(self, hidden: Tensor) -> None:
+        def stop(module, args):
+            raise Stop
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        handle = self.module.register_forward_pre_hook(stop)        # behind those that are there already
+        try:
+            with _skipped(self.blocks, hidden.to(self.module.weight.device)):
+                call(self.model, ids)
+        except Stop:
+            return
+        finally:
+            handle.remove()
+        raise ConfigError(f"{self.name}: the model did not call it; leave it dense (head=\"\")")
+
+
+def find_head(stream: BlockStream) -> Head:
+    """Raises ConfigError for a model whose head cannot be packed, NumericalError for one with non-finite weights."""
+    model, names = stream.model, {id(module): name for name, module in stream.model.named_modules()}
+    head, embedding = (getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("output", "input"))
+    if type(head) is not nn.Linear:
+        raise ConfigError(f"head: {type(model).__name__} has {'no' if head is None else f'a {type(head).__name__} as its'} output head, need "
+                          "an nn.Linear; leave it dense (head=\"\", no --head)")
+    name, tied = names[id(head)], getattr(embedding, "weight", None) is head.weight
+    if tied and not _is_lookup(embedding):
+        raise ConfigError(f"head: {name} is tied to {names[id(embedding)]}, whose {type(embedding).__name__} does more than look rows up and "
+                          "scale them; leave it dense (head=\"\", no --head)")
+    if bad := int((~torch.isfinite(head.weight)).sum()):
+        raise NumericalError(f"{name}: the weight holds {bad} non-finite values; the source checkpoint is damaged or its dtype overflowed")
+    stream.weight_bytes[name] = head.weight.numel() * head.weight.element_size()
+    return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if tied else None)
+
+
+def quantize_head(head: Head, spec: QuantSpec, hidden: Sequence[Tensor], samples: Samples, run: Run) -> None:
+    """Solves the head for the `hidden` states behind the last block and puts it in its place."""
+    run.progress.stage("collecting Hessians")
+    with run.timed("hessians"):
+        hessian = collect(Stage((head.name,)), {head.name: head.module}, head, hidden, {}, run.device, samples).hessians[head.name]
+    run.progress.stage(f"solving {head.name}")
+    weight = head.module.weight
+    with run.timed("solve"):
+        vq, record = solve(weight.to(run.device).float(), hessian, spec, run.config.recipe, head.name, ranks.size() > 1)
+    if record.repair:
+        run.fallback(f"{head.name}: its Hessian took a repair: {record.repair}")
+    run.report.layers.append(record)
+    run.progress.layer(record)
+    put_head(head.model, head.name, VQLinear.from_weight(vq, head.module.bias, head.name).to(weight.device), head.embedding)
+
+
+def _is_lookup(embedding: nn.Module) -> bool:
+    """Whether a TiedEmbedding gives what it does."""
+    weight, ids = embedding.weight, torch.arange(min(8, len(embedding.weight)), device=embedding.weight.device)
+    rows = weight[ids] * torch.full((), scale_of(embedding), dtype=weight.dtype, device=weight.device)
+    return isinstance(embedding, nn.Embedding) and torch.equal(embedding(ids), rows)
+
+
+@contextlib.contextmanager
+def _skipped(blocks: Sequence[Block], hidden: Tensor) -> Iterator[None]:
+    """Within it the blocks give `hidden`, whatever they are called with."""
+    before = [block.module.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.module.forward = lambda *args, block=block, **kwargs: (hidden,) if block.in_tuple else hidden
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before):
+            del block.module.forward
+            if forward is not None:
+                block.module.forward = forward

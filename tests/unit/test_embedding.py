@@ -1,0 +1,90 @@
+"""Rows looked up in a packed weight are those of the dequantized one, bit for bit."""
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import embedding
+
+from gptvq import VQLinear
+from gptvq.embedding import TiedEmbedding, put_head
+from gptvq.errors import ConfigError
+from gptvq.spec import FORMATS, QuantSpec
+from gptvq.weight import DTYPES, VQWeight
+
+SHAPES = [(1, 1), (16, 32), (37, 61), (50, 130)]
+
+
+def packed(spec):
+    """Random bytes in every buffer, but for scales that are finite."""
+    generator = torch.Generator().manual_seed(1)
+    buffers = {}
+    for name, (shape, dtype) in spec.buffer_shapes().items():
+        if dtype in ("uint8", "int8"):
+            buffers[name] = torch.randint(256, shape, dtype=torch.uint8, generator=generator).view(DTYPES[dtype])
+        else:
+            buffers[name] = torch.rand(shape, generator=generator).to(DTYPES[dtype])
+    return VQLinear.from_weight(VQWeight(spec, buffers), name="head")
+
+
+@pytest.mark.parametrize("scale_block", [0, 32])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f[0]}d{f[1]}")
+def test_rows_of_every_format(format, scale_block):
+    for (rows, cols), dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
+        head = packed(QuantSpec(rows, cols, *format, min(rows, 20), 64, scale_block))
+        ids = torch.randint(rows, (3, 7), generator=torch.Generator().manual_seed(2))
+        ids[0, 0], ids[-1, -1] = 0, rows - 1
+        table = TiedEmbedding(head, dtype)
+        assert torch.equal(table(ids), embedding(ids, head.dequantize(dtype))) and table(ids).dtype == dtype
+        assert torch.equal(table.weight, head.dequantize(dtype)) and table(ids[:, :0]).shape == (3, 0, cols)
+
+
+def test_svd_codebooks():
+    head = packed(QuantSpec(40, 64, 1, 3, 16, 64, svd_rank=2))
+    assert torch.equal(TiedEmbedding(head, torch.float32)(torch.arange(40)), head.dequantize())
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = packed(QuantSpec(40, 64, 2, 4, 16, 64))
+        self.table = TiedEmbedding(self.head, torch.float32)
+
+
+def test_it_goes_where_its_head_goes():
+    pair = Pair()
+    assert {name.partition(".")[0] for name in pair.state_dict()} == {"head"}
+    twin = copy.deepcopy(pair).to(torch.float16)
+    assert twin.table.head is twin.head and twin.head is not pair.head
+    assert twin.table(torch.tensor([3])).dtype == torch.float16 and twin.head.idx.dtype == torch.uint8
+    assert "tied to head" in repr(twin.table) and twin.table.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_as_gemma_does(dtype):
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model = nn.Module()
+    model.config = SimpleNamespace(get_text_config=lambda: model.config)
+    model.head, model.table = nn.Linear(64, 40), Gemma3TextScaledWordEmbedding(40, 64, None, embed_scale=64 ** 0.5 + 0.1).to(dtype)
+    scaled, head = model.table, packed(QuantSpec(40, 64, 2, 4, 16, 64))
+    scaled.weight.data = head.dequantize(dtype)
+    put_head(model, "head", head, "table")
+    assert torch.equal(model.table(torch.arange(40)), scaled(torch.arange(40))) and not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("format", [(2, 4), (2, 3), (1, 4)])
+def test_it_compiles_as_one_graph(format):
+    table = TiedEmbedding(packed(QuantSpec(40, 64, *format, 16, 64, 32)), torch.bfloat16)
+    torch._dynamo.reset()
+    ids = torch.tensor([[3, 39, 0]])
+    assert torch.equal(torch.compile(table, fullgraph=True, backend="eager")(ids), table(ids))
+
+
+def test_only_what_fits_is_replaced():
+    model = nn.Module()
+    model.head, model.table = nn.Linear(64, 40), nn.Embedding(41, 64)
+    with pytest.raises(ConfigError, match="table: got Embedding, need an nn.Embedding of 40 x 64 to tie to head"):
+        put_head(model, "head", packed(QuantSpec(40, 64, 2, 4, 16, 64)), "table")
