@@ -16,11 +16,14 @@ from gptvq.checkpoint import is_packed
 from gptvq.cli import encode
 from gptvq.config import PRESETS, VQConfig
 from gptvq.demo import bundled_model
+from gptvq.embedding import put_head
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.evaluate import decode
+from gptvq.head import find_head
 from gptvq.hf import open_model
 from gptvq.linear import VQLinear
 from gptvq.model import dense_weight, find_blocks, linears
+from gptvq.stream import BlockStream
 from gptvq.weight import VQWeight
 
 from . import decode_gpu, llamacpp, runner
@@ -60,6 +63,7 @@ def parser():
     p.add_argument("--packed", metavar="FOLDER", help="a packed checkpoint of it, in the place of random packed weights")
     p.add_argument("--presets", type=runner.names, default=["2d-2.25-s64", "2d-3.125-s64"], metavar="A,B",
                    help="default 2d-2.25-s64,2d-3.125-s64; not used for the whole model with --packed")
+    p.add_argument("--head", metavar="PRESET", help="measure the packed models with their output head in this format too; default not")
     p.add_argument("--activations", type=runner.names, default=list(ACTIVATIONS[:2]), metavar="A,B",
                    help=f"of {','.join(ACTIVATIONS)}; default a16,a8")
     p.add_argument("--parts", type=runner.names, default=list(PARTS), metavar="A,B", help="of tokens,linears; default both")
@@ -72,6 +76,7 @@ def parser():
 
 def measure(args, argv: list[str] | None) -> list[dict]:
     runner.check_names("--presets", args.presets, PRESETS)
+    runner.check_names("--head", [args.head] if args.head else [], PRESETS)
     runner.check_names("--activations", args.activations, ACTIVATIONS)
     runner.check_names("--parts", args.parts, PARTS)
     if args.tokens < 2:
@@ -204,15 +209,18 @@ def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Pa
 
     found = {}
     packed = [(None, open_model(args.packed, device="cpu", dtype="bfloat16")[0])] if args.packed else [
-        (preset, with_random_weights(dense, prompt, VQConfig.preset(preset))) for preset in args.presets]
+        (preset, with_random_weights(dense, prompt, VQConfig.preset(preset, head=head)))
+        for preset in args.presets for head in ("", args.head) if head is not None]
     for preset, model in packed:
+        head = getattr(model.get_output_embeddings(), "spec", None)
         for kind in args.activations:
             model = copied(model, kind)
             layers = [module for module in model.modules() if isinstance(module, VQLinear)]
-            row = {"method": "gptvq", "preset": preset, "format": f"{layers[0].spec.dim}D K{layers[0].spec.codewords}",
-                   "activations": kind, "bits_per_value": 8 * sum(layer.packed.nbytes for layer in layers) / sum(
+            kinds = f"{layers[0].spec.dim}D K{layers[0].spec.codewords}" + (f", head {head.dim}D K{head.codewords}" if head else "")
+            row = {"method": "gptvq", "preset": preset, "format": kinds, "activations": kind,
+                   "bits_per_value": 8 * sum(layer.packed.nbytes for layer in layers) / sum(
                        layer.in_features * layer.out_features for layer in layers)}
-            found[f"gptvq {preset or 'packed'} {kind}"] = row, here(model)
+            found[f"gptvq {preset or 'packed'} {'with head ' * bool(head)}{kind}"] = row, here(model)
     for name, dtype in (("torch bf16", torch.bfloat16), ("torch fp32", torch.float32)):
         row = {"method": "torch", "preset": None, "format": name.split()[1], "bits_per_value": 8.0 * dtype.itemsize}
         found[name] = row, here(dense if dtype == torch.bfloat16 else copy.deepcopy(dense).float())
@@ -239,13 +247,18 @@ def llama_models(source: Path, prompt: list[int], new_tokens: int, folder: Path)
 @torch.no_grad()
 def with_random_weights(dense: nn.Module, prompt: Tensor, config: VQConfig) -> nn.Module:
     """A copy of `dense` with random packed weights, as large on the average as those they replace."""
-    model = copy.deepcopy(dense)
-    for name, linear in blocks_linears(model, prompt).items():
+    def packed(name: str, linear: nn.Module, config: VQConfig) -> VQLinear:
         weight = dense_weight(linear)
         vq = random_weight(config, *weight.shape)
         gain = float(weight.float().std() / vq.dequantize().std())
-        vq = VQWeight(vq.spec, {**vq.buffers, "gs": vq.buffers["gs"] * gain})
-        model.set_submodule(name, VQLinear.from_weight(vq, linear.bias, name))
+        return VQLinear.from_weight(VQWeight(vq.spec, {**vq.buffers, "gs": vq.buffers["gs"] * gain}), linear.bias, name)
+
+    model = copy.deepcopy(dense)
+    for name, linear in blocks_linears(model, prompt).items():
+        model.set_submodule(name, packed(name, linear, config))
+    if config.head:
+        head = find_head(BlockStream(model, None, ""))
+        put_head(model, head.name, packed(head.name, head.module, VQConfig.preset(config.head)), head.embedding)
     return model
 
 

@@ -28,8 +28,10 @@ from .perplexity import LayerLog, size
 DEFAULT = ("2d-2.125", "2d-2.25", "2d-2.25-s64", "4d-2.25", "2d-3.125", "2d-3.125-s64", "1d-4.125-s64", "2d-4.125")
 EXAMPLE = """examples:
   python -m bench.presets --calibration wiki.train.txt --text wiki.test.txt --json bench/results/presets.json
+  python -m bench.presets --presets 2d-3.125-s64,2d-3.125-s64+2d-4.125-s64 --calibration wiki.train.txt --text wiki.test.txt
   python -m bench.presets --table bench/results/presets.json
 
+A preset behind a + is that of the output head, which is left dense without one.
 Tokens per second: greedy, batch 1, the packed and the dense bfloat16 model taking turns; "x dense" is the median of the ratios within
 the rounds, which other load of the machine touches less than the speeds.  whole model: all tensors of the checkpoint.
 quantize: time of the processor, summed over the cores.  Rows are added to those that the file has; a preset that is there is not
@@ -60,7 +62,7 @@ def parser():
 
 def measure(args, argv: list[str] | None) -> list[dict]:
     """A row of the dense model, and one of each preset."""
-    runner.check_names("--presets", args.presets, PRESETS)
+    runner.check_names("--presets", [part for preset in args.presets for part in preset.split("+", 1)], PRESETS)
     for option in ("calibration", "text"):
         if getattr(args, option) is None or not Path(getattr(args, option)).is_file():
             raise ConfigError(f"--{option}: got {getattr(args, option)}, need a text file")
@@ -79,8 +81,8 @@ def measure(args, argv: list[str] | None) -> list[dict]:
                       "perplexity": perplexity(dense, tokens, args.window, args.max_windows)}])
     for preset in (preset for preset in args.presets if preset not in there):
         with tempfile.TemporaryDirectory() as folder:
-            used = time.process_time()
-            report = quantize(source, folder, VQConfig.preset(preset), calibration=args.calibration, samples=args.samples,
+            used, (body, _, head) = time.process_time(), preset.partition("+")
+            report = quantize(source, folder, VQConfig.preset(body, head=head), calibration=args.calibration, samples=args.samples,
                               sequence_length=args.sequence_length, device="cpu", dtype="bfloat16", resume="never", check=None,
                               progress=LayerLog())
             used = time.process_time() - used
@@ -110,7 +112,7 @@ def speed(packed, dense, prompt, args) -> dict:
 def show(rows: list[dict]) -> str:
     dense = next((row["perplexity"] for row in rows if row["preset"] is None), None)
     return runner.table(sorted(rows, key=lambda row: -row["bits_per_value"]), {
-        "preset": lambda r: r["preset"] or "dense", "format": lambda r: r["format"],
+        "preset": lambda r: (r["preset"] or "dense").replace("+", ", head "), "format": lambda r: r["format"],
         "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
         "linears, MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}", "whole model, MB": lambda r: f"{r['total_bytes'] / 1e6:.1f}",
         "perplexity": lambda r: f"{r['perplexity']:,.2f}", "x dense perplexity": lambda r: f"{r['perplexity'] / dense:.2f}",

@@ -36,13 +36,14 @@ class Constant(nn.Module):
         return SimpleNamespace(logits=self.bias + torch.zeros(*input_ids.shape, 1))
 
 
-@pytest.mark.parametrize("positions", [700, 20])
+@pytest.mark.parametrize("positions", [600, 40])
 def test_memory_of_a_comparison(positions):
-    vocabulary = 200_000
+    vocabulary = 300_000
     model, tokens = Constant(vocabulary), torch.zeros(2, positions, dtype=torch.int64)
     dense = torch.zeros(2, positions, vocabulary)
     divergence(dense[:, :1], model, tokens[:, :1])              # what a first call does
     trim_memory()
     before = resident_memory(reset=True).now
     assert divergence(dense, model, tokens)["kl"] == 0
-    assert 0.6 < (resident_memory().peak - before) / divergence_bytes(positions, vocabulary, 4) < 1.25
+    taken, said = resident_memory().peak - before, divergence_bytes(positions, vocabulary, 4)
+    assert 0.6 * said < taken < 1.25 * said + 64e6          # what else a process of many tests takes meanwhile

@@ -29,6 +29,17 @@ def test_rows(my_model, tmp_path, capsys):
     assert capsys.readouterr().out == printed and printed.count("\n") == 5
 
 
+def test_a_preset_of_the_head(my_model, tmp_path, capsys):
+    files = [str(my_model.parent / name) for name in ("calibration.txt", "test.txt")]
+    presets.main(["--model", str(my_model), "--calibration", files[0], "--text", files[1], "--samples", "2", "--sequence-length", "32", "--window", "64",
+                  "--max-windows", "3", "--tokens", "3", "--repeats", "2", "--json", str(tmp_path / "presets.json"), "--presets",
+                  "2d-2.25,2d-2.25+2d-4.125"])
+    _, plain, headed = runner.load(str(tmp_path / "presets.json"))["rows"]
+    assert headed["linear_bytes"] > plain["linear_bytes"] and "| 2d-2.25, head 2d-4.125 |" in capsys.readouterr().out
+    with pytest.raises(gptvq.ConfigError, match="4.5d"):
+        presets.main(["--calibration", files[0], "--text", files[1], "--presets", "2d-2.25+4.5d"])
+
+
 def test_a_missing_text_is_refused_before_any_work(my_model):
     with pytest.raises(gptvq.ConfigError, match="--text: got None"):
         presets.main(["--model", str(my_model), "--calibration", str(my_model.parent / "calibration.txt")])

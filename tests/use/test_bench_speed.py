@@ -130,6 +130,15 @@ def test_decode(my_model, tmp_path, capsys):
     assert "no rows of llama.cpp: it opens .gguf files alone" in printed.err and printed.out.count("\n") == 2 + len(rows)
 
 
+def test_decode_with_a_packed_head(my_model, tmp_path):
+    out = tmp_path / "decode.json"
+    options = ["--presets", "2d-2.25", "--tokens", "3", "--repeats", "1", "--threads", "1", "--parts", "tokens", "--activations", "a16"]
+    assert bench(decode, "--model", my_model, *options, "--head", "2d-4.125", "--json", out) == 0
+    plain, headed = [row for row in check_file(out, "decode") if row["method"] == "gptvq"]
+    assert (plain["format"], headed["format"]) == ("2D K16", "2D K16, head 2D K256")
+    assert headed["bits_per_value"] > plain["bits_per_value"] and headed["tokens_per_second"] > 0
+
+
 def test_decode_of_a_checkpoint(my_model, tmp_path, capsys):
     options = ["--parts", "tokens", "--activations", "a16", "--tokens", "2", "--repeats", "1", "--threads", "1"]
     report = quantize(my_model, tmp_path / "packed", "2d-2.25", calibration=my_model.parent / "calibration.txt", samples=2,
