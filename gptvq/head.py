@@ -2,36 +2,46 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import ranks
-from .config import VQConfig
+from . import ops, ranks
+from .config import Recipe, VQConfig
 from .drift import Stage, collect
 from .embedding import put_head, scale_of
 from .errors import ConfigError, NumericalError
+from .hessian import Hessian
 from .job import Run
 from .linear import VQLinear
 from .model import Block, Stop, call
 from .ranks import Samples
-from .solver import solve
-from .spec import QuantSpec
+from .scaling import scale_bounds
+from .solver import LayerRecord, solve
+from .spec import TILE_ROWS, QuantSpec
+from .storage import digest_of
 from .stream import BlockStream
+from .weight import VQWeight
+
+_LEAST_PART = 1 << 22       # weights
 
 
 @dataclass
 class Head(Block):
     """lm_head as one more block: called with hidden states behind the last block, it ends where its linear has seen its input.
 
-    `embedding` is the full name of the embedding that shares its weight, if one does.
+    `embedding` is the full name of the embedding that shares its weight, if one does; `most` how many weights are solved at once.
     """
 
     model: nn.Module = None
     blocks: Sequence[Block] = ()
     embedding: str | None = None
+    most: int = 0
 
     def spec(self, config: VQConfig) -> QuantSpec:
         return VQConfig.preset(config.head).spec(*self.module.weight.shape, self.name)
@@ -66,7 +76,9 @@ def find_head(stream: BlockStream) -> Head:
     if bad := int((~torch.isfinite(head.weight)).sum()):
         raise NumericalError(f"{name}: the weight holds {bad} non-finite values; the source checkpoint is damaged or its dtype overflowed")
     stream.weight_bytes[name] = head.weight.numel() * head.weight.element_size()
-    return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if tied else None)
+    # A head is many times as large as any other linear; in parts like those it takes no more memory than they do.
+    most = max(_LEAST_PART, *(rows * cols for rows, cols in stream.shapes.values()))
+    return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if tied else None, most=most)
 
 
 def quantize_head(head: Head, spec: QuantSpec, hidden: Sequence[Tensor], samples: Samples, run: Run) -> None:
@@ -77,7 +89,7 @@ def quantize_head(head: Head, spec: QuantSpec, hidden: Sequence[Tensor], samples
     run.progress.stage(f"solving {head.name}")
     weight = head.module.weight
     with run.timed("solve"):
-        vq, record = solve(weight.to(run.device).float(), hessian, spec, run.config.recipe, head.name, ranks.size() > 1)
+        vq, record = solve_parts(weight, hessian, spec, run.config.recipe, head.name, head.most, run.device)
     if record.repair:
         run.fallback(f"{head.name}: its Hessian took a repair: {record.repair}")
     run.report.layers.append(record)
@@ -90,6 +102,38 @@ def _is_lookup(embedding: nn.Module) -> bool:
     weight, ids = embedding.weight, torch.arange(min(8, len(embedding.weight)), device=embedding.weight.device)
     rows = weight[ids] * torch.full((), scale_of(embedding), dtype=weight.dtype, device=weight.device)
     return isinstance(embedding, nn.Embedding) and torch.equal(embedding(ids), rows)
+
+
+def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str, most: int,
+                device: torch.device) -> tuple[VQWeight, LayerRecord]:
+    """`solver.solve` of at most so many weights at a time, whole groups and tiles of rows, where the format allows it.
+
+    Block scales are those of the whole layer.  In parts, of the stages that a part went through the best counts there.
+    """
+    step = math.lcm(spec.group_rows, TILE_ROWS)
+    rows = max(most // (step * spec.cols), 1) * step
+    together = ranks.size() > 1
+    # SVD codebooks tie all groups together, and left to right a strip's scales depend on the strips before it.
+    if rows >= spec.rows or spec.svd_rank or spec.scale_block and recipe.order == "sequential":
+        return solve(weight.to(device).float(), hessian, spec, recipe, name, together)
+    pieces, bounds = weight.split(rows), None
+    if spec.scale_block:
+        least, largest = zip(*(scale_bounds(piece.float(), spec.scale_block) for piece in pieces))
+        bounds = torch.stack(least).amin(0).to(device), torch.stack(largest).amax(0).to(device)
+    solved, losses, power = [], Counter(), 0.0
+    for piece in pieces:
+        piece = piece.to(device).float()
+        vq, record = solve(piece, hessian, dataclasses.replace(spec, rows=len(piece), group_rows=min(spec.group_rows, len(piece))), recipe,
+                           name, together, bounds)
+        own = float((ops.matmul(piece, hessian.matrix()).double() * piece).sum())
+        power += own
+        losses.update({"": own * record.error, **{stage: own * error for stage, error in record.stages.items()}})
+        solved.append((vq, record))
+    record, power = solved[0][1], power or 1.0
+    buffers = {key: torch.cat([vq.buffers[key] for vq, _ in solved]) for key in solved[0][0].buffers if key != "sz"}
+    vq = VQWeight(spec, buffers | ({"sz": solved[0][0].buffers["sz"]} if bounds else {}))
+    return vq, dataclasses.replace(record, spec=spec, error=losses[""] / power, stages={key: losses[key] / power for key in record.stages},
+                                   seconds=sum(each.seconds for _, each in solved), sha256=digest_of(vq.buffers.values()))
 
 
 @contextlib.contextmanager

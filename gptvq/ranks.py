@@ -128,10 +128,12 @@ class Rows:
     """The share of this rank in a layer: rows [first, last), whole groups of them, of format `spec`.
 
     `shared` False, a layer with one group, and SVD codebooks, which tie all groups together: every rank has them all.  Where there
-    are more ranks than groups, some do the work of the last share as well.
+    are more ranks than groups, some do the work of the last share as well.  `bounds`, where the layer is itself a part of one: what
+    `least` and `largest` are of over all of that.
     """
 
-    def __init__(self, spec: QuantSpec, shared: bool = False):
+    def __init__(self, spec: QuantSpec, shared: bool = False, bounds: tuple[Tensor, Tensor] | None = None):
+        self._bounds = bounds
         self.parts = min(size(), spec.row_groups) if shared and not spec.svd_rank else 1
         bounds = [spec.row_groups * part // self.parts for part in range(self.parts + 1)]
         self.groups = list(zip(bounds, bounds[1:]))
@@ -143,11 +145,13 @@ class Rows:
 
     def least(self, x: Tensor) -> Tensor:
         """Elementwise over all shares."""
-        return self._reduce(x, dist.ReduceOp.MIN) if self.parts > 1 else x
+        x = self._reduce(x, dist.ReduceOp.MIN) if self.parts > 1 else x
+        return x if self._bounds is None else torch.minimum(x, self._bounds[0])
 
     def largest(self, x: Tensor) -> Tensor:
         """Elementwise over all shares."""
-        return self._reduce(x, dist.ReduceOp.MAX) if self.parts > 1 else x
+        x = self._reduce(x, dist.ReduceOp.MAX) if self.parts > 1 else x
+        return x if self._bounds is None else torch.maximum(x, self._bounds[1])
 
     def join(self, x: Tensor, groups: bool = False) -> Tensor:
         """[rows of the share, or its groups, ..] -> those of the layer."""

@@ -17,13 +17,8 @@ def fit_scales(weight: Tensor, block: int, rows: Rows | None = None) -> tuple[Te
     scale 1 unless its column holds larger ones.  `rows`: of which share of a layer the weight is.  Formula: arXiv 2402.15319
     section 3.2, "blockwise data normalization".
     """
-    count, cols = weight.shape
     least, largest = (rows.least, rows.largest) if rows is not None else (lambda x: x, lambda x: x)
-    blocks = -(-cols // block)
-    padded = weight.new_zeros(count, blocks * block)
-    padded[:, :cols] = weight
-    peak = padded.view(count, blocks, block).abs().amax(2)
-    log = torch.where(peak > 1e-30, peak, torch.ones_like(peak)).double().log2()
+    peak, log = _peaks(weight, block)
     # A zero block follows its column: as an outlier at log2 = 0 it would stretch the range of all other rows.
     log = torch.where(peak > 1e-30, log, least(log.masked_fill(peak <= 1e-30, torch.inf).amin(0)).nan_to_num(posinf=0.0))
     low, high = least(log.amin(0)), largest(log.amax(0))
@@ -31,6 +26,22 @@ def fit_scales(weight: Tensor, block: int, rows: Rows | None = None) -> tuple[Te
     z, a = sz.double().unbind(1)
     codes = ((log - z) / a.clamp_min(1e-12)).round().clamp(0, 15)
     return codes.to(torch.uint8), sz
+
+
+def scale_bounds(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(least, largest) log2 max|w| of every block column of [rows, cols], float64 [blocks]; of one of zeros inf and -inf."""
+    peak, log = _peaks(weight, block)
+    return log.masked_fill(peak <= 1e-30, torch.inf).amin(0), log.masked_fill(peak <= 1e-30, -torch.inf).amax(0)
+
+
+def _peaks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """max|w| of every block and its log2, 0 for one of zeros: [rows, blocks] each."""
+    count, cols = weight.shape
+    blocks = -(-cols // block)
+    padded = weight.new_zeros(count, blocks * block)
+    padded[:, :cols] = weight
+    peak = padded.view(count, blocks, block).abs().amax(2)
+    return peak, torch.where(peak > 1e-30, peak, torch.ones_like(peak)).double().log2()
 
 
 def scale_table(sz: Tensor) -> Tensor:

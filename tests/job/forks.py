@@ -97,6 +97,7 @@ def job(request):
     import torch
     from job.tiny_models import build, preset
 
+    import gptvq.head
     import gptvq.stream
 
     ids = torch.randint(0, 256, (request.get("samples", 2), 32), generator=torch.Generator().manual_seed(5))
@@ -107,6 +108,7 @@ def job(request):
         model.get_input_embeddings().weight.data[255] = float("nan")
     if "memory" in request:                                 # as much as is said to be free
         gptvq.stream.available_memory = lambda: request["memory"]
+    gptvq.head._LEAST_PART = request.get("least_part", gptvq.head._LEAST_PART)
     config = preset(**request.get("config", {}))
     config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, **request.get("recipe", {})))
     gptvq.quantize(model, request["out"], config, calibration=ids, **request.get("arguments", {}))

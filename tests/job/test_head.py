@@ -14,9 +14,12 @@ from torch.nn.functional import embedding
 from transformers import AutoModel, AutoModelForCausalLM
 
 import gptvq
-from gptvq import ConfigError, FormatError, NumericalError, VQConfig, VQLinear, cli
+from gptvq import ConfigError, FormatError, NumericalError, QuantSpec, VQConfig, VQLinear, cli
 from gptvq.embedding import TiedEmbedding
 from gptvq.export import export_dense
+from gptvq.head import solve_parts
+from gptvq.hessian import Hessian
+from gptvq.solver import solve
 from gptvq.tune import tune
 
 HEAD = "2d-4.125"
@@ -119,7 +122,7 @@ def test_a_target_size_counts_it(packed, ids):
     assert size < found.disk <= size + 2000 and found.config.head == HEAD
 
 
-@pytest.mark.parametrize("request_", [{"ranks": 3}, {"config": {"head": HEAD, "label": "2d-2.25-s64"}, "ranks": 2}], ids=str)
+@pytest.mark.parametrize("request_", [{"ranks": 3}, {"config": {"head": "2d-2.25-s64"}, "ranks": 2, "least_part": 1}], ids=str)
 def test_processes_share_it(forks, folder, tmp_path, request_):
     request = {"model": folder, "config": {"head": HEAD}, "samples": 5} | request_
     for out, changes in (("one", {"ranks": 1}), ("many", {})):
@@ -226,3 +229,29 @@ def test_settings(ids):
     report = gptvq.quantize(build(), None, VQConfig.preset("2d-2.25", head="1d-3.125", recipe=dataclasses.replace(QUICK, compensate=0)),
                             calibration=ids)
     assert report.layers[-1].spec.label == "1d K8"
+
+
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-3.125-s64", "4d-2.125-s64", "1d-2.125"])
+@pytest.mark.parametrize("rows", [1000, 1024])
+def test_in_parts_it_is_as_good_and_its_scales_are_those_of_the_whole(label, rows):
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(rows, 96, generator=generator), torch.randn(500, 96, generator=generator)
+    weight[:, 64:] *= torch.rand(rows, 1, generator=generator)
+    weight[300:400, :64] = 0                            # a part with a block of zeros that the others have not
+    hessian, spec = Hessian.from_matrix(2 / 500 * x.T @ x), VQConfig.preset(label, group_size=4096).spec(rows, 96)
+    arguments = weight, hessian, spec, QUICK, "lm_head"
+    (one, whole), (many, parts) = (solve_parts(*arguments, most, torch.device("cpu")) for most in (rows * 96, 96 * 100))
+    assert many.spec == spec and parts.spec == spec and parts.sha256 != whole.sha256
+    assert parts.error == pytest.approx(whole.error, rel=0.05) and parts.stages.keys() == whole.stages.keys()
+    if spec.scale_block:
+        assert torch.equal(one.buffers["sz"], many.buffers["sz"]) and torch.equal(one.buffers["sc"], many.buffers["sc"])
+    error = many.dequantize() - weight
+    H = hessian.matrix()
+    assert float(((error @ H) * error).sum() / ((weight @ H) * weight).sum()) == pytest.approx(parts.error, rel=1e-3)
+
+
+def test_what_ties_all_rows_together_is_solved_at_once():
+    weight, hessian = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)), Hessian.from_matrix(torch.eye(64))
+    for spec, recipe in ((QuantSpec(64, 64, 1, 3, 16, 64, svd_rank=2), QUICK), (QuantSpec(64, 64, 2, 2, 16, 64, 32), gptvq.Recipe.paper())):
+        want = solve(weight, hessian, spec, recipe)[1].sha256
+        assert solve_parts(weight, hessian, spec, recipe, "lm_head", 16 * 64, torch.device("cpu"))[1].sha256 == want
