@@ -86,6 +86,8 @@ def quantize_head(head: Head, spec: QuantSpec, hidden: Sequence[Tensor], samples
     run.progress.stage("collecting Hessians")
     with run.timed("hessians"):
         hessian = collect(Stage((head.name,)), {head.name: head.module}, head, hidden, {}, run.device, samples).hessians[head.name]
+    if hessian.dropped:
+        run.note(f"{head.name}: {hessian.dropped} calibration tokens gave non-finite activations and were left out")
     run.progress.stage(f"solving {head.name}")
     weight = head.module.weight
     with run.timed("solve"):

@@ -30,7 +30,7 @@ from .report import Progress
 from .solver import solve
 from .spec import QuantSpec
 from .storage import writing
-from .stream import BlockStream, open_stream, reads_ahead, states_on_disk
+from .stream import BlockStream, open_stream, reads_ahead, states_on_device, states_on_disk
 
 #: Sequences that the tried block sees, and that sensitivities are measured on.
 PROBE_SAMPLES, SENSITIVITY_SAMPLES = 4, 8
@@ -134,7 +134,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     if head is not None:
         specs[head.name] = head.spec(config)
 
-    probe = _Probe(stream, specs, config, tokens[:PROBE_SAMPLES], device, progress)
+    probe = _Probe(stream, specs, config, tokens[:PROBE_SAMPLES], samples, device, progress)
     share, inside = samples / len(probe.tokens), [spec for name, spec in specs.items() if name in stream.shapes]
     blocks = sum(spec.rows * spec.cols for spec in inside) / sum(spec.rows * spec.cols for spec in probe.specs.values())      # as many of the tried one make up the model
     seconds["load"] = seconds["load"] + probe.seconds["load"] * blocks
@@ -153,12 +153,12 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     checking = surveyed.now + logits + divergence_bytes(min(checked, tokens.shape[1]), vocabulary, itemsize)
     checking += (whole if device.type == "cpu" else 0) - (0 if stream.streamed else dense - packed)
     ahead = probe.ahead if reads_ahead(stream, device) and len(stream.blocks) > 1 else (0, 0)
-    peak_ram = max(surveyed.peak, logits + probe.peak_ram(0 if files_only else samples) + ahead[0], checking)
+    peak_ram = max(surveyed.peak, logits + probe.peak(False, 0 if files_only else samples) + ahead[0], checking)
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
-                max(probe.peak_gpu + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
+                max(probe.peak(True, samples) + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
                 [text for block in stream.blocks for text in stream.warnings[block.name]] + [_UNCOUNTED] * bool(config.recipe.token_weights))
 
 
@@ -168,8 +168,9 @@ class _Probe:
     It is the middle one of the largest.  Of linears alike in shape and format a few are solved, also those that only other blocks have.
     """
 
-    def __init__(self, stream: BlockStream, specs: dict[str, QuantSpec], config: VQConfig, tokens: Tensor, device: torch.device,
+    def __init__(self, stream: BlockStream, specs: dict[str, QuantSpec], config: VQConfig, tokens: Tensor, of: int, device: torch.device,
                  progress: Progress):
+        """of: samples that the run has."""
         self.tokens, self._device, self._config, self._progress = tokens, device, config, progress
         self.seconds: dict[str, Tensor] = {}
         self._solved: dict[tuple, list[Tensor]] = {}
@@ -181,6 +182,9 @@ class _Probe:
         progress.stage(f"trying {self.block.name}")
         self._hidden = self._timed("embed", embed, stream.model, stream.blocks, tokens)
         self.state = _nbytes(self._hidden[0])
+        self.resident = not states_on_disk(of, self.state)[0] and states_on_device(of, self.state, device)
+        if self.resident:
+            self._hidden = [state.to(device) for state in self._hidden]
         for before in stream.blocks[: stream.blocks.index(self.block)]:
             with stream.loaded(before, device):
                 self._hidden = [before(state.to(device)).to(state.device) for state in self._hidden]
@@ -221,9 +225,10 @@ class _Probe:
         same = {key: s for key, s in self._solved.items() if key[2:4] == (spec.dim, spec.index_bits)} or self._solved
         return spec.rows * spec.cols * sum(map(sum, same.values())) / sum(key[0] * key[1] * len(s) for key, s in same.items())
 
-    def peak_ram(self, samples: int) -> int:
-        """Bytes, with the hidden states of `samples` in the place of the probe's."""
-        return int(self._end.peak + max(samples - len(self.tokens), 0) * self._kept * self.state)
+    def peak(self, on_device: bool, samples: int) -> int:
+        """Bytes in RAM or on a GPU, with the hidden states of `samples` in the place of the probe's where those are."""
+        more = max(samples - len(self.tokens), 0) * self._kept * self.state
+        return int((self.peak_gpu if on_device else self._end.peak) + (more if on_device == self.resident else 0))
 
     def journal_seconds(self, disk: str | os.PathLike | None, in_blocks: int, blocks: int, samples: int) -> Tensor:
         """Of putting `blocks` of `in_blocks` bytes together, and as often the hidden states of `samples`, into a journal.

@@ -148,7 +148,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
     example = embed(stream.model, blocks, tokens[:1])[0]
     samples = Samples(len(tokens), ranks.size() > 1)
-    activations = Activations(run.journal, samples, example.numel() * example.element_size())
+    activations = Activations(run.journal, samples, example.numel() * example.element_size(), device)
     if run.folder is not None and not run.done:
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
@@ -163,7 +163,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     else:
         progress.stage("embedding the calibration samples")
         with run.timed("embed"):
-            hidden = embed(stream.model, blocks, tokens[samples.first: samples.last], activations.scratch)
+            hidden = activations.at_home(embed(stream.model, blocks, tokens[samples.first: samples.last], activations.scratch))
         dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
     for index, block in enumerate(blocks[run.done:], run.done):
         progress.block(index, block.name)

@@ -218,15 +218,17 @@ def reads_ahead(stream: BlockStream, device: torch.device) -> bool:
 class Activations:
     """Lists for the hidden states of this rank's samples.
 
-    They are in memory, or in files below the journal's folder where half of the memory would not hold those of all ranks.
+    They are in memory, or in files below the journal's folder where half of the memory would not hold those of all ranks.  `home` is the
+    memory: that of a GPU which has the room, lest every state be copied there and back for every linear.
     """
 
-    def __init__(self, journal: Journal | None, samples: Samples, nbytes: int):
+    def __init__(self, journal: Journal | None, samples: Samples, nbytes: int, device: torch.device):
         """nbytes: of one sample's state."""
         self.journal, self.samples, self._scratches = journal, samples, 0
         self.on_disk, self.disk_bytes = (False, 0) if journal is None else states_on_disk(samples.total, nbytes)
         if self.on_disk and samples.parts > 1:
             self.disk_bytes += _COMMITTED * samples.total * nbytes      # the journal's, beside the ranks' own
+        self.home = device if not self.on_disk and states_on_device(len(samples), nbytes, device) else torch.device("cpu")
 
     def new(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """For a stream behind a block, which a commit makes part of the journal; see `whole`."""
@@ -249,6 +251,10 @@ class Activations:
         path = self.journal.folder / f"scratch-{ranks.rank()}-{self._scratches}" if self.on_disk else None
         return TensorList(path, len(self.samples), scratch=True) if self.on_disk else []
 
+    def at_home(self, states: list[Tensor] | TensorList) -> list[Tensor] | TensorList:
+        """States in memory where they belong; what is computed from them stays there."""
+        return states if self.on_disk else [state.to(self.home) for state in states]
+
     def stored(self, kind: str, block: int) -> list[Tensor] | TensorList:
         """This rank's samples of a stream as it was committed behind a block."""
         found, samples = TensorList.open(self.journal.path(kind, block)), self.samples
@@ -259,13 +265,19 @@ class Activations:
         own = self.scratch()
         for i in range(samples.first, samples.last):
             own.append(found[i])
-        return own
+        return self.at_home(own)
 
 
 def states_on_disk(samples: int, nbytes: int) -> tuple[bool, int]:
     """(whether a run with a journal has its hidden states in files only, bytes of those on the disk); nbytes: of one sample's state."""
     files_only = _STREAMS * samples * nbytes > available_memory() / 2
     return files_only, samples * nbytes * (_STREAMS if files_only else _COMMITTED)
+
+
+def states_on_device(samples: int, nbytes: int, device: torch.device) -> bool:
+    """Whether a run has its hidden states on a GPU: a third of what is free there holds them, nbytes each."""
+    free = ops.free_bytes(device)
+    return free is not None and _STREAMS * samples * nbytes < free[0] / 3
 
 
 def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:

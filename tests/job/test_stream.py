@@ -12,6 +12,7 @@ import gptvq
 from gptvq import ConfigError, NumericalError, stream
 from gptvq.hf import open_dense
 from gptvq.parts import open_skeleton, read_block, streamable
+from gptvq.ranks import Samples
 from gptvq.storage import TensorList
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
@@ -138,6 +139,28 @@ def test_what_is_not_streamed_is_read_as_a_whole(dense, tmp_path, ids):
     torch_only.mkdir()
     (torch_only / "config.json").write_text(json.dumps(settings))
     assert streamable(torch_only) is None
+
+
+def test_hidden_states_live_on_a_gpu_that_has_the_room(monkeypatch):
+    gpu, samples, state = torch.device("cuda"), Samples(10), torch.ones(1, 8, 16)
+    nbytes = 4 * state.numel()
+    monkeypatch.setattr(stream.ops, "free_bytes", lambda device: None if device.type == "cpu" else (free, 0))
+    for free, home in ((18 * 10 * nbytes, "cpu"), (18 * 10 * nbytes + 3, "cuda")):
+        assert stream.Activations(None, samples, nbytes, gpu).home.type == home
+        assert stream.Activations(None, samples, nbytes, torch.device("cpu")).home.type == "cpu"
+    found = stream.Activations(None, samples, nbytes, torch.device("cpu"))
+    assert found.at_home([state])[0] is state
+
+
+@pytest.mark.gpu
+def test_the_same_bytes_wherever_they_live(dense, ids, tmp_path, monkeypatch):
+    found = {}
+    for resident in (True, False):
+        monkeypatch.setattr(stream, "states_on_device", lambda *args: resident)
+        plan = gptvq.plan(dense, preset(), calibration=ids, device="cuda")
+        gptvq.quantize(dense, tmp_path / str(resident), preset(), calibration=ids, device="cuda")
+        found[resident] = (tmp_path / str(resident) / "model.safetensors").read_bytes(), plan.peak_gpu
+    assert found[True][0] == found[False][0] and found[True][1] >= found[False][1]
 
 
 @pytest.fixture(scope="module")
