@@ -83,6 +83,24 @@ def test_it_compiles_as_one_graph(format):
     assert torch.equal(torch.compile(table, fullgraph=True, backend="eager")(ids), table(ids))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", [(2, 4), (2, 3), (1, 4)])
+def test_on_a_gpu_and_in_its_graphs(format):
+    pair = Pair()
+    pair.head = packed(QuantSpec(40, 64, *format, 16, 64, 32))
+    pair.table = TiedEmbedding(pair.head, torch.float16)
+    want = pair.table(torch.tensor([3, 39]))
+    pair.cuda()
+    ids = torch.tensor([0, 0], device="cuda")
+    pair.table(ids)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = pair.table(ids)
+    ids.copy_(torch.tensor([3, 39]))
+    graph.replay()
+    assert torch.equal(rows.cpu(), want)
+
+
 def test_only_what_fits_is_replaced():
     model = nn.Module()
     model.head, model.table = nn.Linear(64, 40), nn.Embedding(41, 64)
