@@ -47,8 +47,8 @@ def formats(p: argparse.ArgumentParser) -> None:
     p.add_argument("--preset", help=f"storage format, default 2d-2.25; one of: {', '.join(PRESETS)}")
     p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
                    help="another preset for layers whose name matches, or keep them as they are; repeatable, the first match counts")
-    p.add_argument("--head", metavar="PRESET", help="storage format of the output head (lm_head), and of the embedding where the two are tied, "
-                   "like 2d-4.125-s64 (default: as they are)")
+    p.add_argument("--head", metavar="PRESET", help="storage format of the output head (lm_head) and the embedding, like 2d-4.125-s64 (default: as they "
+                   "are)")
     p.add_argument("--method", choices=METHODS, help="gptvq: our recipe (default); paper: the published procedure")
     p.add_argument("--token-weights", choices=TOKEN_WEIGHTS[1:], help="loss: tokens count by the gradient of the model's loss; takes the whole "
                    "model in memory (default: all count the same)")

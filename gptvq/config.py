@@ -80,7 +80,7 @@ class VQConfig:
     `group_size` weights share one codebook; the group's rows and columns are chosen to fit each layer unless
     `group_rows` and `group_cols` are given.  `rules` is a sequence of (pattern, change): layers whose name matches the
     shell pattern take `change`, a dict of settings, a preset's name, or None to leave the layer as it is; the first match counts.
-    `head` is the preset of the output head (lm_head), and of the embedding where the two are tied; "" leaves them as they are.
+    `head` is the preset of the output head (lm_head) and of the embedding, tied or not; "" leaves them as they are.
     """
 
     dim: int = 2

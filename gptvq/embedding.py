@@ -1,4 +1,4 @@
-"""TiedEmbedding: token embeddings looked up in the packed output head that they are tied to."""
+"""Token embeddings looked up in packed weights: their own, or those of the output head that they are tied to."""
 from __future__ import annotations
 
 import functools
@@ -10,7 +10,7 @@ from .backends.reference_packed import bit_map
 from .errors import ConfigError
 from .linear import VQLinear
 from .spec import TILE_ROWS, QuantSpec
-from .weight import decode_tables
+from .weight import VQWeight, decode_tables
 
 
 class TiedEmbedding(nn.Module):
@@ -35,13 +35,46 @@ class TiedEmbedding(nn.Module):
         return self.head.dequantize(self._like.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        head = self.head
-        rows = lookup(head.spec, head._decode_tables(), ids.reshape(-1).to(head.idx.device))
-        rows = rows.to(self._like.dtype).view(*ids.shape, self.embedding_dim)
-        return rows if self.scale == 1 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
+        return _rows(self.head, ids, self._like.dtype, self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, tied to {self.head.name or 'a packed head'}"
+
+
+class VQEmbedding(VQLinear):
+    """nn.Embedding over a packed weight of its own: ids [..] -> [.., width] in `dtype`, times `scale`, as TiedEmbedding."""
+
+    def __init__(self, spec: QuantSpec, dtype: torch.dtype, scale: float = 1.0, device=None, name: str = ""):
+        super().__init__(spec, False, device, name=name)
+        self.num_embeddings, self.embedding_dim, self.scale = spec.rows, spec.cols, scale
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @classmethod
+    def of(cls, vq: VQWeight, dtype: torch.dtype, scale: float = 1.0, name: str = "") -> VQEmbedding:
+        """Takes over the buffers of `vq`."""
+        self = cls(vq.spec, dtype, scale, vq.buffers["idx"].device, name)
+        for buffer, tensor in vq.buffers.items():
+            setattr(self, buffer, tensor)
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """A dequantized copy without the scale, for code that reads an embedding's weight; writing into it changes nothing."""
+        return self.dequantize(self._like.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _rows(self, ids, self._like.dtype, self.scale)
+
+
+def _rows(layer: VQLinear, ids: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    rows = lookup(layer.spec, layer._decode_tables(), ids.reshape(-1).to(layer.idx.device)).to(dtype).view(*ids.shape, layer.in_features)
+    return rows if scale == 1 else rows * torch.full((), scale, dtype=dtype, device=rows.device)
+
+
+def put_embedding(model: nn.Module, name: str, vq: VQWeight) -> None:
+    """Puts a packed weight in the place of an embedding that is tied to nothing."""
+    before = model.get_submodule(name)
+    model.set_submodule(name, VQEmbedding.of(vq, before.weight.dtype, scale_of(before), name).to(before.weight.device))
 
 
 def put_head(model: nn.Module, name: str, head: VQLinear, embedding: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The output head of a language model, quantized behind its blocks, and with it the embedding where the two are tied."""
+"""The output head and the embedding of a language model: the one quantized behind its blocks, the other before, or both at once."""
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ops, ranks
 from .config import Recipe, VQConfig
 from .drift import Stage, collect
-from .embedding import put_head, scale_of
+from .embedding import put_embedding, put_head, scale_of
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian
 from .job import Run
@@ -35,16 +35,20 @@ _LEAST_PART = 1 << 22       # weights
 class Head(Block):
     """lm_head as one more block: called with hidden states behind the last block, it ends where its linear has seen its input.
 
-    `embedding` is the full name of the embedding that shares its weight, if one does; `most` how many weights are solved at once.
+    `embedding` is the full name of the embedding, where it can be packed, and `tied` whether it shares the head's weight; `most` how many
+    weights are solved at once.
     """
 
     model: nn.Module = None
     blocks: Sequence[Block] = ()
     embedding: str | None = None
+    tied: bool = False
     most: int = 0
 
-    def spec(self, config: VQConfig) -> QuantSpec:
-        return VQConfig.preset(config.head).spec(*self.module.weight.shape, self.name)
+    def specs(self, config: VQConfig) -> dict[str, QuantSpec]:
+        """{layer: spec} of the head, and of an embedding with a weight of its own."""
+        names = [self.name] + [self.embedding] * bool(self.embedding and not self.tied)
+        return {name: VQConfig.preset(config.head).spec(*self.model.get_submodule(name).weight.shape, name) for name in names}
 
     def __call__(self, hidden: Tensor) -> None:
         def stop(module, args):
@@ -73,15 +77,33 @@ def find_head(stream: BlockStream) -> Head:
     if tied and not _is_lookup(embedding):
         raise ConfigError(f"head: {name} is tied to {names[id(embedding)]}, whose {type(embedding).__name__} does more than look rows up and "
                           "scale them; leave it dense (head=\"\", no --head)")
-    if bad := int((~torch.isfinite(head.weight)).sum()):
-        raise NumericalError(f"{name}: the weight holds {bad} non-finite values; the source checkpoint is damaged or its dtype overflowed")
-    stream.weight_bytes[name] = head.weight.numel() * head.weight.element_size()
+    packable = embedding is not None and (tied or isinstance(embedding, nn.Embedding) and _is_lookup(embedding))
+    for each in (head, embedding) if packable else (head,):
+        if bad := int((~torch.isfinite(each.weight)).sum()):
+            raise NumericalError(f"{names[id(each)]}: the weight holds {bad} non-finite values; the source checkpoint is damaged or its "
+                                 "dtype overflowed")
+        stream.weight_bytes[names[id(each)]] = each.weight.numel() * each.weight.element_size()
     # A head is many times as large as any other linear; in parts like those it takes no more memory than they do.
     most = max(_LEAST_PART, *(rows * cols for rows, cols in stream.shapes.values()))
-    return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if tied else None, most=most)
+    return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if packable else None, tied=tied, most=most)
 
 
-def quantize_head(head: Head, spec: QuantSpec, hidden: Sequence[Tensor], samples: Samples, run: Run) -> None:
+def quantize_embedding(head: Head, specs: dict[str, QuantSpec], run: Run) -> None:
+    """Solves an embedding with a weight of its own, all of whose columns count the same, and puts it in its place.
+
+    That comes before the blocks, which make up for its errors.
+    """
+    run.progress.stage(f"solving {head.embedding}")
+    weight, spec = head.model.get_submodule(head.embedding).weight, specs[head.embedding]
+    with run.timed("solve"):
+        hessian = Hessian.from_matrix(torch.eye(spec.cols, device=run.device))
+        vq, record = solve_parts(weight, hessian, spec, run.config.recipe, head.embedding, head.most, run.device)
+    run.report.layers.insert(0, record)                 # before those that a journal had
+    run.progress.layer(record)
+    put_embedding(head.model, head.embedding, vq)
+
+
+def quantize_head(head: Head, specs: dict[str, QuantSpec], hidden: Sequence[Tensor], samples: Samples, run: Run) -> None:
     """Solves the head for the `hidden` states behind the last block and puts it in its place."""
     run.progress.stage("collecting Hessians")
     with run.timed("hessians"):
@@ -91,12 +113,12 @@ def quantize_head(head: Head, spec: QuantSpec, hidden: Sequence[Tensor], samples
     run.progress.stage(f"solving {head.name}")
     weight = head.module.weight
     with run.timed("solve"):
-        vq, record = solve_parts(weight, hessian, spec, run.config.recipe, head.name, head.most, run.device)
+        vq, record = solve_parts(weight, hessian, specs[head.name], run.config.recipe, head.name, head.most, run.device)
     if record.repair:
         run.fallback(f"{head.name}: its Hessian took a repair: {record.repair}")
     run.report.layers.append(record)
     run.progress.layer(record)
-    put_head(head.model, head.name, VQLinear.from_weight(vq, head.module.bias, head.name).to(weight.device), head.embedding)
+    put_head(head.model, head.name, VQLinear.from_weight(vq, head.module.bias, head.name).to(weight.device), head.embedding if head.tied else None)
 
 
 def _is_lookup(embedding: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint, on_load
 from .calibration import read_tokens
-from .embedding import put_head
+from .embedding import VQEmbedding, put_head, scale_of
 from .errors import ConfigError, FormatError, GptvqError
 from .experts import is_fused, unfuse
 from .gguf_file import gguf_file, mend
@@ -99,10 +99,13 @@ class GptvqQuantizer(HfQuantizer):
             modules = dict(model.named_modules())
             for full, spec in specs.items():
                 name, linear = local(full), modules.get(local(full))
-                shape = linear_shape(linear)
+                shape = tuple(linear.weight.shape) if isinstance(linear, nn.Embedding) else linear_shape(linear)
                 if shape != (spec.rows, spec.cols):
                     raise FormatError(f"quantization_config: layer {full!r}: got a spec for {(spec.rows, spec.cols)}, {type(model).__name__} has "
                                       f"{shape or 'no linear'} there; config.json is damaged or of another model")
+                if isinstance(linear, nn.Embedding):
+                    model.set_submodule(name, VQEmbedding(spec, linear.weight.dtype, scale_of(linear), "meta", name))
+                    continue
                 bias = linear.bias
                 model.set_submodule(name, VQLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype, name))
             for embedding, head in getattr(self.quantization_config, "tied", {}).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -25,6 +26,14 @@ def device_class(device) -> str:
         return f"{torch.cuda.get_device_name(device)}, {backend}"
     kernels = os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0] if native.serves(device) else "no kernels"
     return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {backend} {kernels}"
+
+
+def home_of(model):
+    """The torch.device that a model's inputs belong on: that of its first tensor, those not read yet (on meta) left out."""
+    import torch
+
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def versions() -> dict[str, str]:

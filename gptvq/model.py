@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from .errors import ConfigError, NumericalError
 from .experts import is_fused, unfuse
 from .hessian import Hessian, borrow
+from .machine import home_of
 
 #: Last name of a mixture-of-experts router; its few weights decide where tokens go and stay as they are.
 ROUTERS = ("gate", "wg", "router", "shared_expert_gate")
@@ -47,7 +48,7 @@ class Block:
 
 
 class Stop(Exception):
-    """Ends a forward once everything wanted has been seen."""
+    """Ends a forward that has given all that is wanted."""
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def record_calls(model: nn.Module, blocks: list[Block], tokens: Tensor, device: 
 def run_on(device: torch.device, model: nn.Module, blocks: list[Block], before: Callable | None = None,
            after: Callable | None = None) -> list:
     """Handles of hooks with which the blocks of a call on `model` run on `device`, one there at a time."""
-    handles, home = [], next(model.parameters()).device
+    handles, home = [], home_of(model)
     for block in blocks:
         def enter(module, args, kwargs, block=block):
             if before is not None:
@@ -258,9 +259,8 @@ class InputCollector:
 
 def call(model: nn.Module, tokens: Tensor) -> Any:
     """The model's own forward on `tokens` [samples, n], without a cache."""
-    parameters = inspect.signature(model.forward).parameters
-    cache = {"use_cache": False} if "use_cache" in parameters or hasattr(model, "generation_config") else {}
-    return model(tokens.to(next(model.parameters()).device), **cache)
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters or hasattr(model, "generation_config")
+    return model(tokens.to(home_of(model)), **({"use_cache": False} if takes_cache else {}))
 
 
 def _until_stopped(model: nn.Module, tokens: Tensor, handles: list) -> None:

@@ -62,8 +62,8 @@ def packed_linears(model: nn.Module) -> list[str]:
 
     As there, the output head is left out.
     """
-    head = model.get_output_embeddings()
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, VQLinear) and module is not head})
+    others = model.get_output_embeddings(), model.get_input_embeddings()
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, VQLinear) and module not in others})
 
 
 def _with_packed(create):

@@ -121,7 +121,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
         choices = mixed.candidates(config, presets, stream.shapes)
         rest = stream.nbytes - sum(stream.weight_bytes[full] for full in choices)
         if head is not None:
-            rest += head.spec(config).nbytes - stream.weight_bytes[head.name]
+            rest += sum(spec.nbytes - stream.weight_bytes[name] for name, spec in head.specs(config).items())
         weights = sum(rows * cols for full, (rows, cols) in stream.shapes.items() if full in choices)
         budget = target_bytes - rest if target_bits is None else int(target_bits * weights / 8 + 1e-9)
         mixed.check_budget(choices, budget, rest)
@@ -131,8 +131,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
         errors = {full: found for full, found in errors.items() if None not in found}
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
-    if head is not None:
-        specs[head.name] = head.spec(config)
+    specs |= head.specs(config) if head is not None else {}
 
     probe = _Probe(stream, specs, config, tokens[:PROBE_SAMPLES], samples, device, progress)
     share, inside = samples / len(probe.tokens), [spec for name, spec in specs.items() if name in stream.shapes]

@@ -9,18 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, ranks
-from .calibration import (
-    calibration_windows,
-    check_tokens,
-    describe,
-    require_usable,
-    tokens_sha256,
-)
+from .calibration import calibration_windows, describe, require_usable, tokens_sha256
+from .check import compare, held_out_tokens
 from .config import VQConfig
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
-from .evaluate import divergence
-from .head import Head, find_head, quantize_head
+from .head import Head, find_head, quantize_embedding, quantize_head
 from .job import Run
 from .linear import VQLinear
 from .machine import trim_memory
@@ -30,6 +24,7 @@ from .ranks import Samples
 from .report import Progress, Report
 from .solver import solve
 from .spec import LAYOUT_VERSION, QuantSpec
+from .storage import TensorList
 from .stream import Activations, BlockStream, open_stream
 from .token_weights import loss_gradients, stage_weights
 
@@ -87,7 +82,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
             raise ConfigError(f"{stream.name}: only Hugging Face models can be written to a folder; pass out=None")
         tokens, unused = calibration_windows(calibration, stream.tokenizer, samples, sequence_length, config.seed)
         require_usable(stream.model, tokens)
-        held_out = _held_out(run, check, unused, calibration, stream, tokens.shape[1])
+        held_out = held_out_tokens(run, check, unused, calibration, stream, tokens.shape[1])
     progress.stage("reading the whole model once")
     with run.timed("survey"):
         stream.survey(tokens[:1], device)
@@ -95,8 +90,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
     head = find_head(stream) if config.head else None
-    if head is not None:
-        specs[head.name] = head.spec(config)
+    specs |= head.specs(config) if head is not None else {}
     report.model_name, report.tokenizer = stream.name, stream.tokenizer
     report.calibration = {"source": describe(calibration), "samples": tokens.shape[0], "sequence_length": tokens.shape[1],
                           "tokens": tokens.numel(), "sha256": tokens_sha256(tokens)}
@@ -109,14 +103,14 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         gradients = _loss_gradients(stream, run, specs, tokens)
         run.take_over(stream)                                   # from here on the model is no longer the dense one
         with stream.reading_ahead(device):
-            hidden, samples = _quantize_blocks(stream, run, specs, tokens, gradients)
+            hidden, samples = _quantize_blocks(stream, run, specs, tokens, gradients, head)
         if head is not None:
-            quantize_head(head, specs[head.name], hidden, samples, run)
+            quantize_head(head, specs, hidden, samples, run)
         _describe(stream, run, head)
         run.finish(stream)
     report = run.report
     if wanted is not None:
-        _compare(run, wanted, held_out)
+        compare(run, wanted, held_out)
     progress.finish(report)
     return report
 
@@ -140,7 +134,7 @@ def _loss_gradients(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], 
 
 
 def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor,
-                     gradients: dict[str, Tensor]) -> tuple[Sequence[Tensor], Samples]:
+                     gradients: dict[str, Tensor], head: Head | None) -> tuple[Sequence[Tensor], Samples]:
     """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal.
 
     Returns the quantized stream behind the last one, of this rank's samples.
@@ -161,10 +155,12 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         dense = activations.stored("dense", run.done - 1) if recipe.compensate else []
         ranks.wait()                                            # before somebody replaces them
     else:
-        progress.stage("embedding the calibration samples")
-        with run.timed("embed"):
-            hidden = activations.at_home(embed(stream.model, blocks, tokens[samples.first: samples.last], activations.scratch))
+        hidden = _embedded(stream, run, activations, tokens)
         dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
+    if head is not None and head.embedding and not head.tied:
+        quantize_embedding(head, specs, run)
+        if not run.done:
+            hidden = _embedded(stream, run, activations, tokens)
     for index, block in enumerate(blocks[run.done:], run.done):
         progress.block(index, block.name)
         with run.timed("load"):
@@ -210,6 +206,14 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
             stream.release(block)
         trim_memory()
     return hidden, samples
+
+
+def _embedded(stream: BlockStream, run: Run, activations: Activations, tokens: Tensor) -> list[Tensor] | TensorList:
+    """What enters the first block, of this rank's samples."""
+    run.progress.stage("embedding the calibration samples")
+    own = tokens[activations.samples.first: activations.samples.last]
+    with run.timed("embed"):
+        return activations.at_home(embed(stream.model, stream.blocks, own, activations.scratch))
 
 
 def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, samples: Samples,
@@ -259,36 +263,11 @@ def _describe(stream: BlockStream, run: Run, head: Head | None) -> None:
             "version": checkpoint.VERSION, "layout_version": LAYOUT_VERSION, "config": run.config.to_dict(), "layers": quantized,
             "bits_per_value": report.bits_per_value, "calibration": report.calibration,
             "experts": [name for block in stream.blocks for name in stream.experts[block.name]],
-            **({"tied": {head.embedding: head.name}} if head is not None and head.embedding else {})})
+            **({"tied": {head.embedding: head.name}} if head is not None and head.tied else {})})
     if stream.streamed and run.journal is not None:
         report.folder = run.folder                              # the model is read back when somebody asks for it
     else:
         report.model = stream.model
-
-
-def _held_out(run: Run, check, unused: Tensor | None, calibration, stream: BlockStream, sequence_length: int) -> Tensor | None:
-    """Tokens to compare the saved model on, None to do without."""
-    if check is None or run.folder is None:
-        return None
-    if not (isinstance(check, str) and check == "auto"):
-        tokens = check_tokens(check, stream.tokenizer, sequence_length)
-        require_usable(stream.model, tokens)
-        return tokens
-    if unused is None and not isinstance(calibration, Tensor):
-        run.note("no calibration text was left over to check the result on; give some (check=, --check)")
-    return unused
-
-
-def _compare(run: Run, wanted: Tensor, tokens: Tensor) -> None:
-    """Reads the checkpoint back and notes how far it is from the dense model's logits `wanted` for `tokens`."""
-    from .hf import load
-
-    trim_memory()
-    run.progress.stage("reading the checkpoint back and comparing it with the dense model")
-    with run.timed("check"):
-        found = divergence(wanted, load(run.folder, run.device), tokens)
-    run.report.check = {**found, "sha256": tokens_sha256(tokens)}
-    run.report.save(run.folder)
 
 
 def _require_finite(block: Block, hidden, sound: list[Tensor], first: int) -> None:

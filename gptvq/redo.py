@@ -67,8 +67,10 @@ def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs:
     if not wanted:
         raise ConfigError(f"{folder}: no layer's error is over {_WEAK_FACTOR} times the median of its kind; name layers to redo instead of "
                           f"{WEAK!r}")
-    # Of a head alone all blocks are kept; it is behind them.
+    # Of a head alone all blocks are kept, which it is behind; an embedding is the first of all layers.
     first = min((index for index, block in enumerate(blocks) if any(name.startswith(block + ".") for name in wanted)), default=len(blocks))
+    if report.layers[0].name in wanted:
+        first = 0
     kept = _before(report, blocks, first)
     for name, record in kept.items():
         if specs.get(name) != record.spec:

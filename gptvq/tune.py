@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, codebook, ops
 from .calibration import calibration_tokens, tokens_sha256
-from .embedding import TiedEmbedding
+from .embedding import TiedEmbedding, VQEmbedding
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
 from .report import Report
@@ -104,12 +104,13 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
 
     The loss is the mean KL divergence of the model's next-token distribution from the dense model's, in nats (Hinton et al.,
     arXiv 1503.02531, at temperature 1).  Adam; the rate rises over a tenth of the steps and falls to 0.  What learns: the
-    codebooks of all packed linears but a head that embeddings are tied to, their biases, and parameters of one dimension, such as norms.  `progress(step, steps, loss)`.
+    codebooks of all packed linears but a head tied to the embedding, their biases, and parameters of one dimension, such as norms.  `progress(step, steps, loss)`.
     Raises ConfigError for a model without packed linears or of another vocabulary, NumericalError for a loss that is not finite;
     whatever happens, the model is left packed, and as it was after a NumericalError.
     """
     tied = {module.head for module in model.modules() if isinstance(module, TiedEmbedding)}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear) and module not in tied}
+    layers = {name: module for name, module in model.named_modules() 
+              if isinstance(module, VQLinear) and not isinstance(module, VQEmbedding) and module not in tied}
     if not layers:
         raise ConfigError("tune: got a model without packed linears; quantize it first")
     learners = {name: LearningLinear(layer) for name, layer in layers.items()}

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import gptvq
 from gptvq import ConfigError, FormatError, NumericalError, QuantSpec, VQConfig, VQLinear, cli
-from gptvq.embedding import TiedEmbedding
+from gptvq.embedding import TiedEmbedding, VQEmbedding
 from gptvq.export import export_dense
 from gptvq.head import solve_parts
 from gptvq.hessian import Hessian
@@ -56,11 +56,13 @@ def test_every_way_gives_one_model(name, packed, ids, tmp_path):
     dense, out, report = packed(name)
     stored, tied = load_file(out / "model.safetensors"), name in TIED
     table = next(key for key, _ in build(name).named_parameters() if key.endswith(("embed_tokens.weight", "wte.weight")))
-    assert "lm_head.idx" in stored and "lm_head.weight" not in stored and (table not in stored) == tied
+    name_of_table = table.removesuffix(".weight")
+    assert "lm_head.idx" in stored and "lm_head.weight" not in stored and table not in stored
     assert gptvq.verify(out).layers == len(report.layers) and report.layers[-1].name == "lm_head"
+    assert (report.layers[0].name == name_of_table) == (f"{name_of_table}.idx" in stored) == (not tied)
     want = logits(AutoModelForCausalLM.from_pretrained(out), ids)
     loaded = gptvq.load(out, "cpu")
-    assert isinstance(loaded.get_output_embeddings(), VQLinear) and isinstance(loaded.get_input_embeddings(), TiedEmbedding) == tied
+    assert isinstance(loaded.get_output_embeddings(), VQLinear) and isinstance(loaded.get_input_embeddings(), TiedEmbedding if tied else VQEmbedding)
     assert torch.equal(logits(loaded, ids), want)
     assert torch.equal(logits(gptvq.quantize(build(name), None, with_head(), calibration=ids).model, ids), want)
     loaded.save_pretrained(tmp_path / "again")
@@ -131,30 +133,40 @@ def test_processes_share_it(forks, folder, tmp_path, request_):
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-@pytest.mark.parametrize("source", ["folder", "module"])
-def test_an_interrupted_run_goes_on(source, packed, ids, tmp_path, monkeypatch):
-    dense, out, _ = packed("llama-tied")
+@pytest.mark.parametrize("source, name", [("folder", "llama-tied"), ("module", "llama-tied"), ("folder", "llama")])
+def test_an_interrupted_run_goes_on(source, name, packed, ids, tmp_path, monkeypatch):
+    dense, out, _ = packed(name)
     solving, module = sys.modules["gptvq.head"].solve, sys.modules["gptvq.head"]
 
     def interrupted(*args):
+        if args[4] == "model.embed_tokens":
+            return solving(*args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "solve", interrupted)
     arguments = dict(calibration=ids)
     with pytest.raises(KeyboardInterrupt):
-        gptvq.quantize(dense if source == "folder" else build("llama-tied"), tmp_path / "out", with_head(), **arguments)
+        gptvq.quantize(dense if source == "folder" else build(name), tmp_path / "out", with_head(), **arguments)
     monkeypatch.setattr(module, "solve", solving)
     monkeypatch.setattr(sys.modules["gptvq.quantize"], "solve", interrupted)          # no layer of a block is solved again
-    gptvq.quantize(dense if source == "folder" else build("llama-tied"), tmp_path / "out", with_head(), **arguments)
-    mine, other = load_file(tmp_path / "out/model.safetensors"), load_file(out / "model.safetensors")
-    assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+    gptvq.quantize(dense if source == "folder" else build(name), tmp_path / "out", with_head(), **arguments)
+    mine, other = files(tmp_path / "out"), files(out)
+    assert mine == other if source == "folder" else mine["model.safetensors"] == other["model.safetensors"]
     with pytest.raises(gptvq.ResumeMismatch, match="head"):
         gptvq.quantize(dense, tmp_path / "out", dataclasses.replace(with_head(), head="2d-3.125"), calibration=ids)
 
 
+def test_an_embedding_done_again_is_a_run_from_the_start(packed, ids, tmp_path):
+    dense, out, _ = packed("llama")
+    gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids[:2])
+    report = gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids, redo="embed_tokens")
+    assert report.redone["from"] == "model.layers.0" and files(tmp_path / "out")["model.safetensors"] == files(out)["model.safetensors"]
+
+
 @pytest.mark.parametrize("pattern", ["lm_head", "layers.1.*"])
-def test_it_is_done_again(pattern, packed, ids, tmp_path):
-    dense, _, _ = packed("llama-tied")
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_it_is_done_again(name, pattern, packed, ids, tmp_path):
+    dense, _, _ = packed(name)
     gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids[:2])
     before = load_file(tmp_path / "out/model.safetensors")
     report = gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids, redo=pattern)
@@ -165,15 +177,16 @@ def test_it_is_done_again(pattern, packed, ids, tmp_path):
     assert report.redone["from"] == ("the head" if pattern == "lm_head" else "model.layers.1") and gptvq.verify(tmp_path / "out")
 
 
-def test_tuning_leaves_a_tied_head(packed, ids):
-    dense, out, _ = packed("llama-tied")
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_tuning_leaves_what_embeddings_are_looked_up_in(name, packed, ids):
+    dense, out, _ = packed(name)
     model, teacher = gptvq.load(out, "cpu"), AutoModelForCausalLM.from_pretrained(dense)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = tune(model, teacher, ids.repeat(4, 1), batch=4, rate=1e-2)
     after = model.state_dict()
-    assert losses[-1] < losses[0] and model.get_input_embeddings().head is model.get_output_embeddings()
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("lm_head"))
-    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert losses[-1] < losses[0] and (name == "llama" or model.get_input_embeddings().head is model.get_output_embeddings())
+    changed = {key.rpartition(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert "model.embed_tokens" not in changed and ("lm_head" in changed) == (name == "llama")
 
 
 def test_the_command_line(packed, ids, tmp_path, capsys):
