@@ -1,4 +1,8 @@
-"""The output head and the embedding of a language model: the one quantized behind its blocks, the other before, or both at once."""
+"""The output head and the embedding of a language model.
+
+An embedding is quantized before the blocks, which then make up for its errors, and a head behind them, for what comes out of them; one
+weight that is both before them, for what the dense model's blocks give.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +23,7 @@ from .errors import ConfigError, NumericalError
 from .hessian import Hessian
 from .job import Run
 from .linear import VQLinear
-from .model import Block, Stop, call
+from .model import Block, InputCollector, Stop, call
 from .ranks import Samples
 from .scaling import scale_bounds
 from .solver import LayerRecord, solve
@@ -29,6 +33,7 @@ from .stream import BlockStream
 from .weight import VQWeight
 
 _LEAST_PART = 1 << 22       # weights
+_TOKENS = 8192              # that a tied head is solved for
 
 
 @dataclass
@@ -51,14 +56,17 @@ class Head(Block):
         return {name: VQConfig.preset(config.head).spec(*self.model.get_submodule(name).weight.shape, name) for name in names}
 
     def __call__(self, hidden: Tensor) -> None:
+        with _skipped(self.blocks, hidden.to(self.module.weight.device)):
+            self.reach(torch.zeros(hidden.shape[:2], dtype=torch.int64))
+
+    def reach(self, tokens: Tensor) -> None:
+        """Calls the model on tokens [samples, n] until its head has seen its input."""
         def stop(module, args):
             raise Stop
 
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
         handle = self.module.register_forward_pre_hook(stop)        # behind those that are there already
         try:
-            with _skipped(self.blocks, hidden.to(self.module.weight.device)):
-                call(self.model, ids)
+            call(self.model, tokens)
         except Stop:
             return
         finally:
@@ -88,37 +96,47 @@ def find_head(stream: BlockStream) -> Head:
     return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if packable else None, tied=tied, most=most)
 
 
-def quantize_embedding(head: Head, specs: dict[str, QuantSpec], run: Run) -> None:
-    """Solves an embedding with a weight of its own, all of whose columns count the same, and puts it in its place.
+def solve_tied(head: Head, specs: dict[str, QuantSpec], tokens: Tensor, stream: BlockStream, run: Run) -> VQWeight:
+    """The weight of a head that is the embedding too, solved for the head's inputs in the dense model, on some of `tokens` [samples, n]."""
+    some = tokens[: max(_TOKENS // tokens.shape[1], 1)]
+    run.progress.stage("collecting Hessians")
+    with run.timed("hessians"), stream.dense(run.device), InputCollector({head.name: head.module}, run.device) as inputs:
+        head.reach(some)
+    return _solved(head, head.name, inputs.hessian(head.name), specs, run, 0)
 
-    That comes before the blocks, which make up for its errors.
-    """
-    run.progress.stage(f"solving {head.embedding}")
-    weight, spec = head.model.get_submodule(head.embedding).weight, specs[head.embedding]
-    with run.timed("solve"):
-        hessian = Hessian.from_matrix(torch.eye(spec.cols, device=run.device))
-        vq, record = solve_parts(weight, hessian, spec, run.config.recipe, head.embedding, head.most, run.device)
-    run.report.layers.insert(0, record)                 # before those that a journal had
-    run.progress.layer(record)
-    put_embedding(head.model, head.embedding, vq)
+
+def quantize_embedding(head: Head, specs: dict[str, QuantSpec], run: Run) -> None:
+    """Solves an embedding with a weight of its own, all of whose columns count the same, and puts it in its place."""
+    hessian = Hessian.from_matrix(torch.eye(specs[head.embedding].cols, device=run.device))
+    put_embedding(head.model, head.embedding, _solved(head, head.embedding, hessian, specs, run, 0))
 
 
 def quantize_head(head: Head, specs: dict[str, QuantSpec], hidden: Sequence[Tensor], samples: Samples, run: Run) -> None:
-    """Solves the head for the `hidden` states behind the last block and puts it in its place."""
+    """Solves a head with a weight of its own for the `hidden` states behind the last block, and puts it in its place."""
     run.progress.stage("collecting Hessians")
     with run.timed("hessians"):
         hessian = collect(Stage((head.name,)), {head.name: head.module}, head, hidden, {}, run.device, samples).hessians[head.name]
+    install(head, _solved(head, head.name, hessian, specs, run, len(run.report.layers)))
+
+
+def install(head: Head, vq: VQWeight) -> None:
+    """Puts a packed head in its place, and the embedding that is tied to it."""
+    packed = VQLinear.from_weight(vq, head.module.bias, head.name).to(head.module.weight.device)
+    put_head(head.model, head.name, packed, head.embedding if head.tied else None)
+
+
+def _solved(head: Head, name: str, hessian: Hessian, specs: dict[str, QuantSpec], run: Run, at: int) -> VQWeight:
+    """at: the record's place in the report; in front of those that a journal has, if it is solved before them."""
     if hessian.dropped:
-        run.note(f"{head.name}: {hessian.dropped} calibration tokens gave non-finite activations and were left out")
-    run.progress.stage(f"solving {head.name}")
-    weight = head.module.weight
+        run.note(f"{name}: {hessian.dropped} calibration tokens gave non-finite activations and were left out")
+    run.progress.stage(f"solving {name}")
     with run.timed("solve"):
-        vq, record = solve_parts(weight, hessian, specs[head.name], run.config.recipe, head.name, head.most, run.device)
+        vq, record = solve_parts(head.model.get_submodule(name).weight, hessian, specs[name], run.config.recipe, name, head.most, run.device)
     if record.repair:
-        run.fallback(f"{head.name}: its Hessian took a repair: {record.repair}")
-    run.report.layers.append(record)
+        run.fallback(f"{name}: its Hessian took a repair: {record.repair}")
+    run.report.layers.insert(at, record)
     run.progress.layer(record)
-    put_head(head.model, head.name, VQLinear.from_weight(vq, head.module.bias, head.name).to(weight.device), head.embedding if head.tied else None)
+    return vq
 
 
 def _is_lookup(embedding: nn.Module) -> bool:

@@ -14,7 +14,14 @@ from .check import compare, held_out_tokens
 from .config import VQConfig
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
-from .head import Head, find_head, quantize_embedding, quantize_head
+from .head import (
+    Head,
+    find_head,
+    install,
+    quantize_embedding,
+    quantize_head,
+    solve_tied,
+)
 from .job import Run
 from .linear import VQLinear
 from .machine import trim_memory
@@ -27,6 +34,7 @@ from .spec import LAYOUT_VERSION, QuantSpec
 from .storage import TensorList
 from .stream import Activations, BlockStream, open_stream
 from .token_weights import loss_gradients, stage_weights
+from .weight import VQWeight
 
 
 def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None, config: VQConfig | str = "2d-2.25", *,
@@ -101,10 +109,11 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
             wanted = stream.logits(held_out, device)
     if not complete:
         gradients = _loss_gradients(stream, run, specs, tokens)
+        tied = solve_tied(head, specs, tokens, stream, run) if head is not None and head.tied else None
         run.take_over(stream)                                   # from here on the model is no longer the dense one
         with stream.reading_ahead(device):
-            hidden, samples = _quantize_blocks(stream, run, specs, tokens, gradients, head)
-        if head is not None:
+            hidden, samples = _quantize_blocks(stream, run, specs, tokens, gradients, head, tied)
+        if head is not None and not head.tied:
             quantize_head(head, specs, hidden, samples, run)
         _describe(stream, run, head)
         run.finish(stream)
@@ -134,10 +143,10 @@ def _loss_gradients(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], 
 
 
 def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec], tokens: Tensor,
-                     gradients: dict[str, Tensor], head: Head | None) -> tuple[Sequence[Tensor], Samples]:
+                     gradients: dict[str, Tensor], head: Head | None, tied: VQWeight | None) -> tuple[Sequence[Tensor], Samples]:
     """Every block that is not done yet: solves its linears, runs both streams through it, and puts it into the journal.
 
-    Returns the quantized stream behind the last one, of this rank's samples.
+    tied: the packed weight of a head that is the embedding too.  Returns the quantized stream behind the last block, of this rank's samples.
     """
     recipe, device, progress, blocks = run.config.recipe, run.device, run.progress, stream.blocks
     example = embed(stream.model, blocks, tokens[:1])[0]
@@ -148,7 +157,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
                                  + activations.disk_bytes)
     behind = tuple(block.name + "." for block in blocks[: run.done])
-    todo = [name for name in specs if not name.startswith(behind)]
+    todo = [name for name in specs if not name.startswith(behind) and (tied is None or name != head.name)]
     progress.start(sum(specs[name].rows * specs[name].cols for name in todo), len(blocks))
     if run.done:
         hidden = activations.stored("hidden", run.done - 1)
@@ -157,8 +166,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
     else:
         hidden = _embedded(stream, run, activations, tokens)
         dense = hidden if recipe.compensate else []             # as `hidden`, but of the dense model
-    if head is not None and head.embedding and not head.tied:
-        quantize_embedding(head, specs, run)
+    if head is not None and head.embedding:
+        install(head, tied) if head.tied else quantize_embedding(head, specs, run)
         if not run.done:
             hidden = _embedded(stream, run, activations, tokens)
     for index, block in enumerate(blocks[run.done:], run.done):

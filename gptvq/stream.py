@@ -143,10 +143,16 @@ class BlockStream:
     @torch.no_grad()
     def logits(self, tokens: Tensor, device: torch.device) -> Tensor:
         """[samples, n, vocabulary] of the dense model for `tokens` [samples, n], on the CPU."""
+        with self.dense(device):
+            return call(self.model, tokens).logits.cpu()
+
+    @contextlib.contextmanager
+    def dense(self, device: torch.device) -> Iterator[None]:
+        """Within it the whole dense model can be called; its blocks run on `device`, one there at a time."""
         with self._loading():
             handles = run_on(device, self.model, self.blocks)
             try:
-                return call(self.model, tokens).logits.cpu()
+                yield
             finally:
                 for handle in handles:
                     handle.remove()

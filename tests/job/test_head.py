@@ -10,7 +10,6 @@ from job.test_resume import files
 from job.tiny_models import QUICK, build, logits, preset
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.functional import embedding
 from transformers import AutoModel, AutoModelForCausalLM
 
 import gptvq
@@ -19,6 +18,7 @@ from gptvq.embedding import TiedEmbedding, VQEmbedding
 from gptvq.export import export_dense
 from gptvq.head import solve_parts
 from gptvq.hessian import Hessian
+from gptvq.report import Progress
 from gptvq.solver import solve
 from gptvq.tune import tune
 
@@ -58,7 +58,7 @@ def test_every_way_gives_one_model(name, packed, ids, tmp_path):
     table = next(key for key, _ in build(name).named_parameters() if key.endswith(("embed_tokens.weight", "wte.weight")))
     name_of_table = table.removesuffix(".weight")
     assert "lm_head.idx" in stored and "lm_head.weight" not in stored and table not in stored
-    assert gptvq.verify(out).layers == len(report.layers) and report.layers[-1].name == "lm_head"
+    assert gptvq.verify(out).layers == len(report.layers) and report.layers[0 if tied else -1].name == "lm_head"
     assert (report.layers[0].name == name_of_table) == (f"{name_of_table}.idx" in stored) == (not tied)
     want = logits(AutoModelForCausalLM.from_pretrained(out), ids)
     loaded = gptvq.load(out, "cpu")
@@ -75,17 +75,16 @@ def test_every_way_gives_one_model(name, packed, ids, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_head_is_solved_for_what_it_sees(name, packed, ids):
-    """Its error is that of the formula on the inputs it has behind the packed blocks."""
+    """Its error is that of the formula on the inputs it has behind the packed blocks, or, as an embedding too, behind the dense ones."""
     _, out, report = packed(name)
     model, dense, seen = gptvq.load(out, "cpu"), build(name).get_output_embeddings().weight.detach(), []
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
-    if isinstance(model.get_input_embeddings(), TiedEmbedding):         # the blocks were quantized behind the dense one
-        model.get_input_embeddings().forward = lambda tokens: embedding(tokens, dense)
-    logits(model, ids)
+    seeing = build(name) if name in TIED else model
+    seeing.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    logits(seeing, ids)
     H = torch.cat(seen).T @ torch.cat(seen)
-    error = model.get_output_embeddings().dequantize() - dense
-    assert ((error @ H) * error).sum() / ((dense @ H) * dense).sum() == pytest.approx(report.layers[-1].error, rel=1e-3)
-    assert 0 < report.layers[-1].error < 0.01
+    error, record = model.get_output_embeddings().dequantize() - dense, next(r for r in report.layers if r.name == "lm_head")
+    assert ((error @ H) * error).sum() / ((dense @ H) * dense).sum() == pytest.approx(record.error, rel=1e-3)
+    assert 0 < record.error < 0.01
 
 
 def test_memory_is_that_of_the_packed_tensors(packed):
@@ -94,7 +93,7 @@ def test_memory_is_that_of_the_packed_tensors(packed):
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     assert held == report.packed_bytes + report.other_bytes
     assert not any(p.shape == (256, 64) for p in model.parameters())
-    head = report.layers[-1].spec
+    head = report.layers[0].spec
     assert report.bits_per_value == pytest.approx(8 * report.packed_bytes / sum(r.spec.rows * r.spec.cols for r in report.layers))
     assert (head.rows, head.cols) == (256, 64) and report.dense_bytes == 4 * sum(r.spec.rows * r.spec.cols for r in report.layers)
 
@@ -133,25 +132,32 @@ def test_processes_share_it(forks, folder, tmp_path, request_):
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-@pytest.mark.parametrize("source, name", [("folder", "llama-tied"), ("module", "llama-tied"), ("folder", "llama")])
-def test_an_interrupted_run_goes_on(source, name, packed, ids, tmp_path, monkeypatch):
+class Stops(Progress):
+    """Interrupts before `at` is solved."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def stage(self, text):
+        if text == f"solving {self.at}":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("source", ["folder", "module"])
+@pytest.mark.parametrize("name, at, left", [("llama-tied", "model.layers.1.mlp.up_proj", 7), ("llama", "model.layers.1.mlp.up_proj", 7),
+                                            ("llama", "lm_head", 0)])
+def test_an_interrupted_run_goes_on(name, at, left, source, packed, ids, tmp_path, monkeypatch):
+    """With the head solved again, or the embedding, and no layer of a block that was done."""
     dense, out, _ = packed(name)
-    solving, module = sys.modules["gptvq.head"].solve, sys.modules["gptvq.head"]
-
-    def interrupted(*args):
-        if args[4] == "model.embed_tokens":
-            return solving(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "solve", interrupted)
-    arguments = dict(calibration=ids)
+    solved, quantizing = [], sys.modules["gptvq.quantize"]
+    monkeypatch.setattr(quantizing, "solve", lambda *args, solve=quantizing.solve: (solved.append(args[4]), solve(*args))[1])
     with pytest.raises(KeyboardInterrupt):
-        gptvq.quantize(dense if source == "folder" else build(name), tmp_path / "out", with_head(), **arguments)
-    monkeypatch.setattr(module, "solve", solving)
-    monkeypatch.setattr(sys.modules["gptvq.quantize"], "solve", interrupted)          # no layer of a block is solved again
-    gptvq.quantize(dense if source == "folder" else build(name), tmp_path / "out", with_head(), **arguments)
+        gptvq.quantize(dense if source == "folder" else build(name), tmp_path / "out", with_head(), calibration=ids, progress=Stops(at))
+    solved.clear()
+    gptvq.quantize(dense if source == "folder" else build(name), tmp_path / "out", with_head(), calibration=ids)
     mine, other = files(tmp_path / "out"), files(out)
     assert mine == other if source == "folder" else mine["model.safetensors"] == other["model.safetensors"]
+    assert len(solved) == left
     with pytest.raises(gptvq.ResumeMismatch, match="head"):
         gptvq.quantize(dense, tmp_path / "out", dataclasses.replace(with_head(), head="2d-3.125"), calibration=ids)
 
@@ -163,18 +169,19 @@ def test_an_embedding_done_again_is_a_run_from_the_start(packed, ids, tmp_path):
     assert report.redone["from"] == "model.layers.0" and files(tmp_path / "out")["model.safetensors"] == files(out)["model.safetensors"]
 
 
-@pytest.mark.parametrize("pattern", ["lm_head", "layers.1.*"])
-@pytest.mark.parametrize("name", ["llama-tied", "llama"])
-def test_it_is_done_again(name, pattern, packed, ids, tmp_path):
+@pytest.mark.parametrize("name, pattern, first", [("llama", "lm_head", "the head"), ("llama", "layers.1.*", "model.layers.1"),
+                                                  ("llama-tied", "layers.1.*", "model.layers.1"), ("llama-tied", "lm_head", "model.layers.0")])
+def test_it_is_done_again_with_what_is_behind_it(name, pattern, first, packed, ids, tmp_path):
     dense, _, _ = packed(name)
     gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids[:2])
     before = load_file(tmp_path / "out/model.safetensors")
     report = gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids, redo=pattern)
     after = load_file(tmp_path / "out/model.safetensors")
     changed = {key.rpartition(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert "lm_head" in changed and not any(name.startswith("model.layers.0") for name in changed)
-    assert any(name.startswith("model.layers.1") for name in changed) == (pattern != "lm_head")
-    assert report.redone["from"] == ("the head" if pattern == "lm_head" else "model.layers.1") and gptvq.verify(tmp_path / "out")
+    assert report.redone["from"] == first and "lm_head" in changed
+    for place in (0, 1):
+        assert any(name.startswith(f"model.layers.{place}.") for name in changed) == (first <= f"model.layers.{place}")
+    assert gptvq.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama"])
