@@ -116,6 +116,9 @@ def test_layers_below_their_band_are_named_with_a_remedy():
     text = Strict(page(made_up(error=0.06), {})).words               # 12.2 dB
     assert "1 of 2 layers lie below their band" in text and "--rule 'model.layers.0.mlp.up_proj=2d-3.125'" in text
     assert "No layer lies below" in Strict(page(made_up(error=0.03), {})).words
+    report = made_up(error=0.06)
+    report.layers[0].tokens = 0                                     # as an embedding, which no tokens weigh
+    assert "lie below" not in Strict(page(report, {})).words
 
 
 def test_write_and_refuse(packed, tmp_path, capsys):
