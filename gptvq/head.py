@@ -92,7 +92,7 @@ def find_head(stream: BlockStream) -> Head:
                                  "dtype overflowed")
         stream.weight_bytes[names[id(each)]] = each.weight.numel() * each.weight.element_size()
     # A head is many times as large as any other linear; in parts like those it takes no more memory than they do.
-    most = max(_LEAST_PART, *(rows * cols for rows, cols in stream.shapes.values()))
+    most = max([_LEAST_PART, *(rows * cols for rows, cols in stream.shapes.values())])
     return Head(name, head, model=model, blocks=stream.blocks, embedding=names[id(embedding)] if packable else None, tied=tied, most=most)
 
 
