@@ -284,7 +284,7 @@ def compare_models(models: dict, args, threads: int) -> list[dict]:
 
 def show(rows: list[dict]) -> str:
     columns = {
-        "operation": lambda r: r["operation"], "format": label, "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
+        "operation": lambda r: r["operation"], "format": lambda r: label(r) + "".join(r["format"].partition(", head")[1:]), "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
         "threads": lambda r: r["threads"], "ms per token": lambda r: f"{r['median_seconds'] * 1e3:.2f}",
         "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}", "GB/s": lambda r: f"{r['gb_per_second']:.1f}"}
     columns.update(runner.speedups(rows))
