@@ -41,7 +41,7 @@ bool look_for(const Ready& ready) {
 
 class Pool {
  public:
-  void run(std::int64_t threads, void (*work)(void*), void* context) {
+  void run(std::int64_t threads, void (*work)(void*), void* context, bool wake) {
     if (threads < 2 || busy_.test_and_set(std::memory_order_acquire)) return work(context);
     grow(std::min(threads, kMostThreads) - 1);
     const std::int64_t helpers = std::min(threads - 1, workers_);
@@ -49,7 +49,7 @@ class Pool {
     context_ = context;
     done_.store(0, std::memory_order_relaxed);
     seats_.store(helpers);              // publishes the job
-    if (sleepers_.load() > 0) {
+    if (wake && sleepers_.load() > 0) {
       { std::lock_guard<std::mutex> lock(sleep_); }     // a worker on its way to sleep sees the seats or hears the call
       wake_.notify_all();
     }
@@ -106,6 +106,6 @@ Pool* pool = [] {
 
 }  // namespace
 
-void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) { pool->run(threads, work, context); }
+void run_on_threads(std::int64_t threads, void (*work)(void*), void* context, bool wake) { pool->run(threads, work, context, wake); }
 
 }  // namespace gptvq

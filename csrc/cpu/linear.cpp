@@ -14,6 +14,7 @@ namespace {
 constexpr std::int64_t kBlock = Spec::block_cols, kTile = Spec::tile_rows;
 constexpr std::int64_t kWidestSpan = 8;                 // blocks that share an activation step where no block scale cuts them
 constexpr std::int64_t kBytesPerPart = 16 << 10;        // of indices and tokens: less is not worth another thread
+constexpr std::int64_t kBytesToWake = 768 << 10;        // less is not worth waking one
 
 struct InstructionSet {
   const char* name;
@@ -220,7 +221,7 @@ struct LinearRun {
       float* start = at_least(sums, linear_scratch(tokens) + 16);
       start += (64 - reinterpret_cast<std::uintptr_t>(start) % 64) % 64 / sizeof(float);
       kernel_of(layer, planes).tiles(a, part.first, part.last, start);
-    });
+    }, work * tokens >= kBytesToWake);
   }
 
   void exact(std::size_t l) {
