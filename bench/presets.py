@@ -87,7 +87,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
                               progress=LayerLog())
             used = time.process_time() - used
             packed, total = load(folder, "cpu"), checkpoint_bytes(Path(folder))
-        row = {"preset": preset, "format": f"{report.config.dim}D K{report.layers[0].spec.codewords}", "mean_error": report.mean_error,
+        row = {"preset": preset, "format": format_of(body), "mean_error": report.mean_error,
                "bits_per_value": report.bits_per_value, "linear_bytes": report.packed_bytes, "total_bytes": total,
                "quantize_seconds": report.seconds, "quantize_cpu_seconds": used,
                "perplexity": perplexity(packed, tokens, args.window, args.max_windows)}
@@ -109,10 +109,15 @@ def speed(packed, dense, prompt, args) -> dict:
             "cores_used": (time.process_time() - used) / (time.perf_counter() - began)}
 
 
+def format_of(preset: str) -> str:
+    config = VQConfig.preset(preset)
+    return f"{config.dim}D K{2 ** (config.dim * config.index_bits)}"
+
+
 def show(rows: list[dict]) -> str:
     dense = next((row["perplexity"] for row in rows if row["preset"] is None), None)
     return runner.table(sorted(rows, key=lambda row: -row["bits_per_value"]), {
-        "preset": lambda r: (r["preset"] or "dense").replace("+", ", head "), "format": lambda r: r["format"],
+        "preset": lambda r: (r["preset"] or "dense").replace("+", ", head "), "format": lambda r: format_of(r["preset"].partition("+")[0]) if r["preset"] else r["format"],
         "bits per weight": lambda r: f"{r['bits_per_value']:.3f}",
         "linears, MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}", "whole model, MB": lambda r: f"{r['total_bytes'] / 1e6:.1f}",
         "perplexity": lambda r: f"{r['perplexity']:,.2f}", "x dense perplexity": lambda r: f"{r['perplexity'] / dense:.2f}",
