@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90a")
-_folder = functools.lru_cache(maxsize=None)(lambda: tempfile.TemporaryDirectory(prefix="gptvq-cubin-"))
+_FOLDER = tempfile.TemporaryDirectory(prefix="gptvq-cubin-")      # made here: two threads that ask first would make two, and lose one
 
 
 def nvcc():
@@ -24,7 +24,7 @@ def nvcc():
 @functools.lru_cache(maxsize=None)
 def compiled(name, architecture):
     """(path of the cubin, what ptxas says) of csrc/cuda/{name}.cu; compiled once per process."""
-    cubin = Path(_folder().name) / f"{name}.{architecture}.cubin"
+    cubin = Path(_FOLDER.name) / f"{name}.{architecture}.cubin"
     done = subprocess.run([nvcc(), "-std=c++17", "-O3", f"-arch={architecture}", f"-I{ROOT / 'csrc'}", "-cubin", "-Xptxas", "-v",
                            ROOT / "csrc" / "cuda" / f"{name}.cu", "-o", cubin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
