@@ -16,10 +16,9 @@ from gptvq.checkpoint import is_packed
 from gptvq.cli import encode
 from gptvq.config import PRESETS, VQConfig
 from gptvq.demo import bundled_model
-from gptvq.embedding import put_head
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.evaluate import decode
-from gptvq.head import find_head
+from gptvq.head import find_head, install
 from gptvq.hf import open_model
 from gptvq.linear import VQLinear
 from gptvq.model import dense_weight, find_blocks, linears
@@ -258,7 +257,7 @@ def with_random_weights(dense: nn.Module, prompt: Tensor, config: VQConfig) -> n
         model.set_submodule(name, packed(name, linear, config))
     if config.head:
         head = find_head(BlockStream(model, None, ""))
-        put_head(model, head.name, packed(head.name, head.module, VQConfig.preset(config.head)), head.embedding)
+        install(head, packed(head.name, head.module, VQConfig.preset(config.head)).packed)
     return model
 
 

@@ -166,7 +166,7 @@ class VQConfig:
     def to_dict(self) -> dict:
         values = dataclasses.asdict(self)
         values["rules"] = [list(rule) for rule in self.rules]
-        if not self.head:                   # as before there was such a thing
+        if not self.head:                   # so that a job without one is the job that it was before heads could be packed
             del values["head"]
         return values
 

@@ -10,7 +10,7 @@ from .backends.reference_packed import bit_map
 from .errors import ConfigError
 from .linear import VQLinear
 from .spec import TILE_ROWS, QuantSpec
-from .weight import VQWeight, decode_tables
+from .weight import VQWeight
 
 
 class TiedEmbedding(nn.Module):
@@ -87,7 +87,7 @@ def put_head(model: nn.Module, name: str, head: VQLinear, embedding: str | None)
         raise ConfigError(f"{embedding}: got {type(before).__name__}, need an nn.Embedding of {head.out_features} x {head.in_features} to "
                           f"tie to {name}")
     model.set_submodule(embedding, TiedEmbedding(head, before.weight.dtype, scale_of(before)))
-    for settings in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+    for settings in (model.config, model.config.get_text_config()):
         settings.tie_word_embeddings = False        # transformers would look for the weight of either
     if getattr(model, "all_tied_weights_keys", None):
         model.all_tied_weights_keys = {key: of for key, of in model.all_tied_weights_keys.items() if key != f"{name}.weight"}

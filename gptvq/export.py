@@ -44,9 +44,9 @@ def export_dense(folder: str | os.PathLike, out: str | os.PathLike, dtype: str =
         raise ConfigError(f"dtype: got {name!r}, need auto, float32, float16 or bfloat16")
     plan = tensors(source, settings, getattr(torch, name))
     if settings.get("tied"):
-        for part in (config, *(values for values in config.values() if isinstance(values, dict))):
-            if "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = True
+        parts = [part for part in (config, *config.values()) if isinstance(part, dict) and "tie_word_embeddings" in part]
+        for part in parts or [config]:
+            part["tie_word_embeddings"] = True
     target = checkpoint.prepare(out, overwrite, source)
     checkpoint.require_space(target, sum(nbytes for nbytes, _ in plan.values()))
     if overwrite:

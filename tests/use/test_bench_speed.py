@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_runs import bench, check_file
+from job.tiny_models import build
 
 from bench import arm_mca, decode, gemv, ggml, int4, llamacpp
 from bench.contenders import BASELINES, Shape, inputs, label, random_weight
@@ -137,6 +138,14 @@ def test_decode_with_a_packed_head(my_model, tmp_path):
     plain, headed = [row for row in check_file(out, "decode") if row["method"] == "gptvq"]
     assert (plain["format"], headed["format"]) == ("2D K16", "2D K16, head 2D K256")
     assert headed["bits_per_value"] > plain["bits_per_value"] and headed["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_head_alone_leaves_an_embedding_of_its_own(name):
+    dense = build(name)
+    model = decode.with_random_weights(dense, torch.arange(8), VQConfig.preset("2d-2.25", head="2d-4.125"))
+    assert isinstance(model.get_input_embeddings(), torch.nn.Embedding) == (name == "llama")
+    assert model.get_output_embeddings().spec.label == "2d K256"
 
 
 def test_decode_of_a_checkpoint(my_model, tmp_path, capsys):
