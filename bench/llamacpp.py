@@ -12,7 +12,8 @@ from gptvq.errors import BackendUnavailable
 
 from . import ggml
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q2_K": 10}
+TENSOR_TYPES = {"F16": 1}
 _QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
@@ -31,12 +32,16 @@ def load():
     return llama_cpp
 
 
+def requantize(source: Path, out: Path, file_type: str, embedding: str | None = None) -> None:
+    """Writes the model of the GGUF file `source` with its linears in the format `file_type`.
 
-def requantize(source: Path, out: Path, file_type: str) -> None:
-    """Writes the model of the GGUF file `source` with its linears in the format `file_type`; embeddings as llama.cpp chooses."""
+    embedding: of TENSOR_TYPES, for the embedding and the head; None is as llama.cpp chooses.
+    """
     api = load()
     params = api.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = FILE_TYPES[file_type], True
+    if embedding:
+        params.token_embedding_type = params.output_tensor_type = TENSOR_TYPES[embedding]
     if api.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
         raise BackendUnavailable(f"llama.cpp cannot write {source.name} as {file_type}")
 

@@ -27,9 +27,12 @@ class LayerLog(Progress):
         log(layer_line(record))
 
 
+NO_PRESET = ("dense", "gguf")       # methods of one format only
+
+
 def jobs(methods: list[str], presets: list[str]) -> list[tuple[str, str | None]]:
-    """(method, preset) of every row; the dense model has no preset."""
-    return [("dense", None)] * ("dense" in methods) + [(m, preset) for preset in presets for m in methods if m != "dense"]
+    """(method, preset) of every row."""
+    return [(m, None) for m in NO_PRESET if m in methods] + [(m, preset) for preset in presets for m in methods if m not in NO_PRESET]
 
 
 def measure(args, source: str, methods: list[str], presets: list[str]) -> Iterator[dict]:

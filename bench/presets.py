@@ -91,19 +91,19 @@ def measure(args, argv: list[str] | None) -> list[dict]:
                "bits_per_value": report.bits_per_value, "linear_bytes": report.packed_bytes, "total_bytes": total,
                "quantize_seconds": report.seconds, "quantize_cpu_seconds": used,
                "perplexity": perplexity(packed, tokens, args.window, args.max_windows)}
-        results.add([row | speed(packed, dense, prompt, args)])
+        results.add([row | speed(packed, dense, prompt, args.tokens, args.repeats)])
         runner.log(f"{preset}: perplexity {row['perplexity']:.3f}, {clock(report.seconds)} to quantize")
     return results.rows
 
 
-def speed(packed, dense, prompt, args) -> dict:
+def speed(packed, dense, prompt: list[int], tokens: int, repeats: int) -> dict:
     """Tokens per second of both models, and how busy the machine was with other things besides."""
     models = {"packed": packed, "dense": dense}
     for model in models.values():
         decode(model, prompt, 2)                        # the first run also allocates
     began, used = time.perf_counter(), time.process_time()
     load_before = os.getloadavg()[0]
-    found = runner.turns({name: lambda model=model: decode(model, prompt, args.tokens)[1] for name, model in models.items()}, args.repeats)
+    found = runner.turns({name: lambda model=model: decode(model, prompt, tokens)[1] for name, model in models.items()}, repeats)
     return {"tokens_per_second": statistics.median(found["packed"]), "dense_tokens_per_second": statistics.median(found["dense"]),
             "speedup": statistics.median(p / d for p, d in zip(found["packed"], found["dense"])), "load_average": load_before,
             "cores_used": (time.process_time() - used) / (time.perf_counter() - began)}

@@ -19,13 +19,15 @@ EXAMPLES = """examples:
   python -m bench.quality --perplexity --calibration wiki.train.txt --text wiki.test.txt --json bench/results/quality-perplexity.json
   python -m bench.quality --table bench/results/quality-perplexity*.json
 
-Without a mode: every method and preset of a whole model, true size, layer errors, perplexity of two texts and time.  The rows go to
-bench/results/quality-MODEL.json (or --json FILE); those that are there are not measured again, and all are printed.  The layer errors
-are those of the linears' outputs in the quantized model as it runs, on calibration and on other text.  gptq-64, gptq-128: integers in
-groups of 64 or 128 columns by GPTQ, block by block like the others.  gptvq+loss: tokens weighted by the
-loss gradient, Recipe(token_weights="loss").  +tune: codebooks learn on as by `gptvq tune`.  Measured only if named: gptvq-own (layers
-solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the heads'
-values, and on the residual stream too).
+Without a mode: every method and preset of a whole model, true size, layer errors, perplexity of two texts, time and decoding speed.  The
+rows go to bench/results/quality-MODEL.json (or --json FILE); those that are there are not measured again, and all are printed, several
+--seeds as their mean and half of their range.  The layer errors are those of the linears' outputs in the quantized model as it runs,
+on calibration and on other text.  gptq-64, gptq-128: integers in groups of 64 or 128 columns by GPTQ, block by block like the others.
+hqq-64: such integers by the package hqq.  gguf: what llama.cpp makes of a .gguf file at its smallest type without an importance matrix.
+gptvq+loss: tokens weighted by the loss gradient, Recipe(token_weights="loss").  +tune: codebooks learn on as by `gptvq tune`.
+gptvq+mixed: layers in several presets, of the size of the one named, as by `gptvq plan --target-bpv`.  Measured only if named: gptvq-own
+(layers solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the
+heads' values, and on the residual stream too).
 
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
 Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.
@@ -58,6 +60,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--{mode} needs --{option} FILE")
         if not Path(path).is_file():
             raise ConfigError(f"--{option}: no such file: {path}")
+    if len(args.seeds) > 1 and mode != "whole":
+        raise ConfigError(f"--{mode} takes one seed, got {len(args.seeds)}")
+    args.seed = args.seeds[0]
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +123,8 @@ def parser():
     p.add_argument("--fresh", action="store_true", help="measure rows anew that the result file holds")
     p.add_argument("--checkpoints", metavar="FOLDER", help="keep what gptvq and paper make, and go on with what is there")
     p.add_argument("--plot", metavar="FILE.png", help="also draw sizes against perplexities (needs matplotlib: the extra `bench`)")
-    p.add_argument("--seed", type=int, default=0, help="picks the calibration sequences, default %(default)s")
+    p.add_argument("--seeds", "--seed", type=lambda text: [int(s) for s in runner.names(text)], default=[0], metavar="A,B",
+                   help="pick the calibration sequences and the starts of codebooks; of a whole model a row for each, default 0")
     p.add_argument("--threads", type=runner.positive, metavar="N", help="default: as torch chooses")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda ...; default: a GPU if there is one")
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
@@ -183,7 +189,7 @@ def merge(paths: list[str]) -> list[dict]:
         if differing := runner.different(first, values["settings"]):
             raise ConfigError(f"{path} is not comparable with {paths[0]}: {', '.join(differing)} differ; print them apart")
         for row in values["rows"]:
-            at[row["operation"], row["preset"], row.get("layer"), row["method"]] = row
+            at[row["operation"], row["preset"], row.get("layer"), row["method"], row.get("seed")] = row
     rows = sorted(at.values(), key=lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]),
                                                 ORDER.index(row["method"])))
     return rows if first.get("mode") == "whole" else compare(rows)

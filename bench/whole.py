@@ -1,7 +1,9 @@
 """A whole model by every method: true size, layer errors, perplexity of two texts and time, in a file that is added to."""
 from __future__ import annotations
 
+import collections
 import contextlib
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,28 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from gptvq.calibration import calibration_tokens, describe, read_tokens, tokens_sha256
+from gptvq.cli import encode
 from gptvq.config import Recipe, VQConfig
 from gptvq.demo import texts
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.evaluate import perplexity
 from gptvq.hf import open_model
+from gptvq.linear import VQLinear
+from gptvq.model import dense_weight
+from gptvq.plan import plan
 from gptvq.quantize import quantize
 from gptvq.report import clock
 from gptvq.tune import tune
 
 from . import runner
+from .decode import PROMPT
 from .gptq import gptq_model
 from .layers import RECIPES
-from .perplexity import LayerLog, found_linears, jobs, round_model, size
+from .others import gguf_model, hqq_model
+from .perplexity import NO_PRESET, LayerLog, found_linears, jobs, round_model, size
+from .presets import speed
 from .rotation import rotate
 
-METHODS = ("dense", "rtn", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune")
+METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune",
+           "gptvq+mixed")
+SEEDLESS = (*NO_PRESET, "rtn", "hqq-64")                        # no calibration text, nothing drawn at random
 TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation")          # measured only where --methods names them
 ROTATED = {"gptvq+heads": False, "gptvq+rotation": True}        # whether the residual stream is rotated too
-SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"), **dict.fromkeys(ROTATED, Recipe())}
+SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"),
+            **dict.fromkeys(("gptvq+mixed", *ROTATED), Recipe())}
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:"
 TOPICS = "Python's own documentation"
 _PROBE = 1024                   # tokens of a sample on which the outputs of layers are compared
+_NEW_TOKENS, _ROUNDS = 32, 7    # of the decoding speed
 
 
 @dataclass
@@ -45,15 +58,15 @@ class Texts:
     predicted: dict[str, Tensor]
 
     @classmethod
-    def read(cls, args, tokenizer) -> Texts:
+    def read(cls, args, tokenizer, seed: int) -> Texts:
         source = args.calibration or WIKITEXT + "train"
-        return cls(calibration_tokens(source, tokenizer, args.samples, args.sequence_length, args.seed),
-                   calibration_tokens(source, tokenizer, args.tune_samples, args.tune_length, args.seed + 1),
+        return cls(calibration_tokens(source, tokenizer, args.samples, args.sequence_length, seed),
+                   calibration_tokens(source, tokenizer, args.tune_samples, args.tune_length, seed + 1),
                    {"text": read_tokens(args.text or WIKITEXT + "test", tokenizer, "--text"),
                     "second": read_tokens(args.second or texts(None, None)[1], tokenizer, "--second")})
 
     def settings(self, args) -> dict:
-        """What identifies them in a result file."""
+        """What identifies them in a result file, read with the seed 0."""
         second = describe(args.second) if args.second else TOPICS
         return {"calibration_sha256": tokens_sha256(self.calibration), "tuning_sha256": tokens_sha256(self.tuning), "second": second,
                 **{f"{name}_sha256": tokens_sha256(ids) for name, ids in self.predicted.items()}}
@@ -67,53 +80,71 @@ class Texts:
 
 
 def run(args, argv: list[str] | None, source: str, methods: list[str], presets: list[str]) -> str:
-    """Measures what the result file lacks -> its path; see --help of bench.quality."""
+    """Measures what the result file lacks -> its path; see --help of bench.quality.  Methods whose package is missing are left out."""
     path = args.json or str(runner.ROOT / "bench" / "results" / f"quality-{Path(args.model or 'smollm2').stem}.json")
     _, tokenizer = dense = open_model(source, device=args.device, dtype=args.dtype)
-    found = Texts.read(args, tokenizer)
-    names = ("dtype", "samples", "sequence_length", "seed", "window", "max_windows", "second_windows", "probes", "rate")
-    settings = {"mode": "whole", "model": Path(source).name, **{name: getattr(args, name) for name in names}, **found.settings(args)}
+    names = ("dtype", "samples", "sequence_length", "window", "max_windows", "second_windows", "probes", "rate")
+    settings = {"mode": "whole", "model": Path(source).name, **{name: getattr(args, name) for name in names},
+                **Texts.read(args, tokenizer, 0).settings(args)}
     results = runner.Results("quality", argv, path, settings, resume=not args.fresh)
-    there = {(row["method"], row["preset"]) for row in results.rows}
+    there = {(row["method"], row["preset"], row["seed"]) for row in results.rows}
     with contextlib.ExitStack() as stack:
         folder = Path(args.checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
-        for method, preset in jobs(methods, presets):
-            if (method, preset) in there:
-                runner.log(f"{method} {preset or ''}: in {Path(path).name} already")
-                continue
-            model, row = build(args, source, method, preset, found, dense[0], folder)
-            results.add([{"operation": "whole", "preset": preset, "method": method, **row, **measured(model, dense[0], found, args, method),
-                          "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(), "commit": runner.commit()["hash"]}])
-            runner.log(show(results.rows[-1:]))
-            del model
+        for seed in args.seeds:
+            found = Texts.read(args, tokenizer, seed)
+            for method, preset in jobs(methods, presets):
+                key = method, preset, None if method in SEEDLESS else seed
+                if key in there:
+                    runner.log(f"{method} {preset or ''}, seed {seed}: in {Path(path).name} already")
+                    continue
+                try:
+                    model, row = build(args, source, method, preset, seed, found, dense[0], folder)
+                except BackendUnavailable as error:
+                    runner.log(f"{method}: left out, {error}")
+                    continue
+                results.add([{"operation": "whole", "preset": preset, "method": method, "seed": key[2], **row,
+                              **measured(model, dense[0], found, args, method), **decoding(model, dense, seed == args.seeds[0]),
+                              "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(),
+                              "commit": runner.commit()["hash"]}])
+                there.add(key)
+                runner.log(show(results.rows[-1:]))
+                del model
     return path
 
 
-def build(args, source: str, method: str, preset: str | None, found: Texts, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict]:
+def build(args, source: str, method: str, preset: str | None, seed: int, found: Texts, dense: nn.Module,
+          folder: Path) -> tuple[nn.Module, dict]:
     """(the model that a method makes, its format, sizes and seconds)."""
     if method == "dense":
         return dense, size(dense, found.predicted["text"])
-    config = VQConfig.preset(preset, seed=args.seed)
-    if method in ("rtn", "gptq-64", "gptq-128"):
+    if method == "gguf":
+        return gguf_model(source, args.device, args.dtype)
+    config = VQConfig.preset(preset, seed=seed)
+    if method in ("rtn", "hqq-64", "gptq-64", "gptq-128"):
         model, _ = open_model(source, device=args.device, dtype=args.dtype)
         if method == "rtn":
             return model, round_model(model, found.calibration[0], config)
-        began, group = time.perf_counter(), int(method.removeprefix("gptq-"))
+        began, group = time.perf_counter(), int(method.rpartition("-")[2])
+        if method == "hqq-64":
+            row = hqq_model(model, found.calibration[0], config.index_bits, group)
+            return model, row | {"quantize_seconds": time.perf_counter() - began}
         bits = gptq_model(model, found.calibration, config.index_bits, group)
         return model, {"format": f"int{config.index_bits} group {group}", "bits_per_value": bits,
                        "linear_bytes": round(bits * _weights(model, found) / 8), "quantize_seconds": time.perf_counter() - began}
     base = method.removesuffix("+tune")
-    config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=args.seed)
-    began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}", 0
+    config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=seed)
+    began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}-{seed}", 0
     if base in ROTATED:
         given, out = rotate(open_model(source, device=args.device, dtype="float32")[0], ROTATED[base]).to(dense.dtype), None
         added = given.lm_head.weight.numel() * dense.lm_head.weight.element_size() if ROTATED[base] else 0
+    if base == "gptvq+mixed":
+        config = _mixed(source, config, found, dense, args)
     again = args.fresh and base == method
     began = time.perf_counter() - began
     report = quantize(given, out, config, calibration=found.calibration, device=args.device, dtype=args.dtype, check=None, overwrite=again,
                       resume="fresh" if again else "auto", progress=LayerLog())
     model, seconds = report.model, report.seconds + began
-    row = {"format": f"{config.dim}D K{2 ** (config.dim * config.index_bits)}", "bits_per_value": report.bits_per_value,
+    row = {"format": _formats(model), "bits_per_value": report.bits_per_value,
            "linear_bytes": report.packed_bytes, "added_bytes": added, "solver_error": report.mean_error, "stages": report.stages,
            "warnings": report.warnings}
     if base != method:
@@ -123,6 +154,22 @@ def build(args, source: str, method: str, preset: str | None, found: Texts, dens
         row |= {"losses": losses, "tune_seconds": tuning}
         seconds += tuning
     return model, {**row, "quantize_seconds": seconds}
+
+
+def _mixed(source: str, config: VQConfig, found: Texts, dense: nn.Module, args) -> VQConfig:
+    """What `gptvq plan --target-bpv` makes of the size of one preset."""
+    specs = config.resolve({name: tuple(dense_weight(linear).shape) for name, linear in found_linears(dense, found.calibration[0]).items()})
+    target = 8 * sum(spec.nbytes for spec in specs.values()) / sum(spec.rows * spec.cols for spec in specs.values())
+    return plan(source, config, calibration=found.calibration, device=args.device, dtype=args.dtype, target_bits=target).config
+
+
+def _formats(model: nn.Module) -> str:
+    """Of the packed linears, the one that most weights have first."""
+    weights = collections.Counter()
+    for module in model.modules():
+        if isinstance(module, VQLinear):
+            weights[f"{module.spec.dim}D K{module.spec.codewords}"] += module.spec.rows * module.spec.cols
+    return " + ".join(name for name, _ in weights.most_common())
 
 
 def _weights(model: nn.Module, found: Texts) -> int:
@@ -140,6 +187,14 @@ def measured(model: nn.Module, dense: nn.Module, found: Texts, args, method: str
         errors = output_errors(dense, model, ids)
         row[f"error_{side}"] = sum(errors.values()) / len(errors)
     return {**row, "evaluate_seconds": time.perf_counter() - began}
+
+
+def decoding(model: nn.Module, dense: tuple, wanted: bool) -> dict:
+    """Tokens per second of a packed model, in turns with those of the dense one; all other methods leave linears dense here."""
+    if not wanted or not any(isinstance(module, VQLinear) for module in model.modules()):
+        return {}
+    found = speed(model, dense[0], encode(dense[1], PROMPT, chat=False)[0], _NEW_TOKENS, _ROUNDS)
+    return {name: found[name] for name in ("tokens_per_second", "dense_tokens_per_second", "speedup")}
 
 
 @torch.no_grad()
@@ -168,25 +223,50 @@ def output_errors(dense: nn.Module, model: nn.Module, tokens: Tensor) -> dict[st
 
 
 def show(rows: list[dict]) -> str:
-    """Markdown, one line per row; "x paper" divides by the published procedure's at the same preset."""
-    paper = {row["preset"]: row for row in rows if row["method"] == "paper"}
+    """Markdown, one line per method and preset: means over the seeds, with half of the range where there are several.
+
+    "x paper" divides by the published procedure's mean at the same preset.
+    """
+    lines = by_seed(rows)
+
+    def mean(key: str, scale: float = 1, digits: int = 2, unit: str = ""):
+        def text(line: list[dict]) -> str:
+            values = [scale * row[key] for row in line if key in row]
+            if not values:
+                raise KeyError(key)
+            spread = f" ± {(max(values) - min(values)) / 2:,.{digits}f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):,.{digits}f}{spread}{unit}"
+        return text
 
     def ratio(key: str):
-        return lambda r: "-" if r["method"] == "paper" else f"{r[key] / paper[r['preset']][key]:.3f}"
+        def text(line: list[dict]) -> str:
+            paper = lines["paper", line[0]["preset"]]
+            return "-" if paper is line else f"{statistics.mean(row[key] for row in line) / statistics.mean(row[key] for row in paper):.3f}"
+        return text
 
-    added = {"beside the linears": lambda r: f"+{r['added_bytes'] / 1e6:.1f} MB" if r["added_bytes"] else "-"}
+    added = {"beside the linears": lambda line: f"+{line[0]['added_bytes'] / 1e6:.1f} MB" if line[0]["added_bytes"] else "-"}
     added = added if any(row.get("added_bytes") for row in rows) else {}
-    return runner.table(rows, {
-        "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],
-        "bits per value": lambda r: f"{r['bits_per_value']:.3f}",
-        "layer error": lambda r: f"{100 * r['error_calibration']:.2f} %", "held out": lambda r: f"{100 * r['error_heldout']:.2f} %",
-        "held out, x paper": ratio("error_heldout"), "perplexity": lambda r: f"{r['text_perplexity']:,.2f}",
-        "x paper": ratio("text_perplexity"), "second text": lambda r: f"{r['second_perplexity']:,.2f}",
-        "quantize": lambda r: clock(r["quantize_seconds"]), **added})
+    speeds = {"tokens/s": mean("tokens_per_second", digits=0), "x dense tokens/s": mean("speedup")}
+    speeds = speeds if any("speedup" in row for row in rows) else {}
+    return runner.table(list(lines.values()), {
+        "method": lambda line: line[0]["method"], "preset": lambda line: line[0]["preset"] or "", "format": lambda line: line[0]["format"],
+        "bits per value": lambda line: f"{line[0]['bits_per_value']:.3f}",
+        "layer error": mean("error_calibration", 100, unit=" %"), "held out": mean("error_heldout", 100, unit=" %"),
+        "held out, x paper": ratio("error_heldout"), "perplexity": mean("text_perplexity"), "x paper": ratio("text_perplexity"),
+        "second text": mean("second_perplexity"), "quantize": lambda line: clock(statistics.mean(row["quantize_seconds"] for row in line)),
+        **speeds, **added})
+
+
+def by_seed(rows: list[dict]) -> dict[tuple[str, str | None], list[dict]]:
+    """{(method, preset): the rows of its seeds}."""
+    lines: dict[tuple, list[dict]] = {}
+    for row in rows:
+        lines.setdefault((row["method"], row["preset"]), []).append(row)
+    return lines
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Bits per value against the perplexity of both texts, a line per method."""
+    """Bits per value against the mean perplexity of both texts, a line per method."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -197,7 +277,8 @@ def plot(rows: list[dict], path: str) -> None:
         if dense:
             axes.axhline(dense, color="black", linestyle=":", label="dense")
         for method in METHODS[1:]:
-            points = sorted((row["bits_per_value"], row[key]) for row in rows if row["method"] == method and row[key])
+            points = sorted((line[0]["bits_per_value"], statistics.mean(row[key] for row in line))
+                            for (made, _), line in by_seed(rows).items() if made == method and all(row[key] for row in line))
             if points:
                 axes.plot(*zip(*points), marker="o", label=method)
         axes.set(title=title, xlabel="bits per value", ylabel="perplexity", yscale="log", ylim=(0.9 * (dense or 1), 20 * (dense or 50)))

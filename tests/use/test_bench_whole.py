@@ -6,7 +6,8 @@ import pytest
 import torch
 from bench_runs import bench, check_file
 
-from bench import gptq, quality, runner, whole
+from bench import gptq, others, quality, runner, whole
+from gptvq.errors import BackendUnavailable
 from gptvq.hf import open_model
 
 METHODS = "dense,rtn,gptq-64,paper,gptvq,gptvq+tune"
@@ -107,3 +108,47 @@ def test_gptq_of_a_model_sees_the_rounded_model(my_model):
     want, got = gptq.gptq(weight, hessian, 3, 64), linear.weight.detach()
     assert float(((want - got) ** 2).sum() / ((want - weight) ** 2).sum()) < 1e-2
     assert 3.2 < bits < 4 and len(got[0, :64].unique()) <= 8
+
+
+def test_seeds_are_rows_of_one_line(options, measured, tmp_path, capsys):
+    out = tmp_path / "quality.json"
+    out.write_text(measured.read_text())
+    assert bench(quality, *options, "--methods", "rtn,paper", "--seeds", "0,3", "--json", out) == 0
+    rows = runner.load(out)["rows"]
+    assert [(row["method"], row["seed"]) for row in rows[len(METHODS.split(",")):]] == [("paper", 3)]
+    first, other = (row["text_perplexity"] for row in rows if row["method"] == "paper")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| paper"))
+    assert first != other and f"{(first + other) / 2:,.2f} ± {abs(first - other) / 2:,.2f}" in line
+    assert bench(quality, *options, "--perplexity", "--seeds", "0,3") == 1 and "takes one seed" in capsys.readouterr().err
+
+
+def test_packed_models_decode_in_turns_with_the_dense_one(measured):
+    rows = {row["method"]: row for row in runner.load(measured)["rows"]}
+    assert {method for method, row in rows.items() if row.get("speedup", 0) > 0} == {"paper", "gptvq", "gptvq+tune"}
+
+
+def test_mixed_precision_has_the_size_of_a_preset(options, measured, tmp_path):
+    out = tmp_path / "mixed.json"
+    assert bench(quality, *options, "--presets", "2d-3.125", "--methods", "gptvq,gptvq+mixed", "--json", out) == 0
+    uniform, mixed = check_file(out, "quality")
+    assert 0.9 * uniform["linear_bytes"] < mixed["linear_bytes"] <= uniform["linear_bytes"] and mixed["format"] != uniform["format"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="hqq is not installed")
+def test_hqq_stores_what_it_says(my_model):
+    model, _ = open_model(my_model, device="cpu", dtype="bfloat16")
+    weight = model.get_submodule("model.layers.1.mlp.down_proj").weight.detach().clone()
+    row = others.hqq_model(model, torch.randint(1, 250, (8,)), 2, 64)
+    rounded = model.get_submodule("model.layers.1.mlp.down_proj").weight.detach()
+    assert row["bits_per_value"] == 2.5 and 0 < float((rounded - weight).square().sum() / weight.square().sum()) < 0.3
+    assert all(len(group.unique()) <= 4 for group in rounded.reshape(-1, 64)[:50])
+
+
+def test_packages_that_are_missing_leave_their_rows_out(options, tmp_path, monkeypatch, capsys):
+    def missing(*args):
+        raise BackendUnavailable("hqq is not installed")
+    monkeypatch.setattr(whole, "hqq_model", missing)
+    out = tmp_path / "quality.json"
+    assert bench(quality, *options, "--methods", "hqq-64,rtn", "--json", out) == 0
+    assert [row["method"] for row in runner.load(out)["rows"]] == ["rtn"] and "left out, hqq is not" in capsys.readouterr().err
+    assert bench(quality, *options, "--methods", "gguf", "--json", out) == 1 and "of a .gguf file" in capsys.readouterr().err
