@@ -25,7 +25,7 @@ from .job import Run
 from .linear import VQLinear
 from .model import Block, InputCollector, Stop, call
 from .ranks import Samples
-from .scaling import scale_bounds
+from .scaling import scale_bounds, scale_norm
 from .solver import LayerRecord, solve
 from .spec import TILE_ROWS, QuantSpec
 from .storage import digest_of
@@ -160,7 +160,8 @@ def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recip
         return solve(weight.to(device).float(), hessian, spec, recipe, name, together)
     pieces, bounds = weight.split(rows), None
     if spec.scale_block:
-        least, largest = zip(*(scale_bounds(piece.float(), spec.scale_block) for piece in pieces))
+        norm = scale_norm(spec, recipe.method)
+        least, largest = zip(*(scale_bounds(piece.float(), spec.scale_block, norm) for piece in pieces))
         bounds = torch.stack(least).amin(0).to(device), torch.stack(largest).amax(0).to(device)
     solved, losses, power = [], Counter(), 0.0
     for piece in pieces:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import ops
 from .ranks import Rows
-from .scaling import fit_scales, scales_of
+from .scaling import fit_scales, scale_norm, scales_of
 from .spec import QuantSpec
 
 
@@ -35,13 +35,13 @@ class Problem:
 
     An `index` is [rows, vectors] uint8, `centroids` [row groups, strips, K, d], both in natural column order.
     Block scales live here because every decode needs them: `scale` is [rows, vectors] or None.  `rows`: of which share of a
-    layer the weights are; scales and errors are those of the whole layer.
+    layer the weights are; scales and errors are those of the whole layer.  `method` as of a Recipe.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, spec: QuantSpec, rows: Rows | None = None):
+    def __init__(self, weight: Tensor, hessian: Tensor, spec: QuantSpec, rows: Rows | None = None, method: str = "gptvq"):
         n = spec.vectors * spec.dim
         self.spec = spec
-        self.rows = rows or Rows(spec)
+        self.rows, self.method = rows or Rows(spec), method
         self.W = torch.nn.functional.pad(weight, (0, n - spec.cols))
         self.H = hessian
         self.strip = torch.arange(spec.vectors, device=weight.device) * spec.dim // spec.group_cols
@@ -58,7 +58,7 @@ class Problem:
         if self.scale is None:
             return
         block = self.spec.scale_block
-        codes, sz = fit_scales(W[:, : self.spec.cols - first], block, self.rows)
+        codes, sz = fit_scales(W[:, : self.spec.cols - first], block, self.rows, scale_norm(self.spec, self.method))
         at = slice(first // block, first // block + codes.shape[1])
         self.scale_codes[:, at], self.sz[at] = codes, sz
         vector = torch.arange(first // self.spec.dim, -(-last // self.spec.dim), device=W.device)

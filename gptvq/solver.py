@@ -95,7 +95,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype)
     usable = factor.weighting(problem.H[: spec.cols, : spec.cols])
     if factor.repair not in ("", "float64"):
-        problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), rows.spec, rows)
+        problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), rows.spec, rows, recipe.method)
 
     index, centroids = column_pass(problem, factor, order, recipe, None)
     best = _Best(problem, spec)
@@ -136,7 +136,7 @@ def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, 
         raise ConfigError(f"{name}: got a Hessian {tuple(H.shape)} for a weight with {spec.cols} columns")
     dtype = getattr(torch, recipe.dtype)
     share = weight.detach()[rows.first: rows.last].to(dtype)
-    return Problem(share, pad(H.to(weight.device, dtype), spec.vectors * spec.dim), rows.spec, rows)
+    return Problem(share, pad(H.to(weight.device, dtype), spec.vectors * spec.dim), rows.spec, rows, recipe.method)
 
 
 def _visiting_order(problem: Problem, recipe: Recipe) -> Tensor:

@@ -51,7 +51,7 @@ def checked(W, H, spec, recipe=Recipe(), name="weight"):
 def run_first_pass(case, recipe):
     W, H = case.build()
     spec = case.spec
-    problem = Problem(W, pad(H, spec.vectors * spec.dim), spec)
+    problem = Problem(W, pad(H, spec.vectors * spec.dim), spec, method=recipe.method)
     order = solver._visiting_order(problem, recipe)
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim)).flatten()
     factor = factorize(problem.H[columns][:, columns], recipe.damp, torch.float64)
