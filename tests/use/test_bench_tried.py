@@ -1,11 +1,18 @@
-"""What bench.quality tried and no recipe uses: rotations that leave a model as it is."""
+"""What bench.quality tried and no recipe uses: rotations that leave a model as it is, other scales and groups."""
+import dataclasses
+
 import pytest
 import torch
+from bench_runs import bench
 
+from bench import layers, runner, tried
 from bench.perplexity import found_linears
 from bench.rotation import hadamard, random_hadamard, rotate
+from gptvq.config import Recipe, VQConfig
 from gptvq.errors import ConfigError
+from gptvq.hessian import Hessian
 from gptvq.hf import open_model
+from gptvq.solver import solve
 
 
 @pytest.fixture
@@ -43,3 +50,61 @@ def test_a_rotated_model_is_the_same_model(model, residual):
     moved = {name.rpartition(".")[2] for name, linear in found_linears(model, ids[0]).items() if not torch.equal(linear.weight, before[name])}
     assert moved == ({name.rpartition(".")[2] for name in before} if residual else {"v_proj", "o_proj"})
     assert not residual or all(bool((norm == 1).all()) for name, norm in model.named_parameters() if norm.ndim == 1)
+
+
+# ---- scales and groups done otherwise
+@pytest.fixture(scope="module")
+def layer():
+    generator = torch.Generator().manual_seed(5)
+    size = torch.randn(64, 1, generator=generator).exp()
+    x = torch.randn(400, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    return layers.Layer("q_proj", torch.randn(64, 128, generator=generator) * size, {side: Hessian.from_matrix(x.T @ x) for side in layers.SIDES})
+
+
+def spec_of(layer, preset, **changes):
+    return dataclasses.replace(VQConfig.preset(preset).spec(*layer.weight.shape), **changes)
+
+
+@pytest.mark.parametrize("preset", ["2d-2.25", "2d-2.25-s64", "2d-3.125-s64"])
+def test_the_recipe_as_it_is_is_the_solver(layer, preset):
+    spec = spec_of(layer, preset)
+    vq, _ = solve(layer.weight, layer.hessians["calibration"], spec)
+    found = tried.Variant(spec).error(layer, Recipe())
+    assert found["calibration"] == pytest.approx(layer.error(vq.dequantize(), "calibration"), rel=1e-4)
+
+
+def test_the_search_never_makes_a_state_worse(layer):
+    class Watched(tried.Search):
+        moves = []
+
+        def between(self, best):
+            before = best.error
+            super().between(best)
+            self.moves.append((best.error, before, best.problem.scale.clone()))
+
+    spec = spec_of(layer, "2d-2.25-s64", scale_block=32)
+    Watched(spec).error(layer, Recipe())
+    assert len(Watched.moves) == Recipe().passes + Recipe().sweeps and all(after <= before * (1 + 1e-5) for after, before, _ in Watched.moves)
+    assert Watched.moves[0][0] < Watched.moves[0][1] and not torch.equal(Watched.moves[0][2], Watched.moves[-1][2])
+
+
+def test_norms_and_rows(layer):
+    scaled, plain = spec_of(layer, "2d-2.25-s64"), spec_of(layer, "2d-2.25")
+    as_it_is, largest, fourth = (v.error(layer, Recipe())["calibration"] for v in (tried.Variant(scaled), tried.Norm(scaled, 0), tried.Norm(scaled, 4)))
+    assert as_it_is == fourth != largest
+    rows = tried.RowScales(plain, 1.0)
+    assert rows.bits == plain.bits_per_value + 16 / 128
+    assert rows.error(layer, Recipe())["calibration"] < 0.8 * tried.Variant(plain).error(layer, Recipe())["calibration"]
+    assert tried.tall(plain).spec.group_rows == 64 and tried.VARIANTS["search"](plain) is None
+
+
+def test_a_run_of_bench_tried(my_model, tmp_path, capsys):
+    out = tmp_path / "tried.json"
+    options = ["--model", my_model, "--calibration", my_model.parent / "calibration.txt", "--heldout", my_model.parent / "test.txt",
+               "--samples", "2", "--sequence-length", "64", "--blocks", "1", "--linears", "o_proj", "--presets", "2d-2.25,2d-2.25-s64"]
+    assert bench(tried, *options, "--json", out) == 0
+    rows, printed = runner.load(out)["rows"], capsys.readouterr().out
+    assert [row["variant"] for row in rows] == ["as it is", "row scales 0.5", "row scales 1.0", "tall", "as it is", "norm 0", "norm 4", "search"]
+    assert rows[4]["error_calibration"] == rows[6]["error_calibration"] and rows[0]["ratio_heldout"] == 1
+    assert bench(tried, "--table", out) == 0 and capsys.readouterr().out == printed
+    assert bench(tried, "--presets", "2d-9") == 1 and "2d-9" in capsys.readouterr().err
