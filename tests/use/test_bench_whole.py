@@ -55,6 +55,8 @@ def test_rows_are_not_measured_twice(options, measured, tmp_path, capsys, monkey
     printed = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == METHODS.split(",")
     assert bench(quality, "--table", out) == 0 and capsys.readouterr().out == printed
+    assert bench(quality, "--table", out, "--methods", "rtn,paper") == 0
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["rtn", "paper"]
     chart = tmp_path / "quality.png"
     code, drawn = bench(quality, "--table", out, "--plot", chart), importlib.util.find_spec("matplotlib") is not None
     assert drawn or "pip install matplotlib" in capsys.readouterr().err
