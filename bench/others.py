@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.errors import BackendUnavailable
 from gptvq.hf import open_model
 from gptvq.model import dense_weight
 
@@ -45,7 +45,7 @@ def gguf_model(source: str, device: str, dtype: str) -> tuple[nn.Module, dict]:
     import gguf
 
     if Path(source).suffix != ".gguf":
-        raise ConfigError(f"--model {source}: llama.cpp's formats are measured of a .gguf file; leave out the method gguf")
+        raise BackendUnavailable(f"llama.cpp's formats are measured of a .gguf file, got {source}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.gguf"
         llamacpp.requantize(Path(source), out, GGUF_TYPE, embedding="F16")
