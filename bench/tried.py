@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from gptvq import ops, problem, solver
+from gptvq import spec as spec_module
+from gptvq.backends import reference
 from gptvq.config import PRESETS, Recipe, VQConfig
 from gptvq.demo import bundled_model
 from gptvq.errors import ConfigError
 from gptvq.hessian import Hessian
 from gptvq.hf import open_model
 from gptvq.problem import Problem
-from gptvq.ranks import Rows
 from gptvq.scaling import scale_table
 from gptvq.spec import QuantSpec
 
@@ -30,7 +31,8 @@ EXAMPLES = """examples:
 Relative layer errors as in bench.quality --layers, all by the whole recipe, and their ratio to the recipe as it is.
 norm P: block scales follow the P-th mean of the weights, norm 0 the largest.  search: behind every stage each block takes that of its 16
 scales that has the least loss, and the two numbers from which the 16 come are fitted to what the blocks would like.  row scales P: each row is
-divided by its root mean square to the power P, which is stored in 16 bits.  tall: groups of the same size over all rows."""
+divided by its root mean square to the power P, which is stored in 16 bits.  4D K4096: one codebook of that size for a layer, with the
+same block scales.  tall: groups of the same size over all rows."""
 DEFAULT = ["2d-2.25", "2d-3.125", "2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64"]
 
 
@@ -46,6 +48,8 @@ class Variant:
     def between(self, best: solver._Best) -> None:
         """Behind every stage."""
 
+    column_pass = staticmethod(solver.column_pass)
+
     def error(self, layer: layers.Layer, recipe: Recipe) -> dict[str, float]:
         """{side: error}."""
         hessian, spec = Hessian.from_matrix(layer.hessians["calibration"].matrix()), self.spec
@@ -53,12 +57,12 @@ class Variant:
         order = solver._visiting_order(made, recipe)
         columns = (order[:, None] * spec.dim + torch.arange(spec.dim)).flatten()
         factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, made.W.dtype)
-        index, centroids = solver.column_pass(made, factor, order, recipe, None)
+        index, centroids = self.column_pass(made, factor, order, recipe, None)
         best = solver._Best(made, spec)
         best.offer("pass 1", *solver._refit(made, index, centroids, recipe))
         for i in range(2, recipe.passes + 1):
             self.between(best)
-            index, _ = solver.column_pass(made, factor, order, recipe, best.codebooks.centroids)
+            index, _ = self.column_pass(made, factor, order, recipe, best.codebooks.centroids)
             best.offer(f"pass {i}", *solver._refit(made, index, best.codebooks.centroids, recipe))
         for i in range(1, recipe.sweeps + 1):
             self.between(best)
@@ -146,12 +150,45 @@ def tall(spec: QuantSpec) -> Variant:
     return Variant(QuantSpec(spec.rows, spec.cols, spec.dim, spec.index_bits, spec.rows, min(cols, spec.cols)))
 
 
+class Wide(Variant):
+    """Four dimensions, 4096 centroids for all of the layer, as many scales: indices of 12 bits, which no kernel of ours decodes."""
+
+    formats = mock.patch.dict(spec_module.FORMATS, {(4, 3): 12})
+    plain = mock.patch.multiple(ops, decode=reference.decode, collect=reference.collect, descent_block=reference.descent_block)
+
+    def __init__(self, spec: QuantSpec):
+        with self.formats:
+            super().__init__(QuantSpec(spec.rows, spec.cols, 4, 3, spec.rows, spec.cols, spec.scale_block))
+
+    def error(self, layer, recipe):
+        with self.formats, self.plain:
+            return super().error(layer, recipe)
+
+    def column_pass(self, made, factor, order, recipe, centroids):
+        """`solver.column_pass` with indices that do not fit a byte."""
+        columns = (order[:, None] * 4 + torch.arange(4)).flatten()
+        roots, metric = solver.metrics(factor.U, 4, recipe.method)
+        if centroids is None:
+            centroids, natural = made.W.new_zeros(1, 1, self.spec.codewords, 4), torch.empty_like(metric)
+            natural[order] = metric
+            made.rescale(made.W, 0, self.spec.cols)
+            solver.fit_strip(made, centroids, 0, made.W, natural, recipe)
+        W, index = made.W[:, columns], torch.empty(self.spec.rows, self.spec.vectors, dtype=torch.long)
+        for i, at in enumerate(order.tolist()):
+            here, scale = slice(4 * i, 4 * i + 4), made.scale[:, at, None]
+            index[:, at] = reference.assign(W[:, here] / scale, roots[i] @ roots[i].T, centroids[:, 0], self.spec.rows)
+            E = (W[:, here] - centroids[0, 0, index[:, at]] * scale) @ roots[i]
+            W[:, here.stop:] -= E @ factor.U[here, here.stop:]
+        return index, centroids
+
+
 #: name -> variant of a format, None where it does not apply
 VARIANTS: dict[str, Callable[[QuantSpec], Variant | None]] = {
     "as it is": Variant,
     **{f"norm {p}": lambda spec, p=p: Norm(spec, p) if spec.scale_block else None for p in (0, 4)},
     "search": lambda spec: Search(spec) if spec.scale_block else None,
     **{f"row scales {p}": lambda spec, p=p: None if spec.scale_block else RowScales(spec, p) for p in (0.5, 1.0)},
+    "4D K4096": lambda spec: Wide(spec) if spec.scale_block and (spec.dim, spec.index_bits) == (2, 3) else None,
     "tall": lambda spec: None if spec.scale_block else tall(spec),
 }
 

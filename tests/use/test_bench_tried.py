@@ -98,6 +98,18 @@ def test_norms_and_rows(layer):
     assert tried.tall(plain).spec.group_rows == 64 and tried.VARIANTS["search"](plain) is None
 
 
+def test_4096_centroids(layer, monkeypatch):
+    """Its own pass over the columns is the solver's, where indices do fit a byte; and more centroids leave less error."""
+    plain = spec_of(layer, "4d-2.125-s64", scale_block=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(tried.Wide, "__init__", tried.Variant.__init__)
+        found = tried.Wide(plain).error(layer, Recipe())["calibration"]
+    assert found == pytest.approx(tried.Variant(plain).error(layer, Recipe())["calibration"], rel=1e-3)
+    wide = tried.Wide(spec_of(layer, "2d-3.125-s64"))
+    assert wide.spec.group_rows == 64 and wide.bits > 3 + 4096 * 4 * 8 / layer.weight.numel()
+    assert wide.error(layer, Recipe(passes=1, sweeps=0, em_iterations=2, em_starts=1))["calibration"] < found
+
+
 def test_a_run_of_bench_tried(my_model, tmp_path, capsys):
     out = tmp_path / "tried.json"
     options = ["--model", my_model, "--calibration", my_model.parent / "calibration.txt", "--heldout", my_model.parent / "test.txt",
