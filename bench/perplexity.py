@@ -20,14 +20,14 @@ from .rounding import bits_per_value, nearest_group, round_to_nearest
 from .runner import log
 
 
+NO_PRESET = ("dense", "gguf")       # methods of one format only
+
+
 class LayerLog(Progress):
     """One line per linear."""
 
     def layer(self, record) -> None:
         log(layer_line(record))
-
-
-NO_PRESET = ("dense", "gguf")       # methods of one format only
 
 
 def jobs(methods: list[str], presets: list[str]) -> list[tuple[str, str | None]]:

@@ -154,14 +154,14 @@ class Wide(Variant):
     """Four dimensions, 4096 centroids for all of the layer, as many scales: indices of 12 bits, which no kernel of ours decodes."""
 
     formats = mock.patch.dict(spec_module.FORMATS, {(4, 3): 12})
-    plain = mock.patch.multiple(ops, decode=reference.decode, collect=reference.collect, descent_block=reference.descent_block)
+    without_kernels = mock.patch.multiple(ops, decode=reference.decode, collect=reference.collect, descent_block=reference.descent_block)
 
     def __init__(self, spec: QuantSpec):
         with self.formats:
             super().__init__(QuantSpec(spec.rows, spec.cols, 4, 3, spec.rows, spec.cols, spec.scale_block))
 
     def error(self, layer, recipe):
-        with self.formats, self.plain:
+        with self.formats, self.without_kernels:
             return super().error(layer, recipe)
 
     def column_pass(self, made, factor, order, recipe, centroids):
