@@ -24,7 +24,8 @@ rows go to bench/results/quality-MODEL.json (or --json FILE); those that are the
 --seeds as their mean and half of their range.  The layer errors are those of the linears' outputs in the quantized model as it runs,
 on calibration and on other text.  gptq-64, gptq-128: integers in groups of 64 or 128 columns by GPTQ, block by block like the others.
 hqq-64: such integers by the package hqq.  gguf: what llama.cpp makes of a .gguf file at its smallest type without an importance matrix.
-gptvq+loss: tokens weighted by the loss gradient, Recipe(token_weights="loss").  +tune: codebooks learn on as by `gptvq tune`.
+gptvq+loss: tokens weighted by the loss gradient, Recipe(token_weights="loss").  gptvq+distill: codebooks learn block by block on the
+calibration text, Recipe(distill=2).  +tune: codebooks learn on as by `gptvq tune`.
 gptvq+mixed: layers in several presets, of the size of the one named, as by `gptvq plan --target-bpv`.  Measured only if named: gptvq-own
 (layers solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the
 heads' values, and on the residual stream too).

@@ -37,12 +37,12 @@ from .presets import speed
 from .rotation import rotate
 
 METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune",
-           "gptvq+mixed")
+           "gptvq+distill", "gptvq+distill+tune", "gptvq+mixed")
 SEEDLESS = (*NO_PRESET, "rtn", "hqq-64")                        # no calibration text, nothing drawn at random
 TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation")          # measured only where --methods names them
 ROTATED = {"gptvq+heads": False, "gptvq+rotation": True}        # whether the residual stream is rotated too
 SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"),
-            **dict.fromkeys(("gptvq+mixed", *ROTATED), Recipe())}
+            "gptvq+distill": Recipe(distill=2), **dict.fromkeys(("gptvq+mixed", *ROTATED), Recipe())}
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:"
 TOPICS = "Python's own documentation"
 _PROBE = 1024                   # tokens of a sample on which the outputs of layers are compared

@@ -52,6 +52,8 @@ def formats(p: argparse.ArgumentParser) -> None:
     p.add_argument("--method", choices=METHODS, help="gptvq: our recipe (default); paper: the published procedure")
     p.add_argument("--token-weights", choices=TOKEN_WEIGHTS[1:], help="loss: tokens count by the gradient of the model's loss; takes the whole "
                    "model in memory (default: all count the same)")
+    p.add_argument("--distill", type=positive, metavar="N", help="the codebooks of each block learn N times through the calibration text to give "
+                   "the dense block's output (default: they do not)")
     p.add_argument("--seed", type=int, help="picks the calibration sequences, default 0")
     p.add_argument("--config", metavar="FILE", help="all of this from a file that `gptvq plan --out` wrote")
 
@@ -59,9 +61,9 @@ def formats(p: argparse.ArgumentParser) -> None:
 def config_from(args: argparse.Namespace) -> VQConfig:
     """The VQConfig that the options of `gptvq quantize` and `gptvq plan` describe."""
     if args.config is None:
-        recipe = (Recipe.paper if args.method == "paper" else Recipe)(token_weights=args.token_weights or "")
+        recipe = (Recipe.paper if args.method == "paper" else Recipe)(token_weights=args.token_weights or "", distill=args.distill or 0)
         return VQConfig.preset(args.preset or "2d-2.25", rules=tuple(args.rule), recipe=recipe, seed=args.seed or 0, head=args.head or "")
-    given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "head", "method", "token_weights", "seed") if getattr(args, name)]
+    given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "head", "method", "token_weights", "distill", "seed") if getattr(args, name)]
     if given:
         raise ConfigError(f"--config holds what {', '.join(given)} would say; give one or the other")
     try:

@@ -40,6 +40,7 @@ class Recipe:
     block_cols: int = 128           # lazy-update block
     compensate: float = 1.0         # share of the quantized model's drift so far that a layer makes up for; 0: none, its own weight
     token_weights: str = ""         # how much a token counts in the Hessians: all the same, or by the "loss" gradient at the outputs
+    distill: int = 0                # times that the codebooks of each block learn through the calibration samples, towards the dense block's output
     dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
 
     def __post_init__(self):
@@ -53,7 +54,8 @@ class Recipe:
             raise ConfigError(f"damp must be a positive number, got {self.damp!r}")
         if self.token_weights not in TOKEN_WEIGHTS:
             raise ConfigError(f"token_weights must be one of {TOKEN_WEIGHTS}, got {self.token_weights!r}")
-        for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4)):
+        for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4),
+                            ("distill", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -63,6 +65,8 @@ class Recipe:
             raise ConfigError(f"block_cols must be a multiple of 4, got {self.block_cols}")
         if self.token_weights and not self.compensate:
             raise ConfigError(f"token_weights={self.token_weights!r} needs compensate above 0: tokens are weighed where the two models are compared")
+        if self.distill and not self.compensate:
+            raise ConfigError(f"distill={self.distill} needs compensate above 0: the dense model's hidden states are kept only then")
         if self.method == "paper" and (self.order, self.passes, self.sweeps, self.compensate) != ("sequential", 1, 0, 0):
             raise ConfigError('method="paper" is one sequential pass without sweeps or compensation: use Recipe.paper()')
 

@@ -37,7 +37,8 @@ PROBE_SAMPLES, SENSITIVITY_SAMPLES = 4, 8
 _CUTS = (0, 1, 1, 1, 1, 2, 2, 3, 4)     # of the probe's chunks: as many sums wait for each other as in a run
 _ALIKE = 4                          # linears of one shape and format that are solved
 _CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
-_UNCOUNTED = "time and memory for weighing the tokens, which takes the whole model at once, are not counted"
+_UNCOUNTED = {"token_weights": "time and memory for weighing the tokens, which takes the whole model at once, are not counted",
+              "distill": "time and memory for learning the codebooks of each block are not counted"}
 
 
 @dataclass
@@ -153,12 +154,14 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     checking += (whole if device.type == "cpu" else 0) - (0 if stream.streamed else dense - packed)
     ahead = probe.ahead if reads_ahead(stream, device) and len(stream.blocks) > 1 else (0, 0)
     peak_ram = max(surveyed.peak, logits + probe.peak(False, 0 if files_only else samples) + ahead[0], checking)
+    warnings = [text for block in stream.blocks for text in stream.warnings[block.name]]
+    warnings += [text for option, text in _UNCOUNTED.items() if getattr(config.recipe, option)]
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
                 max(probe.peak(True, samples) + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
-                [text for block in stream.blocks for text in stream.warnings[block.name]] + [_UNCOUNTED] * bool(config.recipe.token_weights))
+                warnings)
 
 
 class _Probe:

@@ -12,6 +12,7 @@ from . import checkpoint, ranks
 from .calibration import calibration_windows, describe, require_usable, tokens_sha256
 from .check import compare, held_out_tokens
 from .config import VQConfig
+from .distill import distill_block, require_learnable
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
 from .head import (
@@ -53,8 +54,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     None does without.  strict: whatever would be a warning or a repair in the report is an error.
     Memory: of a folder's model one block at a time; two hidden states of every calibration token (the dense model's and the
     quantized one's) and, for the block at hand, about four more, in files where they are large.  `Recipe(compensate=0)`
-    needs only one; `Recipe(token_weights="loss")` needs the whole model, and the activations of one sample.  The report holds the
-    quantized model (`.model`, runs at once) and the tokenizer.
+    needs only one; `Recipe(token_weights="loss")` needs the whole model, and `Recipe(distill=1)` a block, with the activations of one
+    sample.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
     Where torch.distributed is initialized, all its processes make this call with the same arguments and share the work; `out` is
     one folder that all of them see.  The result is the same, byte by byte, as of one process.
     Raises ConfigError for unusable arguments, before any work, ResumeMismatch where `out` holds another job, NumericalError
@@ -97,6 +98,8 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
         trim_memory()
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
+    if config.recipe.distill:
+        require_learnable(specs)
     head = find_head(stream) if config.head else None
     specs |= head.specs(config) if head is not None else {}
     report.model_name, report.tokenizer = stream.name, stream.tokenizer
@@ -190,6 +193,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                                             activations.scratch)
         for stage in order:
             packed |= _solve_stage(stage, block, linears, hidden, compared, samples, specs, stream, run, gradients)
+        if recipe.distill and packed:
+            packed = distill_block(block, packed, hidden, dense, run)
         for full, record in kept.items():
             packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
             run.report.layers.append(record)

@@ -37,6 +37,7 @@ class LayerRecord:
     sha256: str = ""
     dropped: int = 0                # tokens of batches that were not finite
     dead: int = 0                   # input columns that were always zero
+    distilled: list[float] = field(default_factory=list)       # of Recipe(distill): its block's output error before and after; `error` is from before
 
     @property
     def rows(self) -> int:

@@ -1,7 +1,6 @@
 """tune(): the codebooks, norms and biases of a packed model learn to give the dense model's outputs; indices and format stay."""
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,65 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, codebook, ops
+from . import checkpoint
 from .calibration import calibration_tokens, tokens_sha256
 from .embedding import TiedEmbedding, VQEmbedding
-from .errors import ConfigError, NumericalError
+from .errors import ConfigError
+from .learning import Learning
 from .linear import VQLinear
 from .report import Report
-from .scaling import scales_of
 from .storage import digest_of
-from .weight import VQWeight, unpack_scale_codes
 
 _CHUNK = 256                    # positions per float32 log-softmax
-
-
-class _Decode(torch.autograd.Function):
-    """Centroids [row groups, strips, K, d] -> W [rows, vectors d], and the sums of W's gradient over each centroid's vectors back."""
-
-    @staticmethod
-    def forward(ctx, centroids, index, strip, scale, group_rows):
-        ctx.save_for_backward(index, strip, scale)
-        ctx.group_rows, ctx.shape = group_rows, tuple(centroids.shape[:3])
-        return ops.decode(index, centroids, strip, scale, group_rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, strip, scale = ctx.saved_tensors
-        values = grad.float().view(*index.shape, -1)
-        sums = ops.collect(index, values if scale is None else values * scale.unsqueeze(-1), strip, ctx.group_rows, ctx.shape)
-        return sums.to(grad.dtype), None, None, None, None
-
-
-class LearningLinear(nn.Module):
-    """A packed linear with float codebooks that learn: `table` holds them in units of the largest entry that int8 and gs can store."""
-
-    def __init__(self, layer: VQLinear):
-        super().__init__()
-        spec = layer.spec
-        if spec.svd_rank:
-            raise ConfigError(f"{layer.name}: SVD codebooks cannot be tuned; quantize with svd_rank=0")
-        self.spec, self.name, self.buffers_before = spec, layer.name, layer.packed.buffers
-        device = layer.idx.device
-        self.index = layer.packed.codes()
-        self.strip = torch.arange(spec.vectors, device=device) * spec.dim // spec.group_cols
-        self.scale = None
-        if spec.scale_block:
-            block = torch.arange(spec.vectors, device=device) * spec.dim // spec.scale_block
-            self.scale = scales_of(unpack_scale_codes(layer.sc, spec), layer.sz)[:, block].contiguous()
-        self.unit = 127 * layer.gs.float()[..., None, None]
-        self.table = nn.Parameter(layer.packed.codebook().transpose(2, 3).float() / 127)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        W = _Decode.apply(self.table * self.unit, self.index, self.strip, self.scale, self.spec.group_rows)
-        return F.linear(x, W[:, : self.spec.cols].to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def frozen(self) -> VQLinear:
-        """The packed linear with the codebooks as they are now, rounded to int8."""
-        compressed = codebook.compress(self.table.detach() * self.unit)
-        vq = VQWeight(self.spec, {**self.buffers_before, **compressed.tables, "gs": compressed.gs})
-        return VQLinear.from_weight(vq, self.bias, self.name)
 
 
 def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | os.PathLike, *, calibration, samples: int = 256,
@@ -113,58 +63,22 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
               if isinstance(module, VQLinear) and not isinstance(module, VQEmbedding) and module not in tied}
     if not layers:
         raise ConfigError("tune: got a model without packed linears; quantize it first")
-    learners = {name: LearningLinear(layer) for name, layer in layers.items()}
-    steps = tokens.split(batch)
-    training, wanted = model.training, {p: p.requires_grad for p in model.parameters()}
+    steps, training, losses = tokens.split(batch), model.training, []
     place = next(model.parameters()).device
-    small, before, lost = [], [], False
+    model.train()
     try:
-        for name, learner in learners.items():
-            model.set_submodule(name, learner)
-        small = [p for p in model.parameters() if p.ndim == 1]
-        before = [p.detach().clone() for p in small]
-        for p in model.parameters():
-            p.requires_grad_(p.ndim == 1)
-        tables = [learner.table.requires_grad_() for learner in learners.values()]
-        masters = [p.detach().float().requires_grad_() for p in small]      # bfloat16 parameters would swallow small steps
-        optimizer = torch.optim.Adam([*tables, *masters], lr=rate, betas=(0.9, 0.95))
-        warm = max(1, len(steps) // 10)
-        plan = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (len(steps) - i) / len(steps)))
-        losses = []
-        model.train()
-        for i, ids in enumerate(steps):
-            ids = ids.to(place)
-            with torch.no_grad():
-                target = dense(input_ids=ids, use_cache=False).logits
-            loss = _divergence(target, model(input_ids=ids, use_cache=False).logits)
-            if not math.isfinite(loss.item()):
-                raise NumericalError(f"tune: the loss of step {i + 1} is {loss.item()}; try a smaller rate than {rate}")
-            loss.backward()
-            for master, p in zip(masters, small):
-                master.grad, p.grad = None if p.grad is None else p.grad.float(), None
-            torch.nn.utils.clip_grad_norm_([*tables, *masters], 1.0)
-            optimizer.step()
-            plan.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for master, p in zip(masters, small):
-                    p.copy_(master)
-            losses.append(loss.item())
-            if progress is not None:
-                progress(i + 1, len(steps), losses[-1])
-        return losses
-    except NumericalError:
-        lost = True
-        raise
+        with Learning(model, layers, len(steps), rate, small=True) as learning:
+            for i, ids in enumerate(steps):
+                ids = ids.to(place)
+                with torch.no_grad():
+                    target = dense(input_ids=ids, use_cache=False).logits
+                loss = _divergence(target, model(input_ids=ids, use_cache=False).logits)
+                losses.append(learning.step(loss, f"tune: the loss of step {i + 1}"))
+                if progress is not None:
+                    progress(i + 1, len(steps), losses[-1])
     finally:
-        for name, learner in learners.items():
-            model.set_submodule(name, layers[name] if lost else learner.frozen())
-        for p, old in zip(small, before) if lost else ():
-            p.data.copy_(old)
         model.train(training)
-        for p in model.parameters():
-            p.requires_grad_(wanted.get(p, False))
-            p.grad = None
+    return losses
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:

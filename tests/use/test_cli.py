@@ -75,6 +75,8 @@ def test_options_become_the_configuration():
     assert config.rules == (("*.a=b", "2d-3.125"), ("*.b", None)) and config.seed == 5 and config.recipe.method == "paper"
     weighted = cli.config_from(cli.parser().parse_args(["quantize", "m", "o", "--calibration", "t", "--token-weights", "loss"]))
     assert weighted.recipe.token_weights == "loss" and config.recipe.token_weights == ""
+    learning = cli.config_from(cli.parser().parse_args(["quantize", "m", "o", "--calibration", "t", "--distill", "2"]))
+    assert (learning.recipe.distill, config.recipe.distill) == (2, 0)
     assert config.scale_block == 64 and (config.dim, config.group_size) == (1, VQConfig.preset("1d-2.25").group_size * 2)
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import gptvq
+from gptvq.learning import LearningLinear
 from gptvq.linear import VQLinear
-from gptvq.tune import LearningLinear, tune
+from gptvq.tune import tune
 from job.tiny_models import build, logits, preset
 
 IDS = torch.arange(16 * 24).view(16, 24) * 5 % 251

@@ -1,0 +1,72 @@
+"""Block-wise distillation: the codebooks of a block's linears learn together to give the dense block's output."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ranks
+from .errors import ConfigError
+from .job import Run
+from .learning import Learning
+from .linear import VQLinear
+from .model import Block
+from .spec import QuantSpec
+from .storage import digest_of
+
+RATE = 1e-3                     # of Adam, codebooks in units of their largest entry
+_LEAST = 1e-12                  # of a token's squared norm, lest padding of zeros divide by zero
+
+
+def require_learnable(specs: dict[str, QuantSpec]) -> None:
+    """Raises ConfigError where `distill` cannot work, before any work is done."""
+    if ranks.size() > 1:
+        raise ConfigError(f"distill: got {ranks.size()} processes, the codebooks of a block learn in one; start one, or leave distill at 0")
+    for name, spec in specs.items():
+        if spec.svd_rank:
+            raise ConfigError(f"distill: {name} has SVD codebooks, which cannot learn; set svd_rank to 0, or leave distill at 0")
+
+
+def distill_block(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor], dense: Sequence[Tensor],
+                  run: Run) -> dict[str, VQLinear]:
+    """Of a run: `distill` on the block whose linears were solved last -> its packed linears, noted in their records."""
+    run.progress.stage("learning the codebooks")
+    with run.timed("distill"):
+        packed, errors = distill(block, packed, hidden, dense, run.config.recipe.distill, run.device)
+    for record in run.report.layers[-len(packed):]:
+        record.distilled, record.sha256 = list(errors), digest_of(packed[record.name].packed.buffers.values())
+    return packed
+
+
+def distill(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor], wanted: Sequence[Tensor], epochs: int,
+            device: torch.device) -> tuple[dict[str, VQLinear], tuple[float, float]]:
+    """-> (the linears with the codebooks they have now, the error of the block's output before and after).
+
+    packed: those linears of the block that learn, by their names in the model.  hidden, wanted [1, tokens, width] per sample: what enters
+    the block in the quantized stream, and what left it in the dense one.  A step takes one sample; all of them are gone through `epochs`
+    times.  The error is the mean over tokens of |y - wanted|^2 / |wanted|^2, y the block's output: relative to each token, as the norm
+    behind it reads it, lest the few huge tokens of a residual stream outweigh all others.  Where it does not fall, the linears come back as
+    they were.
+    """
+    def error(place: int) -> Tensor:
+        target = wanted[place].to(device).float()
+        missed = (block(hidden[place].to(device)).float() - target).square().sum(-1)
+        return (missed / target.square().sum(-1).clamp_min(_LEAST)).mean()
+
+    def install(linears: dict[str, VQLinear]) -> float:
+        for name, linear in linears.items():            # unpacked once, not for every sample
+            block.module.set_submodule(name, linear.to_dense(hidden[0].dtype))
+        return sum(float(error(place)) for place in range(len(hidden))) / len(hidden)
+
+    inside = {name.removeprefix(block.name + "."): linear for name, linear in packed.items()}
+    before, steps = install(inside), epochs * len(hidden)
+    with Learning(block.module, inside, steps, RATE, small=False) as learning, torch.enable_grad():
+        for i in range(steps):
+            learning.step(error(i % len(hidden)), f"{block.name}: the error of its output in learning step {i + 1}")
+    learnt = {name: block.module.get_submodule(name) for name in inside}
+    after = install(learnt)
+    if not after < before:
+        install(inside)
+        return packed, (before, before)
+    return {f"{block.name}.{name}": linear for name, linear in learnt.items()}, (before, after)

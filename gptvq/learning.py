@@ -1,0 +1,123 @@
+"""Packed linears whose codebooks learn by gradients, while their indices and their format stay."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import codebook, ops
+from .errors import ConfigError, NumericalError
+from .linear import VQLinear
+from .scaling import scales_of
+from .weight import VQWeight, unpack_scale_codes
+
+
+class _Decode(torch.autograd.Function):
+    """Centroids [row groups, strips, K, d] -> W [rows, vectors d], and the sums of W's gradient over each centroid's vectors back."""
+
+    @staticmethod
+    def forward(ctx, centroids, index, strip, scale, group_rows):
+        ctx.save_for_backward(index, strip, scale)
+        ctx.group_rows, ctx.shape = group_rows, tuple(centroids.shape[:3])
+        return ops.decode(index, centroids, strip, scale, group_rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, strip, scale = ctx.saved_tensors
+        values = grad.float().view(*index.shape, -1)
+        sums = ops.collect(index, values if scale is None else values * scale.unsqueeze(-1), strip, ctx.group_rows, ctx.shape)
+        return sums.to(grad.dtype), None, None, None, None
+
+
+class LearningLinear(nn.Module):
+    """A packed linear with float codebooks that learn: `table` holds them in units of the largest entry that int8 and gs can store."""
+
+    def __init__(self, layer: VQLinear):
+        super().__init__()
+        spec = layer.spec
+        if spec.svd_rank:
+            raise ConfigError(f"{layer.name}: SVD codebooks cannot learn; quantize with svd_rank=0")
+        self.spec, self.name, self.buffers_before = spec, layer.name, layer.packed.buffers
+        device = layer.idx.device
+        self.index = layer.packed.codes()
+        self.strip = torch.arange(spec.vectors, device=device) * spec.dim // spec.group_cols
+        self.scale = None
+        if spec.scale_block:
+            block = torch.arange(spec.vectors, device=device) * spec.dim // spec.scale_block
+            self.scale = scales_of(unpack_scale_codes(layer.sc, spec), layer.sz)[:, block].contiguous()
+        self.unit = 127 * layer.gs.float()[..., None, None]
+        self.table = nn.Parameter(layer.packed.codebook().transpose(2, 3).float() / 127)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = _Decode.apply(self.table * self.unit, self.index, self.strip, self.scale, self.spec.group_rows)
+        return F.linear(x, W[:, : self.spec.cols].to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def frozen(self) -> VQLinear:
+        """The packed linear with the codebooks as they are now, rounded to int8."""
+        compressed = codebook.compress(self.table.detach() * self.unit)
+        vq = VQWeight(self.spec, {**self.buffers_before, **compressed.tables, "gs": compressed.gs})
+        return VQLinear.from_weight(vq, self.bias, self.name)
+
+
+class Learning:
+    """Within it, LearningLinears are in the places of packed `layers` {name: module} of `model`; `step` has them learn.
+
+    Adam; the rate rises over a tenth of the steps and falls to 0.  With `small`, parameters of one dimension learn too, such as norms and
+    biases.  Afterwards the layers are packed again, also after an error; after a NumericalError all is as it was.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, VQLinear], steps: int, rate: float, small: bool):
+        self.model, self.layers, self.steps, self.rate = model, layers, steps, rate
+        self.learners = {name: LearningLinear(layer) for name, layer in layers.items()}
+        self.small = [p for p in model.parameters() if p.ndim == 1] if small else []
+        self.before = [p.detach().clone() for p in self.small]
+        self._wanted = {p: p.requires_grad for p in model.parameters()}
+
+    def __enter__(self) -> Learning:
+        try:
+            for name, learner in self.learners.items():
+                self.model.set_submodule(name, learner)
+            for p in self.model.parameters():
+                p.requires_grad_(False)
+            for p in self.small:
+                p.requires_grad_(True)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        tables = [learner.table.requires_grad_() for learner in self.learners.values()]
+        self._masters = [p.detach().float().requires_grad_() for p in self.small]       # bfloat16 parameters would swallow small steps
+        self._all = [*tables, *self._masters]
+        self._optimizer = torch.optim.Adam(self._all, lr=self.rate, betas=(0.9, 0.95))
+        warm = max(1, self.steps // 10)
+        self._plan = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda i: min((i + 1) / warm, (self.steps - i) / self.steps))
+        return self
+
+    def step(self, loss: Tensor, what: str) -> float:
+        """Moves everything against the gradient of `loss` -> its value.  Raises NumericalError, naming `what`, where it is not finite."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NumericalError(f"{what} is {value}; try a smaller rate than {self.rate}")
+        loss.backward()
+        for master, p in zip(self._masters, self.small):
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        nn.utils.clip_grad_norm_(self._all, 1.0)
+        self._optimizer.step()
+        self._plan.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for master, p in zip(self._masters, self.small):
+                p.copy_(master)
+        return value
+
+    def __exit__(self, kind, *_) -> None:
+        lost = kind is not None and issubclass(kind, NumericalError)
+        for name, learner in self.learners.items():
+            self.model.set_submodule(name, self.layers[name] if lost else learner.frozen())
+        for p, old in zip(self.small, self.before) if lost else ():
+            p.data.copy_(old)
+        for p in self.model.parameters():
+            p.requires_grad_(self._wanted.get(p, False))
+            p.grad = None

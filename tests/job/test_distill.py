@@ -1,0 +1,137 @@
+"""Codebooks of a block that learn together: nearer to the dense block, indices and size as before, and a job like any other."""
+import copy
+
+import pytest
+import torch
+from job.tiny_models import QUICK, build, logits
+
+import gptvq
+from gptvq.config import Recipe, VQConfig
+from gptvq.distill import distill, require_learnable
+from gptvq.errors import ConfigError
+from gptvq.learning import LearningLinear
+from gptvq.linear import VQLinear
+from gptvq.model import find_blocks, linears, record_calls, unfuse_experts
+from gptvq.plan import plan
+from gptvq.report import Progress
+from gptvq.solver import quantize_weight
+
+CPU = torch.device("cpu")
+
+
+def config(label="2d-2.25", distill=2, **changes):
+    return VQConfig.preset(label, recipe=Recipe(**{**QUICK.__dict__, "distill": distill}), **changes)
+
+
+def opened(name, ids, dtype=torch.float32):
+    """(a block with roughly packed linears, those, what enters it, what leaves it when dense)"""
+    model = build(name, dtype)
+    block = find_blocks(model, ids[:1])[0]
+    unfuse_experts(model, [block])
+    record_calls(model, [block], ids[:1], CPU)
+    width = model.get_input_embeddings().weight.shape[1]
+    hidden = [torch.randn(1, ids.shape[1], width).to(dtype) for _ in ids]
+    with torch.no_grad():
+        wanted = [block(state) for state in hidden]
+    packed = {}
+    for full, linear in linears(block.module, block.name).items():
+        weight = (linear.weight.T if name == "gpt2" else linear.weight).detach().float()
+        vq = quantize_weight(weight, torch.eye(weight.shape[1]), VQConfig.preset("2d-2.25", recipe=QUICK))
+        packed[full] = VQLinear.from_weight(vq, linear.bias, full)
+    return block, packed, hidden, wanted
+
+
+def error(block, hidden, wanted):
+    with torch.no_grad():
+        return float(torch.stack([((block(x) - y).double().square().sum(-1) / y.double().square().sum(-1)).mean()
+                                  for x, y in zip(hidden, wanted)]).mean())
+
+
+@pytest.mark.parametrize("name, dtype", [("llama", torch.float32), ("gpt2", torch.float32), ("mixtral", torch.float32),
+                                         ("llama", torch.bfloat16)])
+def test_the_block_gets_nearer_to_the_dense_one(name, dtype, ids, monkeypatch):
+    monkeypatch.setattr("gptvq.distill.RATE", 5e-3)           # few steps
+    block, packed, hidden, wanted = opened(name, ids, dtype)
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in block.module.named_parameters() if p.ndim == 1 and "bias" not in n}
+    with torch.no_grad():
+        learnt, (first, last) = distill(block, packed, hidden, wanted, 3, CPU)
+    assert last < 0.97 * first and list(learnt) == list(packed)
+    assert last == pytest.approx(error(block, hidden, wanted), rel=1e-3 if dtype == torch.float32 else 0.05)
+    for full, linear in learnt.items():
+        assert linear.spec == packed[full].spec and torch.equal(linear.idx, packed[full].idx)
+        dense = block.module.get_submodule(full.removeprefix(block.name + "."))
+        assert type(dense) is torch.nn.Linear and torch.equal(dense.weight, linear.dequantize(dtype))
+    for n, p in block.module.named_parameters():
+        assert p.grad is None and (n not in before or torch.equal(p, before[n][0]) and p.requires_grad == before[n][1])
+    for full, linear in packed.items():                     # what it reports as "before" is the block with the given linears
+        block.module.set_submodule(full.removeprefix(block.name + "."), linear.to_dense(dtype))
+    assert first == pytest.approx(error(block, hidden, wanted), rel=1e-3 if dtype == torch.float32 else 0.05)
+
+
+def test_what_does_not_help_is_not_kept(ids):
+    """The target is what the packed block gives already: any step leads away from it."""
+    block, packed, hidden, _ = opened("llama", ids)
+    for full, linear in packed.items():
+        block.module.set_submodule(full.removeprefix(block.name + "."), linear.to_dense())
+    with torch.no_grad():
+        wanted = [block(state) for state in hidden]
+        learnt, errors = distill(block, packed, hidden, wanted, 1, CPU)
+    assert learnt == packed and errors[0] == errors[1] and error(block, hidden, wanted) == pytest.approx(errors[0], abs=1e-12)
+
+
+def test_a_whole_job(tmp_path, ids):
+    """Nearer to the dense model than without, of a folder as of a module, the same bytes again, and hashes that are right."""
+    dense = build()
+    dense.save_pretrained(tmp_path / "model")
+    wanted = logits(dense, ids)
+    plain = gptvq.quantize(copy.deepcopy(dense), None, config(distill=0), calibration=ids, device="cpu")
+    report = gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
+    again = gptvq.quantize(copy.deepcopy(dense), None, config(), calibration=ids, device="cpu")
+    assert [r.sha256 for r in report.layers] == [r.sha256 for r in again.layers]
+    assert sum(a.sha256 != b.sha256 for a, b in zip(plain.layers, report.layers)) > len(plain.layers) / 2
+    assert report.bits_per_value == plain.bits_per_value and not report.warnings and report.stages["distill"] > 0
+    for record in gptvq.Report.load(tmp_path / "out").layers:
+        assert 0 < record.distilled[1] <= record.distilled[0]
+    assert {tuple(r.distilled) for r in plain.layers} == {()} and len({tuple(r.distilled) for r in report.layers}) == 2
+    assert gptvq.verify(tmp_path / "out").layers == len(report.layers)
+    assert torch.equal(logits(gptvq.load(tmp_path / "out"), ids), logits(again.model, ids))
+    off = [float((logits(model, ids) - wanted).square().mean()) for model in (again.model, plain.model)]
+    assert off[0] < off[1]
+    assert not any(isinstance(module, LearningLinear) for module in again.model.modules())
+
+
+def test_ctrl_c_loses_nothing(tmp_path, ids):
+    """Stopped while the second block learns, the same call goes on behind the first and gives the same bytes."""
+    build().save_pretrained(tmp_path / "model")
+    whole = gptvq.quantize(tmp_path / "model", None, config(), calibration=ids, device="cpu")
+
+    class Stop(Progress):
+        seen = 0
+
+        def stage(self, text):
+            self.seen += text == "learning the codebooks"
+            if self.seen == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None, progress=Stop())
+    report = gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
+    assert [(r.sha256, r.distilled) for r in report.layers] == [(r.sha256, r.distilled) for r in whole.layers]
+
+
+def test_bad_settings(ids, monkeypatch):
+    with pytest.raises(ConfigError, match="distill=1 needs compensate"):
+        Recipe(distill=1, compensate=0)
+    with pytest.raises(ConfigError, match="distill must be an integer >= 0"):
+        Recipe(distill=-1)
+    with pytest.raises(ConfigError, match="k_proj has SVD codebooks.*svd_rank"):
+        gptvq.quantize(build(), None, config(rules=(("*k_proj", {"dim": 1, "index_bits": 3, "group_size": 512, "svd_rank": 2}),)),
+                       calibration=ids, device="cpu")
+    monkeypatch.setattr("gptvq.ranks.size", lambda: 2)
+    with pytest.raises(ConfigError, match="got 2 processes"):
+        require_learnable({})
+
+
+def test_a_plan_says_what_it_does_not_count(ids):
+    assert any("learning the codebooks" in text for text in plan(build(), config(), calibration=ids, device="cpu").warnings)
+    assert not plan(build(), config(distill=0), calibration=ids, device="cpu").warnings
