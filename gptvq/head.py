@@ -56,7 +56,7 @@ class Head(Block):
         return {name: VQConfig.preset(config.head).spec(*self.model.get_submodule(name).weight.shape, name) for name in names}
 
     def __call__(self, hidden: Tensor) -> None:
-        with _skipped(self.blocks, hidden.to(self.module.weight.device)):
+        with skipped(self.blocks, hidden.to(self.module.weight.device)):
             self.reach(torch.zeros(hidden.shape[:2], dtype=torch.int64))
 
     def reach(self, tokens: Tensor) -> None:
@@ -180,7 +180,7 @@ def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recip
 
 
 @contextlib.contextmanager
-def _skipped(blocks: Sequence[Block], hidden: Tensor) -> Iterator[None]:
+def skipped(blocks: Sequence[Block], hidden: Tensor) -> Iterator[None]:
     """Within it the blocks give `hidden`, whatever they are called with."""
     before = [block.module.__dict__.get("forward") for block in blocks]
     for block in blocks:

@@ -32,8 +32,8 @@ from .spec import QuantSpec
 from .storage import writing
 from .stream import BlockStream, open_stream, reads_ahead, states_on_device, states_on_disk
 
-#: Sequences that the tried block sees, and that sensitivities are measured on.
-PROBE_SAMPLES, SENSITIVITY_SAMPLES = 4, 8
+#: Sequences that the tried block sees, that layer errors are measured on, and gradients of the loss.
+PROBE_SAMPLES, SENSITIVITY_SAMPLES, GRADIENT_SAMPLES = 4, 8, 4
 _CUTS = (0, 1, 1, 1, 1, 2, 2, 3, 4)     # of the probe's chunks: as many sums wait for each other as in a run
 _ALIKE = 4                          # linears of one shape and format that are solved
 _CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
@@ -64,6 +64,7 @@ class Plan:
     peak_gpu: int
     probe: dict[str, Any]
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -91,7 +92,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     that the run will write to, where a temporary journal is timed; None is the system's place for temporary files.
 
     With target_bytes (of all tensors) or target_bits (per quantized weight) every layer gets one of `presets`, so that the target is met
-    and the summed layer error is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
+    and the estimated rise of the loss is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
     random tokens.  A model given as a module has its fused experts unfused.  Raises ConfigError for a target out of reach, NumericalError
     for non-finite weights.
     """
@@ -117,7 +118,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     seconds["survey"] = _clock(device) - opened
     surveyed = resident_memory(reset=True)
     head = find_head(stream) if config.head else None
-    errors: dict = {}
+    errors, shares = {}, {}
     if targeted:
         choices = mixed.candidates(config, presets, stream.shapes)
         rest = stream.nbytes - sum(stream.weight_bytes[full] for full in choices)
@@ -128,7 +129,8 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
         mixed.check_budget(choices, budget, rest)
         stream.require_finite(choices)
         errors = mixed.sensitivities(stream, tokens[:SENSITIVITY_SAMPLES], choices, device, progress)
-        config = mixed.within_budget(config, choices, errors, budget)
+        shares = mixed.loss_shares(stream, tokens[:GRADIENT_SAMPLES], choices, device, progress)
+        config = mixed.within_budget(config, choices, errors, shares, budget)
         errors = {full: found for full, found in errors.items() if None not in found}
     specs = config.resolve(stream.shapes)
     stream.require_finite(specs)
@@ -161,7 +163,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.2
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
                 max(probe.peak(True, samples) + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
-                warnings)
+                shares, warnings)
 
 
 class _Probe:

@@ -55,8 +55,10 @@ def test_of_a_folder_one_block_is_in_memory_at_a_time(name, ids, tmp_path, monke
     found = plan(tmp_path / "dense", preset(), **target)
     assert set(most) == {1}
     first, second = dict.fromkeys(blocks)
-    assert blocks == [first, second, first, second, first, second, second]      # survey, errors, up to the tried one, which is timed first
-    for field in ("config", "specs", "packed_bytes", "dense_bytes", "other_bytes", "journal_bytes", "errors", "bits_per_value", "disk"):
+    # survey, errors, gradients forwards and back, up to the tried one, which is timed first
+    assert blocks == [first, second, first, second, first, second, second, first, first, second, second]
+    for field in ("config", "specs", "packed_bytes", "dense_bytes", "other_bytes", "journal_bytes", "errors", "shares", "bits_per_value",
+                  "disk"):
         assert getattr(found, field) == getattr(want, field), field
     assert set(found.seconds) == set(want.seconds) and all(s > 0 for s in found.seconds.values())
 
@@ -143,7 +145,8 @@ def test_a_target_is_met_and_not_by_chance(bits, ids):
         more = gptvq.VQConfig.preset("2d-4.125").spec(*shape(found.specs[name])).nbytes - least(found, name)
         if more <= left:
             naive[name], left = "2d-4.125", left - more
-    total = {which: sum(found.errors[name][p] for name, p in picked.items()) for which, picked in (("chosen", chosen), ("naive", naive))}
+    total = {which: sum(found.shares[name] * found.errors[name][p] for name, p in picked.items())
+             for which, picked in (("chosen", chosen), ("naive", naive))}
     assert total["chosen"] < total["naive"]
     report = gptvq.quantize(build(), None, found.config, calibration=ids)
     assert report.packed_bytes == found.packed_bytes

@@ -62,9 +62,9 @@ def test_a_budget_below_everything_is_refused():
 # ---- configurations
 
 def made_up(choices):
-    """Errors: the more bits the less, and layers of block 0 suffer most."""
-    return {name: {preset: (3 if ".0." in name else 1) * 4.0 ** -spec.index_bits for preset, spec in specs.items()}
-            for name, specs in choices.items()}
+    """Errors and shares: the more bits the less, and layers of block 0 suffer most."""
+    return ({name: {preset: 4.0 ** -spec.index_bits for preset, spec in specs.items()} for name, specs in choices.items()},
+            {name: 3.0 if ".0." in name else 1.0 for name in choices})
 
 
 @pytest.mark.parametrize("bits", [2.3, 2.5, 3.0, 3.7, 4.1])
@@ -72,7 +72,7 @@ def test_the_configuration_meets_the_budget(bits):
     config = VQConfig.preset("2d-2.25", seed=3)
     choices = mixed.candidates(config, mixed.CANDIDATES, SHAPES)
     budget = int(bits * sum(r * c for r, c in SHAPES.values()) / 8)
-    found = mixed.within_budget(config, choices, made_up(choices), budget)
+    found = mixed.within_budget(config, choices, *made_up(choices), budget)
     specs = VQConfig.from_dict(json.loads(json.dumps(found.to_dict()))).resolve(SHAPES)
     spent = sum(spec.nbytes for spec in specs.values())
     cheapest = min(b - a for options in choices.values() for a, b in itertools.pairwise(sorted(s.nbytes for s in options.values())))
@@ -87,7 +87,7 @@ def test_rules_of_the_user_stand():
     choices = mixed.candidates(config, mixed.CANDIDATES, SHAPES)
     assert "model.layers.1.up" not in choices and list(choices["model.layers.2.q"]) == [None] and len(choices["model.layers.0.q"]) == 3
     budget = sum(max(spec.nbytes for spec in specs.values()) for specs in choices.values())
-    specs = mixed.within_budget(config, choices, made_up(choices), budget).resolve(SHAPES)
+    specs = mixed.within_budget(config, choices, *made_up(choices), budget).resolve(SHAPES)
     before = config.resolve(SHAPES)
     assert set(specs) == set(before) and all(specs[name] == before[name] for name in ("model.layers.2.q", "model.layers.2.up"))
     assert all(spec.index_bits == 4 for name, spec in specs.items() if name not in ("model.layers.2.q", "model.layers.2.up"))
