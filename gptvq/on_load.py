@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint
-from .config import VQConfig
+from .config import DEFAULT_PRESET, VQConfig
 from .errors import ConfigError
 from .report import Progress, Report, RichProgress
 
@@ -29,7 +29,7 @@ class GptvqConfig(QuantizationConfigMixin):
     Raises ConfigError for a config or calibration of the wrong kind.
     """
 
-    def __init__(self, config: VQConfig | str = "2d-2.25", *, calibration=None, samples: int = 128, sequence_length: int = 2048,
+    def __init__(self, config: VQConfig | str = DEFAULT_PRESET, *, calibration=None, samples: int = 128, sequence_length: int = 2048,
                  device=None, tokenizer=None, out: str | os.PathLike | None = None, strict: bool = False, progress: Progress | None = None):
         if calibration is None:
             raise ConfigError("GptvqConfig: calibration: got None, need text to minimise the error on: calibration=\"calibration.txt\", "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import mixed
 from .ahead import locked_bytes
 from .calibration import calibration_windows, tokens_sha256
-from .config import VQConfig
+from .config import DEFAULT_PRESET, VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense
 from .errors import ConfigError
 from .evaluate import divergence_bytes
@@ -82,7 +82,7 @@ class Plan:
 
 
 @torch.no_grad()
-def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = "2d-2.25", *, calibration=None, samples: int = 128,
+def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT_PRESET, *, calibration=None, samples: int = 128,
          sequence_length: int = 2048, device=None, dtype="auto", target_bytes: int | None = None, target_bits: float | None = None,
          presets: Sequence[str] = mixed.CANDIDATES, progress: Progress | None = None, tokenizer=None,
          disk: str | os.PathLike | None = None) -> Plan:

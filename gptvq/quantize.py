@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint, ranks
 from .calibration import calibration_windows, describe, require_usable, tokens_sha256
 from .check import compare, held_out_tokens
-from .config import VQConfig
+from .config import DEFAULT_PRESET, VQConfig
 from .distill import distill_block, require_learnable
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
@@ -38,7 +38,7 @@ from .token_weights import loss_gradients, stage_weights
 from .weight import VQWeight
 
 
-def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None, config: VQConfig | str = "2d-2.25", *,
+def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None, config: VQConfig | str = DEFAULT_PRESET, *,
              calibration, samples: int = 128, sequence_length: int = 2048, device=None, dtype="auto", overwrite: bool = False,
              resume: str = "auto", redo: str | Sequence[str] = (), check="auto", strict: bool = False,
              progress: Progress | None = None, tokenizer=None) -> Report:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import codebook, ops
 from .codebook import Codebooks
-from .config import Recipe, VQConfig
+from .config import DEFAULT_PRESET, Recipe, VQConfig
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian, HessianFactor, pad
 from .problem import Problem, solvable, solving_bytes
@@ -64,7 +64,7 @@ class LayerRecord:
                 "bits_per_value": self.bits_per_value, "snr_db": self.snr_db}
 
 
-def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec | str = "2d-2.25") -> VQWeight:
+def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec | str = DEFAULT_PRESET) -> VQWeight:
     """W [rows, cols], H [cols, cols] or a Hessian -> VQWeight; `config` may be a VQConfig, a preset's name or a QuantSpec.
 
     Raises ConfigError for shapes that do not fit and NumericalError for non-finite values.
