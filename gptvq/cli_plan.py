@@ -100,13 +100,14 @@ def _show(found) -> None:
 
     from .report import clock, size
     table = Table(title=f"{found.model}: what quantizing it would give", box=SIMPLE_HEAD)
-    for name in ("linear", "shape", "format", "group", "bytes", "bits/value", *(["error %, short recipe"] if found.errors else [])):
+    for name in ("linear", "shape", "format", "group", "bytes", "bits/value", *(["error %, short recipe"] if found.errors else []),
+                 *(["adds to loss"] if found.shares else [])):
         table.add_column(name, justify="left" if name == "linear" else "right", no_wrap=True)
     for name, spec in found.specs.items():
-        errors = [f"{100 * error:.3f}" for preset, error in found.errors.get(name, {}).items()
-                  if VQConfig.preset(preset).spec(spec.rows, spec.cols) == spec]
+        errors = [error for preset, error in found.errors.get(name, {}).items() if VQConfig.preset(preset).spec(spec.rows, spec.cols) == spec]
+        measured = [f"{100 * error:.3f}" for error in errors] + [f"{found.shares[name] * error:.5f}" for error in errors if found.shares]
         table.add_row(name, f"{spec.rows} x {spec.cols}", spec.label, f"{spec.group_rows} x {spec.group_cols}", f"{spec.nbytes:,}",
-                      f"{spec.bits_per_value:.3f}", *errors)
+                      f"{spec.bits_per_value:.3f}", *measured)
     console = Console(markup=False)
     console.width = max(console.width, 140)
     console.print(table)

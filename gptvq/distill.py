@@ -1,13 +1,14 @@
 """Block-wise distillation: the codebooks of a block's linears learn together to give the dense block's output."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import ranks
-from .errors import ConfigError
+from .errors import ConfigError, NumericalError
 from .job import Run
 from .learning import Learning
 from .linear import VQLinear
@@ -20,12 +21,15 @@ _LEAST = 1e-12                  # of a token's squared norm, lest padding of zer
 
 
 def require_learnable(specs: dict[str, QuantSpec]) -> None:
-    """Raises ConfigError where `distill` cannot work, before any work is done."""
-    if ranks.size() > 1:
-        raise ConfigError(f"distill: got {ranks.size()} processes, the codebooks of a block learn in one; start one, or leave distill at 0")
+    """Raises ConfigError for formats that cannot learn, before any work is done."""
     for name, spec in specs.items():
         if spec.svd_rank:
             raise ConfigError(f"distill: {name} has SVD codebooks, which cannot learn; set svd_rank to 0, or leave distill at 0")
+
+
+def learning_bytes(specs: Iterable[QuantSpec]) -> int:
+    """Of the weights that learn: indices and scales, decoded values and gradients in float32 and in the model's dtype."""
+    return sum(20 * spec.rows * spec.cols for spec in specs)
 
 
 def distill_block(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor], dense: Sequence[Tensor],
@@ -46,26 +50,29 @@ def distill(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor],
     packed: those linears of the block that learn, by their names in the model.  hidden, wanted [1, tokens, width] per sample: what enters
     the block in the quantized stream, and what left it in the dense one.  A step takes one sample; all of them are gone through `epochs`
     times.  The error is the mean over tokens of |y - wanted|^2 / |wanted|^2, y the block's output: relative to each token, as the norm
-    behind it reads it, lest the few huge tokens of a residual stream outweigh all others.  Where it does not fall, the linears come back as
-    they were.
+    behind it reads it, lest the few huge tokens of a residual stream outweigh all others; tokens that the dense model has no finite values
+    for do not count.  Where the error does not fall, or is not finite, the linears come back as they were.
     """
     def error(place: int) -> Tensor:
         target = wanted[place].to(device).float()
-        missed = (block(hidden[place].to(device)).float() - target).square().sum(-1)
-        return (missed / target.square().sum(-1).clamp_min(_LEAST)).mean()
+        sound = torch.isfinite(target).all(-1)
+        target, got = target[sound], block(hidden[place].to(device)).float()[sound]
+        return ((got - target).square().sum(-1) / target.square().sum(-1).clamp_min(_LEAST)).sum() / sound.numel()
 
     def install(linears: dict[str, VQLinear]) -> float:
         for name, linear in linears.items():            # unpacked once, not for every sample
-            block.module.set_submodule(name, linear.to_dense(hidden[0].dtype))
+            block.module.set_submodule(name, linear.to_dense(dtypes[name]))
         return sum(float(error(place)) for place in range(len(hidden))) / len(hidden)
 
     inside = {name.removeprefix(block.name + "."): linear for name, linear in packed.items()}
-    before, steps = install(inside), epochs * len(hidden)
-    with Learning(block.module, inside, steps, RATE, small=False) as learning, torch.enable_grad():
-        for i in range(steps):
-            learning.step(error(i % len(hidden)), f"{block.name}: the error of its output in learning step {i + 1}")
-    learnt = {name: block.module.get_submodule(name) for name in inside}
-    after = install(learnt)
+    dtypes = {name: block.module.get_submodule(name).weight.dtype for name in inside}
+    before, after, steps = install(inside), math.inf, epochs * len(hidden)
+    with contextlib.suppress(NumericalError):               # it came to nothing, and the linears are the given ones again
+        with Learning(block.module, inside, steps, RATE, small=False) as learning, torch.enable_grad():
+            for i in range(steps):
+                learning.step(error(i % len(hidden)), f"{block.name}: the error of its output in learning step {i + 1}")
+        learnt = {name: block.module.get_submodule(name) for name in inside}
+        after = install(learnt)
     if not after < before:
         install(inside)
         return packed, (before, before)

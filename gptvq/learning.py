@@ -40,6 +40,7 @@ class LearningLinear(nn.Module):
         if spec.svd_rank:
             raise ConfigError(f"{layer.name}: SVD codebooks cannot learn; quantize with svd_rank=0")
         self.spec, self.name, self.buffers_before = spec, layer.name, layer.packed.buffers
+        self.in_features, self.out_features = spec.cols, spec.rows
         device = layer.idx.device
         self.index = layer.packed.codes()
         self.strip = torch.arange(spec.vectors, device=device) * spec.dim // spec.group_cols
@@ -47,13 +48,18 @@ class LearningLinear(nn.Module):
         if spec.scale_block:
             block = torch.arange(spec.vectors, device=device) * spec.dim // spec.scale_block
             self.scale = scales_of(unpack_scale_codes(layer.sc, spec), layer.sz)[:, block].contiguous()
-        self.unit = 127 * layer.gs.float()[..., None, None]
         self.table = nn.Parameter(layer.packed.codebook().transpose(2, 3).float() / 127)
+        # A codebook of zeros has no scale that a step could be measured by: it stays.
+        self.unit = 127 * layer.gs.float()[..., None, None] * (self.table.detach() != 0).any(3, keepdim=True).any(2, keepdim=True)
         self.bias = layer.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """[rows, cols] float32 with a gradient, also for code that reads a linear's weight."""
+        return _Decode.apply(self.table * self.unit, self.index, self.strip, self.scale, self.spec.group_rows)[:, : self.spec.cols]
+
     def forward(self, x: Tensor) -> Tensor:
-        W = _Decode.apply(self.table * self.unit, self.index, self.strip, self.scale, self.spec.group_rows)
-        return F.linear(x, W[:, : self.spec.cols].to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def frozen(self) -> VQLinear:
         """The packed linear with the codebooks as they are now, rounded to int8."""
@@ -66,15 +72,18 @@ class Learning:
     """Within it, LearningLinears are in the places of packed `layers` {name: module} of `model`; `step` has them learn.
 
     Adam; the rate rises over a tenth of the steps and falls to 0.  With `small`, parameters of one dimension learn too, such as norms and
-    biases.  Afterwards the layers are packed again, also after an error; after a NumericalError all is as it was.
+    biases.  Afterwards packed layers are there again, also after an error; after a NumericalError the given ones, and all else as it was.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, VQLinear], steps: int, rate: float, small: bool):
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ConfigError(f"rate: got {rate}, need a number from 0 up")
         self.model, self.layers, self.steps, self.rate = model, layers, steps, rate
         self.learners = {name: LearningLinear(layer) for name, layer in layers.items()}
         self.small = [p for p in model.parameters() if p.ndim == 1] if small else []
         self.before = [p.detach().clone() for p in self.small]
-        self._wanted = {p: p.requires_grad for p in model.parameters()}
+        biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+        self._wanted = {p: p.requires_grad for p in (*model.parameters(), *biases)}
 
     def __enter__(self) -> Learning:
         try:
@@ -84,15 +93,15 @@ class Learning:
                 p.requires_grad_(False)
             for p in self.small:
                 p.requires_grad_(True)
+            tables = [learner.table.requires_grad_() for learner in self.learners.values()]
+            self._masters = [p.detach().float().requires_grad_() for p in self.small]       # bfloat16 parameters would swallow small steps
+            self._all = [*tables, *self._masters]
+            self._optimizer = torch.optim.Adam(self._all, lr=self.rate, betas=(0.9, 0.95))
+            steps, warm = self.steps, max(1, self.steps // 10)                  # a `self` in the lambda would keep all of it alive
+            self._plan = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps))
         except BaseException as error:
             self.__exit__(type(error))
             raise
-        tables = [learner.table.requires_grad_() for learner in self.learners.values()]
-        self._masters = [p.detach().float().requires_grad_() for p in self.small]       # bfloat16 parameters would swallow small steps
-        self._all = [*tables, *self._masters]
-        self._optimizer = torch.optim.Adam(self._all, lr=self.rate, betas=(0.9, 0.95))
-        warm = max(1, self.steps // 10)
-        self._plan = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda i: min((i + 1) / warm, (self.steps - i) / self.steps))
         return self
 
     def step(self, loss: Tensor, what: str) -> float:
@@ -114,10 +123,10 @@ class Learning:
 
     def __exit__(self, kind, *_) -> None:
         lost = kind is not None and issubclass(kind, NumericalError)
+        for p, was in self._wanted.items():
+            p.requires_grad_(was)
+            p.grad = None
         for name, learner in self.learners.items():
             self.model.set_submodule(name, self.layers[name] if lost else learner.frozen())
         for p, old in zip(self.small, self.before) if lost else ():
             p.data.copy_(old)
-        for p in self.model.parameters():
-            p.requires_grad_(self._wanted.get(p, False))
-            p.grad = None

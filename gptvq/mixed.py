@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
+import statistics
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from .config import Recipe, VQConfig
 from .errors import ConfigError, NumericalError
 from .head import skipped
-from .model import InputCollector, call, dense_weight, embed
+from .model import Block, InputCollector, call, dense_weight, embed, in_list
 from .report import Progress, size
 from .solver import solve
 from .spec import QuantSpec
@@ -82,7 +84,10 @@ def loss_shares(stream: BlockStream, tokens: Tensor, names: Collection[str], dev
     For an output y_t of d values with the loss gradient g_t, and an error of the size |y_t| in no direction that g_t prefers, it is the
     mean over the tokens of 1/2 |g_t|^2 |y_t|^2 / d: the second order of the loss with the Fisher matrix in the Hessian's place (as Amari,
     Neural Computation 10, 1998), and layers that do not see each other's errors.  The loss is the negative log-likelihood of the text.
-    The stream is one that was surveyed; one block at a time is loaded, first forwards and then back, and runs on `device`.
+    Members of a ModuleList that no token reached, as experts, count like the mean of the others at their place.  Empty for a model
+    that gives no logits, and for single tokens.
+    The stream is one that was surveyed; one block at a time is loaded, first forwards and then back, and runs on `device`.  The hidden
+    states between all blocks are in memory meanwhile.
     """
     blocks, hidden, behind = stream.blocks, embed(stream.model, stream.blocks, tokens), []
     entered: list[list[Tensor]] = []
@@ -94,7 +99,9 @@ def loss_shares(stream: BlockStream, tokens: Tensor, names: Collection[str], dev
     for ids, state in zip(tokens, hidden):
         state.requires_grad_()
         with torch.enable_grad(), skipped(blocks, state):
-            logits = call(stream.model, ids[None]).logits
+            logits = getattr(call(stream.model, ids[None]), "logits", None)
+            if logits is None or len(ids) < 2:
+                return {}
             loss = F.cross_entropy(logits[0, :-1].float(), ids[1:].to(logits.device), reduction="sum")
             behind += torch.autograd.grad(loss, state)
     shares: dict[str, float] = {}
@@ -112,11 +119,21 @@ def loss_shares(stream: BlockStream, tokens: Tensor, names: Collection[str], dev
             finally:
                 for handle in handles:
                     handle.remove()
-            for name, total in sums.items():
-                shares[name] = float(total) / (2 * dense_weight(found[name]).shape[0] * tokens.numel())
-                if not math.isfinite(shares[name]):
+            own = {name: float(total) / (2 * dense_weight(found[name]).shape[0] * tokens.numel()) for name, total in sums.items()}
+            for name, share in own.items():
+                if not math.isfinite(share):
                     raise NumericalError(f"{name}: the gradient of the loss at its outputs is not finite; try dtype bfloat16 or float32")
+            shares |= _filled_up(block, own)
     return shares
+
+
+def _filled_up(block: Block, shares: dict[str, float]) -> dict[str, float]:
+    """Shares of 0 among members of a ModuleList are not known: those get the mean of the others at the same place."""
+    alike: dict[str, list[float]] = {}
+    place = {name: re.sub(r"\.\d+\.", ".*.", name.removeprefix(block.name)) for name in shares if in_list(block, name)}
+    for name, at in place.items():
+        alike.setdefault(at, []).extend([shares[name]] if shares[name] else [])
+    return {name: share or statistics.mean(alike.get(place.get(name), ()) or (0.0,)) for name, share in shares.items()}
 
 
 def _weigh(sums: dict[str, Tensor], name: str, module, args, y: Tensor) -> None:
@@ -157,10 +174,13 @@ def check_budget(choices: dict[str, dict[str | None, QuantSpec]], budget: int, r
 
 def within_budget(config: VQConfig, choices: dict[str, dict[str | None, QuantSpec]], errors: dict[str, dict[str | None, float]],
                   shares: dict[str, float], budget: int) -> VQConfig:
-    """`config` with rules for all layers, so that their formats take at most `budget` bytes, with the least sum of shares times errors."""
+    """`config` with rules for all layers, so that their formats take at most `budget` bytes, with the least sum of shares times errors.
+
+    Layers without a share count 1.
+    """
     names = list(choices)
     sizes = [[spec.nbytes for spec in choices[name].values()] for name in names]
-    picked = choose(sizes, [[shares[name] * error for error in errors[name].values()] for name in names], budget)
+    picked = choose(sizes, [[shares.get(name, 1.0) * error for error in errors[name].values()] for name in names], budget)
     chosen = {name: list(choices[name])[j] for name, j in zip(names, picked) if None not in choices[name]}
     if not chosen:
         return config

@@ -37,6 +37,7 @@ PROBE_SAMPLES, SENSITIVITY_SAMPLES, GRADIENT_SAMPLES = 4, 8, 4
 _CUTS = (0, 1, 1, 1, 1, 2, 2, 3, 4)     # of the probe's chunks: as many sums wait for each other as in a run
 _ALIKE = 4                          # linears of one shape and format that are solved
 _CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
+_UNWEIGHED = "no loss could be taken of the model's output: all layers' errors count the same in the choice of presets"
 _UNCOUNTED = {"token_weights": "time and memory for weighing the tokens, which takes the whole model at once, are not counted",
               "distill": "time and memory for learning the codebooks of each block are not counted"}
 
@@ -48,7 +49,8 @@ class Plan:
     `packed_bytes` and `bits_per_value` are exact, `other_bytes` those of all other tensors, `journal_bytes` what the journal takes beside
     the checkpoint, at most and while the run lasts.  `seconds` by stage (but the check at the end), `cpu_seconds` (of all threads
     together, which other programs disturb less), `peak_ram` and `peak_gpu` are predictions from `probe`, the block that was tried and
-    on how many samples.  `errors` are {layer: {preset: relative error by a short recipe}} where a target asked for them.
+    on how many samples.  For a target: `errors` {layer: {preset: relative error by a short recipe}}, and `shares` {layer: what an error
+    of 1 adds to the loss per token, in nats}.
     """
 
     model: str
@@ -93,16 +95,15 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
 
     With target_bytes (of all tensors) or target_bits (per quantized weight) every layer gets one of `presets`, so that the target is met
     and the estimated rise of the loss is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
-    random tokens.  A model given as a module has its fused experts unfused.  Raises ConfigError for a target out of reach, NumericalError
-    for non-finite weights.
+    random tokens.  A module's fused experts are unfused.  Raises ConfigError for a target out of reach, NumericalError for non-finite weights.
     """
     from .hf import pick_device
 
     config, progress = VQConfig.preset(config) if isinstance(config, str) else config, progress or Progress()
     device, began = pick_device(device), _clock()
+    targeted = target_bytes is not None or target_bits is not None
     if target_bytes is not None and target_bits is not None:
         raise ConfigError("target_bytes and target_bits: give one of them")
-    targeted = target_bytes is not None or target_bits is not None
     if targeted and calibration is None:
         raise ConfigError("a target needs calibration text, to measure how much each layer suffers")
     progress.stage("loading the model")
@@ -157,13 +158,12 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     ahead = probe.ahead if reads_ahead(stream, device) and len(stream.blocks) > 1 else (0, 0)
     peak_ram = max(surveyed.peak, logits + probe.peak(False, 0 if files_only else samples) + ahead[0], checking)
     warnings = [text for block in stream.blocks for text in stream.warnings[block.name]]
-    warnings += [text for option, text in _UNCOUNTED.items() if getattr(config.recipe, option)]
+    warnings += [text for option, text in _UNCOUNTED.items() if getattr(config.recipe, option)] + [_UNWEIGHED] * (targeted and not shares)
     tried = {"block": probe.block.name, "samples": len(probe.tokens), "of_samples": samples, "sequence_length": tokens.shape[1],
              "tokens_sha256": tokens_sha256(tokens), "seconds": float((_clock() - began)[0])}
     return Plan(stream.name, config, specs, packed, dense, stream.nbytes - dense, in_blocks + state_bytes,
                 {stage: float(both[0]) for stage, both in seconds.items()}, float(sum(seconds.values())[1]), peak_ram,
-                max(probe.peak(True, samples) + ahead[1], whole) if device.type == "cuda" else 0, tried, errors,
-                shares, warnings)
+                max(probe.peak(True, samples) + ahead[1], whole) if device.type == "cuda" else 0, tried, errors, shares, warnings)
 
 
 class _Probe:

@@ -12,7 +12,7 @@ from . import checkpoint, ranks
 from .calibration import calibration_windows, describe, require_usable, tokens_sha256
 from .check import compare, held_out_tokens
 from .config import DEFAULT_PRESET, VQConfig
-from .distill import distill_block, require_learnable
+from .distill import distill_block, learning_bytes, require_learnable
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
 from .head import (
@@ -66,6 +66,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     config = VQConfig.preset(config) if isinstance(config, str) else config
     if not isinstance(config, VQConfig):
         raise ConfigError(f"config: got {type(config).__name__}, need a VQConfig or a preset's name")
+    if config.recipe.distill and ranks.size() > 1:
+        raise ConfigError(f"distill: got {ranks.size()} processes, the codebooks of a block learn in one; start one, or leave distill at 0")
     run = Run(config, pick_device(device), resume, (redo,) if isinstance(redo, str) else tuple(redo), strict, overwrite,
               progress if progress and not ranks.rank() else Progress())
     new = out is not None and not ranks.rank() and not Path(out).exists()
@@ -180,7 +182,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         home = torch.device("cpu") if stream.streamed else next(block.module.parameters()).device
         block.to(device)
         if index + 1 < len(blocks):
-            stream.read_ahead(blocks[index + 1], working_bytes([specs[full] for full in linears]), device)
+            own = [specs[full] for full in linears]
+            stream.read_ahead(blocks[index + 1], working_bytes(own) + (learning_bytes(own) if recipe.distill else 0), device)
         packed, kept = {}, run.kept(index, linears)
         order, compared = [] if kept else [Stage(tuple(linears))], {}
         if recipe.compensate:

@@ -1,19 +1,20 @@
 """Codebooks of a block that learn together: nearer to the dense block, indices and size as before, and a job like any other."""
 import copy
+import gc
 
 import pytest
 import torch
+import transformers
 from job.tiny_models import QUICK, build, logits
 
 import gptvq
 from gptvq.config import Recipe, VQConfig
-from gptvq.distill import distill, require_learnable
-from gptvq.errors import ConfigError
-from gptvq.learning import LearningLinear
+from gptvq.distill import distill
+from gptvq.errors import ConfigError, NumericalError
+from gptvq.learning import Learning, LearningLinear
 from gptvq.linear import VQLinear
 from gptvq.model import find_blocks, linears, record_calls, unfuse_experts
 from gptvq.plan import plan
-from gptvq.report import Progress
 from gptvq.solver import quantize_weight
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def error(block, hidden, wanted):
 def test_the_block_gets_nearer_to_the_dense_one(name, dtype, ids, monkeypatch):
     monkeypatch.setattr("gptvq.distill.RATE", 5e-3)           # few steps
     block, packed, hidden, wanted = opened(name, ids, dtype)
-    before = {n: (p.detach().clone(), p.requires_grad) for n, p in block.module.named_parameters() if p.ndim == 1 and "bias" not in n}
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in block.module.named_parameters() if p.ndim == 1}
     with torch.no_grad():
         learnt, (first, last) = distill(block, packed, hidden, wanted, 3, CPU)
     assert last < 0.97 * first and list(learnt) == list(packed)
@@ -100,23 +101,80 @@ def test_a_whole_job(tmp_path, ids):
     assert not any(isinstance(module, LearningLinear) for module in again.model.modules())
 
 
-def test_ctrl_c_loses_nothing(tmp_path, ids):
+def stop_at(monkeypatch, step, error):
+    """Has the given learning step, counted over all blocks, end in an error instead."""
+    real, count = Learning.step, []
+
+    def counting(self, *args):
+        count.append(0)
+        if len(count) == step:
+            raise error
+        return real(self, *args)
+
+    monkeypatch.setattr(Learning, "step", counting)
+
+
+def test_ctrl_c_loses_nothing(tmp_path, ids, monkeypatch):
     """Stopped while the second block learns, the same call goes on behind the first and gives the same bytes."""
     build().save_pretrained(tmp_path / "model")
     whole = gptvq.quantize(tmp_path / "model", None, config(), calibration=ids, device="cpu")
-
-    class Stop(Progress):
-        seen = 0
-
-        def stage(self, text):
-            self.seen += text == "learning the codebooks"
-            if self.seen == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None, progress=Stop())
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_at(patched, 2 * len(ids) + 3, KeyboardInterrupt)
+        gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
     report = gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
     assert [(r.sha256, r.distilled) for r in report.layers] == [(r.sha256, r.distilled) for r in whole.layers]
+
+
+def test_a_block_that_diverges_stays_as_it_was(ids, monkeypatch):
+    stop_at(monkeypatch, 3, NumericalError("not finite"))
+    report = gptvq.quantize(build("llama-bias"), None, config(), calibration=ids, device="cpu")
+    errors = {record.name.split(".")[2]: record.distilled for record in report.layers}
+    assert errors["0"][0] == errors["0"][1] and errors["1"][0] > errors["1"][1]
+    plain = gptvq.quantize(build("llama-bias"), None, config(distill=0), calibration=ids, device="cpu")
+    same = [a.sha256 == b.sha256 for a, b in zip(report.layers, plain.layers)]
+    assert all(same[:7]) and not all(same[7:])
+    wanted = {n: p.requires_grad for n, p in plain.model.named_parameters()}
+    assert any("bias" in n for n in wanted) and {n: p.requires_grad for n, p in report.model.named_parameters()} == wanted
+
+
+def test_tokens_without_finite_values_do_not_count(ids):
+    block, packed, hidden, wanted = opened("llama", ids)
+    wanted[1][0, 5] = float("inf")
+    with torch.no_grad():
+        learnt, (first, last) = distill(block, packed, hidden, wanted, 1, CPU)
+    assert 0 < last < first and all(bool(torch.isfinite(linear.dequantize()).all()) for linear in learnt.values())
+
+
+def test_codebooks_of_zeros_stay(ids):
+    """Rows of zeros make codebooks without a scale; all others of the block learn as ever."""
+    block, packed, hidden, wanted = opened("llama", ids)
+    name = next(full for full in packed if full.endswith("gate_proj"))
+    weight = packed[name].dequantize()
+    weight[: packed[name].spec.group_rows] = 0
+    packed[name] = VQLinear.from_weight(quantize_weight(weight, torch.eye(weight.shape[1]), packed[name].spec), None, name)
+    with torch.no_grad():
+        learnt, (first, last) = distill(block, packed, hidden, wanted, 2, CPU)
+    assert last < first and not bool(learnt[name].dequantize()[: packed[name].spec.group_rows].any())
+
+
+def test_nothing_is_left_in_memory(ids):
+    """No cycle keeps what has learnt until the next collection of garbage."""
+    gc.collect()
+    gc.disable()
+    try:
+        gptvq.quantize(build(), None, config(distill=1), calibration=ids, device="cpu", check=None)
+        assert not [o for o in gc.get_objects() if isinstance(o, (Learning, LearningLinear))]
+    finally:
+        gc.enable()
+
+
+def test_a_residual_stream_of_another_dtype(ids):
+    """Mamba's is float32 beside bfloat16 linears."""
+    torch.manual_seed(0)
+    settings = transformers.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, state_size=8, residual_in_fp32=True)
+    model = transformers.AutoModelForCausalLM.from_config(settings).to(torch.bfloat16).eval()
+    report = gptvq.quantize(model, None, config(distill=1), calibration=ids[:2], device="cpu")
+    assert report.layers and all(len(record.distilled) == 2 for record in report.layers)
 
 
 def test_bad_settings(ids, monkeypatch):
@@ -129,7 +187,7 @@ def test_bad_settings(ids, monkeypatch):
                        calibration=ids, device="cpu")
     monkeypatch.setattr("gptvq.ranks.size", lambda: 2)
     with pytest.raises(ConfigError, match="got 2 processes"):
-        require_learnable({})
+        gptvq.quantize(build(), None, config(), calibration=ids, device="cpu")
 
 
 def test_a_plan_says_what_it_does_not_count(ids):

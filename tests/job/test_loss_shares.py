@@ -2,11 +2,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from job.tiny_models import build
+from job.tiny_models import build, preset
 
 from gptvq import mixed
 from gptvq.errors import NumericalError
 from gptvq.model import call
+from gptvq.plan import plan
 from gptvq.report import Progress
 from gptvq.stream import open_stream
 
@@ -88,3 +89,23 @@ def test_gradients_that_are_not_finite_are_named(ids):
     model.lm_head.weight.data[3] = float("inf")
     with pytest.raises(NumericalError, match="layers.1.*the gradient of the loss"):
         shares_of(model, ids)
+
+
+def test_experts_that_no_token_reached_count_like_the_others(ids):
+    """As their Hessians are borrowed; 0 would mean that they are harmless."""
+    model = build("mixtral")
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.weight.data[0] = module.weight.data[1] = -module.weight.data[2]
+    found = shares_of(model, ids[:1, :2])
+    experts = {name: share for name, share in found.items() if ".experts." in name}
+    assert len(experts) > 6 and all(share > 0 for share in experts.values()) and len(set(experts.values())) < len(experts)
+
+
+def test_without_a_loss_all_layers_count_the_same(ids):
+    """A model that gives hidden states and no logits, and texts of one token: said, and planned as before."""
+    target = {"target_bits": 2.6, "presets": ("2d-2.25", "2d-3.125")}
+    found = plan(build().model, preset(), calibration=ids, **target)
+    assert not found.shares and any("count the same" in text for text in found.warnings) and 2.4 < found.bits_per_value <= 2.6
+    assert shares_of(build(), ids[:, :1]) == {}
+    assert not plan(build(), preset(), calibration=ids, **target).warnings

@@ -82,7 +82,13 @@ def test_it_is_left_packed_whatever_happens():
     torch.testing.assert_close(logits(model, IDS), plain, rtol=0, atol=0.05 * float(plain.abs().max()))
     with pytest.raises(gptvq.ConfigError, match="without packed linears"):
         tune(dense, dense, IDS)
+    with pytest.raises(gptvq.ConfigError, match="rate: got -1.0"):
+        tune(model, dense, IDS, rate=-1.0)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(torch.optim, "Adam", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+        tune(model, dense, IDS)
     plain = logits(model, IDS)
+    assert sum(isinstance(m, VQLinear) for m in model.modules()) == 14
     with pytest.raises(gptvq.NumericalError, match="smaller rate"):
         tune(model, dense, IDS, rate=1e30)
     assert torch.equal(logits(model, IDS), plain)
