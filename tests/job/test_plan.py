@@ -8,7 +8,7 @@ import torch
 from job.tiny_models import build, preset
 
 import gptvq
-from gptvq import ConfigError, NumericalError, cli, evaluate, journal, machine, stream
+from gptvq import ConfigError, NumericalError, cli, cli_plan, evaluate, journal, machine, stream
 from gptvq.plan import plan
 from gptvq.tensorfile import read_header
 
@@ -198,6 +198,17 @@ def test_the_command_line(tmp_path, capsys, ids):
     assert values["disk"] == values["packed_bytes"] + values["other_bytes"] and len(values["specs"]) == 14
     config = cli.config_from(cli.parser().parse_args(["quantize", "m", "o", "--calibration", "t", "--config", str(tmp_path / "c.json")]))
     assert config == gptvq.VQConfig.preset("2d-3.125")
+
+
+def test_the_table_shows_what_the_choice_rests_on(ids, capsys):
+    found = plan(build(), preset(), calibration=ids, target_bits=2.9, presets=("2d-2.25", "2d-3.125"))
+    cli_plan._show(found)
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith("model.")}
+    assert "error %, short recipe" in out and "adds to loss" in out and lines.keys() == found.specs.keys()
+    for name, spec in found.specs.items():
+        error = next(e for p, e in found.errors[name].items() if gptvq.VQConfig.preset(p).spec(*shape(spec)) == spec)
+        assert lines[name].split()[-2:] == [f"{100 * error:.3f}", f"{found.shares[name] * error:.5f}"]
 
 
 @pytest.mark.parametrize("words, says", [

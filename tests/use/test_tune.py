@@ -111,3 +111,17 @@ def test_from_folder_to_folder(my_model, tmp_path, capsys):
     assert sum(a.sha256 != b.sha256 for a, b in zip(before.layers, after.layers)) > len(after.layers) / 2       # int8 may swallow a small step
     assert cli.main(["tune", str(tmp_path / "packed"), str(tmp_path / "packed"), *learn]) == 1
     assert "model's own folder" in capsys.readouterr().err
+
+
+def test_block_by_block_from_the_command_line(my_model, tmp_path, capsys):
+    """`gptvq quantize --distill`: errors of the blocks in the report, hashes that are right, a resumed call that finds it done."""
+    from gptvq import cli
+
+    line = ["quantize", str(my_model), str(tmp_path / "learnt"), "--calibration", str(my_model.parent / "calibration.txt"), "--samples", "4",
+            "--sequence-length", "32", "--distill", "1", "--check", "none"]
+    assert cli.main(line) == 0
+    records = gptvq.Report.load(tmp_path / "learnt").layers
+    assert gptvq.verify(tmp_path / "learnt").layers == len(records) and all(record.distilled for record in records)
+    capsys.readouterr()
+    assert cli.main(line) == 0 and "nothing to do" in capsys.readouterr().out
+    assert cli.main([*line, "--method", "paper", "--overwrite"]) == 1 and "needs compensate" in capsys.readouterr().err
