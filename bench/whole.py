@@ -269,20 +269,24 @@ def plot(rows: list[dict], path: str) -> None:
     """Bits per value against the mean perplexity of both texts, a line per method."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), (("text_perplexity", "text"), ("second_perplexity", "second text"))):
         dense = next((row[key] for row in rows if row["method"] == "dense"), None)
         if dense:
             axes.axhline(dense, color="black", linestyle=":", label="dense")
-        for method in METHODS[1:]:
+        for i, method in enumerate(METHODS[1:]):
             points = sorted((line[0]["bits_per_value"], statistics.mean(row[key] for row in line))
                             for (made, _), line in by_seed(rows).items() if made == method and all(row[key] for row in line))
             if points:
-                axes.plot(*zip(*points), marker="o", label=method)
+                axes.plot(*zip(*points), marker="os"[i // 10], color=f"C{i % 10}", label=method)
         axes.set(title=title, xlabel="bits per value", ylabel="perplexity", yscale="log", ylim=(0.9 * (dense or 1), 20 * (dense or 50)))
-        axes.legend()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
     try:
         figure.savefig(Path(path), dpi=150)
     except (OSError, ValueError) as error:
