@@ -59,7 +59,7 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
     whatever happens, the model is left packed, and as it was after a NumericalError.
     """
     tied = {module.head for module in model.modules() if isinstance(module, TiedEmbedding)}
-    layers = {name: module for name, module in model.named_modules() 
+    layers = {name: module for name, module in model.named_modules()
               if isinstance(module, VQLinear) and not isinstance(module, VQEmbedding) and module not in tied}
     if not layers:
         raise ConfigError("tune: got a model without packed linears; quantize it first")
