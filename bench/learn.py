@@ -21,7 +21,7 @@ EXAMPLE = """examples:
 
 lora: the packed weights stay, an adapter learns to predict the next token of the training text.  Part of what it gains is that text's
 style, which the dense model could learn as well: the dense perplexity is not the least there is.
-tune: codebooks, norms and biases learn the dense model's predictions on the training text; size and format stay."""
+tune: codebooks, scales, norms and biases learn the dense model's predictions on the training text; size and format stay."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Block-wise distillation: the codebooks of a block's linears learn together to give the dense block's output."""
+"""Block-wise distillation: the codebooks, scales, norms and biases of a block learn together to give the dense block's output."""
 from __future__ import annotations
 
 import contextlib
@@ -35,7 +35,7 @@ def learning_bytes(specs: Iterable[QuantSpec]) -> int:
 def distill_block(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor], dense: Sequence[Tensor],
                   run: Run) -> dict[str, VQLinear]:
     """Of a run: `distill` on the block whose linears were solved last -> its packed linears, noted in their records."""
-    run.progress.stage("learning the codebooks")
+    run.progress.stage("learning codebooks and norms")
     with run.timed("distill"):
         packed, errors = distill(block, packed, hidden, dense, run.config.recipe.distill, run.device)
     for record in run.report.layers[-len(packed):]:
@@ -45,13 +45,13 @@ def distill_block(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Te
 
 def distill(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor], wanted: Sequence[Tensor], epochs: int,
             device: torch.device) -> tuple[dict[str, VQLinear], tuple[float, float]]:
-    """-> (the linears with the codebooks they have now, the error of the block's output before and after).
+    """-> (the linears as they have learnt, the error of the block's output before and after); norms learn in place.
 
     packed: those linears of the block that learn, by their names in the model.  hidden, wanted [1, tokens, width] per sample: what enters
     the block in the quantized stream, and what left it in the dense one.  A step takes one sample; all of them are gone through `epochs`
     times.  The error is the mean over tokens of |y - wanted|^2 / |wanted|^2, y the block's output: relative to each token, as the norm
     behind it reads it, lest the few huge tokens of a residual stream outweigh all others; tokens that the dense model has no finite values
-    for do not count.  Where the error does not fall, or is not finite, the linears come back as they were.
+    for do not count.  Where the error does not fall, or is not finite, all is as it was.
     """
     def error(place: int) -> Tensor:
         target = wanted[place].to(device).float()
@@ -67,13 +67,14 @@ def distill(block: Block, packed: dict[str, VQLinear], hidden: Sequence[Tensor],
     inside = {name.removeprefix(block.name + "."): linear for name, linear in packed.items()}
     dtypes = {name: block.module.get_submodule(name).weight.dtype for name in inside}
     before, after, steps = install(inside), math.inf, epochs * len(hidden)
-    with contextlib.suppress(NumericalError):               # it came to nothing, and the linears are the given ones again
-        with Learning(block.module, inside, steps, RATE, small=False) as learning, torch.enable_grad():
+    with contextlib.suppress(NumericalError):               # it came to nothing, and all is as it was
+        with Learning(block.module, inside, steps, RATE) as learning, torch.enable_grad():
             for i in range(steps):
                 learning.step(error(i % len(hidden)), f"{block.name}: the error of its output in learning step {i + 1}")
         learnt = {name: block.module.get_submodule(name) for name in inside}
         after = install(learnt)
     if not after < before:
+        learning.restore()
         install(inside)
         return packed, (before, before)
     return {f"{block.name}.{name}": linear for name, linear in learnt.items()}, (before, after)

@@ -29,6 +29,7 @@ from .model import (
     in_list,
 )
 from .ranks import Samples
+from .shortcuts import Shortcuts
 from .sums import Sums, summed
 
 _DRIFT = ""             # its sum's name beside those of linears
@@ -136,13 +137,15 @@ def run_dense(block: Block, stages: list[Stage], linears: dict[str, nn.Module], 
 
 @torch.no_grad()
 def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: Sequence[Tensor], wanted: dict[str, list[Tensor]],
-            device: torch.device, samples: Samples | None = None, weights: Tensor | None = None) -> Inputs:
+            device: torch.device, samples: Samples | None = None, weights: Tensor | None = None,
+            shortcuts: Shortcuts | None = None) -> Inputs:
     """Runs the quantized stream `hidden` through `block` and compares it with the `wanted` of the dense one.
 
     linears: those of the stage.  Runs of an aligned stage end as soon as they have given what is compared.  samples: the share that
     `hidden` is, where ranks share the samples; the sums are over all of them.  weights: by which each token counts in an aligned stage,
-    [all samples, tokens], of mean 1.
+    [all samples, tokens], of mean 1.  shortcuts: of the block, for what runs have in common.
     """
+    shortcuts = shortcuts or Shortcuts(block)
     samples = Samples(len(hidden)) if samples is None else samples
     if not stage.aligned:
         cols = {full: dense_weight(linear).shape[1] for full, linear in linears.items()}
@@ -150,7 +153,7 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: S
         def inputs_of(places: range) -> Sums:
             with InputCollector(linears, device) as inputs:
                 for place in places:
-                    block(hidden[place].to(device))
+                    shortcuts(place, hidden[place].to(device))
                     inputs.next_sample()
             return Sums.of(inputs.leader, inputs.hessians)
 
@@ -166,10 +169,11 @@ def collect(stage: Stage, linears: dict[str, nn.Module], block: Block, hidden: S
             run = _Run({leader: linears[leader]}, until="sum" if stage.summed else "input")
             try:
                 with run:
-                    block(hidden[place].to(device))
+                    shortcuts(place, hidden[place].to(device))
             except Stop:
                 pass
             x = run.calls[0][1]
+            shortcuts.keep(leader, x.to(hidden[place].device))
             have = _seen(leader, run.sums) if stage.summed else x
             change = _rows(compared[place].to(device) - have)
             if weights is not None:

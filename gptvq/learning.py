@@ -1,4 +1,4 @@
-"""Packed linears whose codebooks learn by gradients, while their indices and their format stay."""
+"""Packed linears whose codebooks and scales learn by gradients, while their indices and their format stay."""
 from __future__ import annotations
 
 import math
@@ -10,29 +10,37 @@ from torch import Tensor, nn
 from . import codebook, ops
 from .errors import ConfigError, NumericalError
 from .linear import VQLinear
-from .scaling import scales_of
 from .weight import VQWeight, unpack_scale_codes
 
 
 class _Decode(torch.autograd.Function):
-    """Centroids [row groups, strips, K, d] -> W [rows, vectors d], and the sums of W's gradient over each centroid's vectors back."""
+    """Centroids [row groups, strips, K, d], scale [rows, vectors] or None -> W [rows, vectors d].
+
+    Back come the sums of W's gradient over each centroid's vectors, and over each vector's values.
+    """
 
     @staticmethod
     def forward(ctx, centroids, index, strip, scale, group_rows):
-        ctx.save_for_backward(index, strip, scale)
-        ctx.group_rows, ctx.shape = group_rows, tuple(centroids.shape[:3])
+        ctx.save_for_backward(centroids, index, strip, scale)
+        ctx.group_rows = group_rows
         return ops.decode(index, centroids, strip, scale, group_rows)
 
     @staticmethod
     def backward(ctx, grad):
-        index, strip, scale = ctx.saved_tensors
-        values = grad.float().view(*index.shape, -1)
-        sums = ops.collect(index, values if scale is None else values * scale.unsqueeze(-1), strip, ctx.group_rows, ctx.shape)
-        return sums.to(grad.dtype), None, None, None, None
+        centroids, index, strip, scale = ctx.saved_tensors
+        values, pull = grad.float().view(*index.shape, -1), None
+        if scale is not None:
+            pull = (ops.decode(index, centroids, strip, None, ctx.group_rows).view_as(values) * values).sum(-1)
+            values = values * scale.unsqueeze(-1)
+        sums = ops.collect(index, values, strip, ctx.group_rows, tuple(centroids.shape[:3]))
+        return sums.to(grad.dtype), None, None, pull, None
 
 
 class LearningLinear(nn.Module):
-    """A packed linear with float codebooks that learn: `table` holds them in units of the largest entry that int8 and gs can store."""
+    """A packed linear whose codebooks and block scales learn as floats.
+
+    `table` holds the codebooks in units of the largest entry that int8 and gs can store, `sz` (z, a) of the block scales, or is None.
+    """
 
     def __init__(self, layer: VQLinear):
         super().__init__()
@@ -44,14 +52,24 @@ class LearningLinear(nn.Module):
         device = layer.idx.device
         self.index = layer.packed.codes()
         self.strip = torch.arange(spec.vectors, device=device) * spec.dim // spec.group_cols
-        self.scale = None
+        self.sz = None
         if spec.scale_block:
-            block = torch.arange(spec.vectors, device=device) * spec.dim // spec.scale_block
-            self.scale = scales_of(unpack_scale_codes(layer.sc, spec), layer.sz)[:, block].contiguous()
+            self.sz = nn.Parameter(layer.sz.float())
+            self.block = torch.arange(spec.vectors, device=device) * spec.dim // spec.scale_block
+            self.scale_codes = unpack_scale_codes(layer.sc, spec)
         self.table = nn.Parameter(layer.packed.codebook().transpose(2, 3).float() / 127)
         # A codebook of zeros has no scale that a step could be measured by: it stays.
         self.unit = 127 * layer.gs.float()[..., None, None] * (self.table.detach() != 0).any(3, keepdim=True).any(2, keepdim=True)
-        self.bias = layer.bias
+        bias = layer.bias                           # of its own: the given layer stays as it is
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """[rows, vectors] with a gradient: 2**(z + a * code), as `scaling.scale_table` rounds it."""
+        if self.sz is None:
+            return None
+        z, a = self.sz.unbind(1)
+        return torch.exp2(z + a * self.scale_codes)[:, self.block]
 
     @property
     def weight(self) -> Tensor:
@@ -62,38 +80,40 @@ class LearningLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def frozen(self) -> VQLinear:
-        """The packed linear with the codebooks as they are now, rounded to int8."""
+        """The packed linear with the codebooks as they are now, rounded to int8, and the scales, rounded to float16."""
         compressed = codebook.compress(self.table.detach() * self.unit)
-        vq = VQWeight(self.spec, {**self.buffers_before, **compressed.tables, "gs": compressed.gs})
+        scales = {} if self.sz is None else {"sz": self.sz.detach().to(torch.float16)}
+        vq = VQWeight(self.spec, {**self.buffers_before, **compressed.tables, "gs": compressed.gs, **scales})
         return VQLinear.from_weight(vq, self.bias, self.name)
 
 
 class Learning:
     """Within it, LearningLinears are in the places of packed `layers` {name: module} of `model`; `step` has them learn.
 
-    Adam; the rate rises over a tenth of the steps and falls to 0.  With `small`, parameters of one dimension learn too, such as norms and
-    biases.  Afterwards packed layers are there again, also after an error; after a NumericalError the given ones, and all else as it was.
+    Adam; the rate rises over a tenth of the steps and falls to 0.  Parameters of one dimension learn too, such as norms and biases.
+    Afterwards packed layers are there again, also after an error; after a NumericalError the given ones, and all else as it was.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, VQLinear], steps: int, rate: float, small: bool):
+    def __init__(self, model: nn.Module, layers: dict[str, VQLinear], steps: int, rate: float):
         if not (math.isfinite(rate) and rate >= 0):
             raise ConfigError(f"rate: got {rate}, need a number from 0 up")
         self.model, self.layers, self.steps, self.rate = model, layers, steps, rate
         self.learners = {name: LearningLinear(layer) for name, layer in layers.items()}
-        self.small = [p for p in model.parameters() if p.ndim == 1] if small else []
-        self.before = [p.detach().clone() for p in self.small]
-        biases = [layer.bias for layer in layers.values() if layer.bias is not None]
-        self._wanted = {p: p.requires_grad for p in (*model.parameters(), *biases)}
+        self.small: list[nn.Parameter] = []
+        self._wanted: dict[nn.Parameter, bool] = {}
 
     def __enter__(self) -> Learning:
         try:
             for name, learner in self.learners.items():
                 self.model.set_submodule(name, learner)
+            self._wanted = {p: p.requires_grad for p in self.model.parameters()}
+            self.small = [p for p in self.model.parameters() if p.ndim == 1]
+            self._before = [p.detach().clone() for p in self.small]
             for p in self.model.parameters():
                 p.requires_grad_(False)
             for p in self.small:
                 p.requires_grad_(True)
-            tables = [learner.table.requires_grad_() for learner in self.learners.values()]
+            tables = [p.requires_grad_() for learner in self.learners.values() for p in (learner.table, learner.sz) if p is not None]
             self._masters = [p.detach().float().requires_grad_() for p in self.small]       # bfloat16 parameters would swallow small steps
             self._all = [*tables, *self._masters]
             self._optimizer = torch.optim.Adam(self._all, lr=self.rate, betas=(0.9, 0.95))
@@ -128,5 +148,10 @@ class Learning:
             p.grad = None
         for name, learner in self.learners.items():
             self.model.set_submodule(name, self.layers[name] if lost else learner.frozen())
-        for p, old in zip(self.small, self.before) if lost else ():
+        if lost:
+            self.restore()
+
+    def restore(self) -> None:
+        """Gives the parameters of one dimension the values that they had."""
+        for p, old in zip(self.small, self._before):
             p.data.copy_(old)

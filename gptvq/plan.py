@@ -27,6 +27,7 @@ from .machine import resident_memory, trim_memory
 from .model import dense_weight, embed
 from .ranks import Samples
 from .report import Progress
+from .shortcuts import Shortcuts
 from .solver import solve
 from .spec import QuantSpec
 from .storage import writing
@@ -111,9 +112,8 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     tokens, unused = (_random_tokens(stream.model, samples, sequence_length), None) if calibration is None else calibration_windows(
         calibration, stream.tokenizer, samples, sequence_length, config.seed)
     checked = _CHECKED if calibration is None else 0 if unused is None else unused.numel()
-    samples, seconds = len(tokens), {"load": _clock() - began}
+    samples, seconds, opened = len(tokens), {"load": _clock() - began}, _clock(device)
     progress.stage("reading the whole model once")
-    opened = _clock(device)
     stream.survey(tokens[:1], device)
     trim_memory()
     seconds["survey"] = _clock(device) - opened
@@ -205,14 +205,15 @@ class _Probe:
 
     def _try(self, linears: dict[str, nn.Module], specs: dict[str, QuantSpec]) -> None:
         block, hidden, device = self.block, self._hidden, self._device
-        order, wanted, self._kept = [Stage(tuple(linears))], {}, 2
+        order, wanted, self._kept, shortcuts = [Stage(tuple(linears))], {}, 2, Shortcuts(block)
         samples = Samples(len(hidden), cuts=_CUTS if len(hidden) == PROBE_SAMPLES else ())
         if self._config.recipe.compensate:
             order = find_stages(block, linears, hidden[0].to(device))
+            shortcuts = Shortcuts.find(block, order, linears, hidden, device)
             _, wanted = self._timed("forward", run_dense, block, order, linears, hidden, device)
             self._kept = 3 + sum(wanted[name][0].numel() for name in wanted) / hidden[0].numel()
         for stage in order:
-            inputs = self._timed("hessians", collect, stage, {n: linears[n] for n in stage.names}, block, hidden, wanted, device, samples)
+            inputs = self._timed("hessians", collect, stage, {n: linears[n] for n in stage.names}, block, hidden, wanted, device, samples, None, shortcuts)
             for full in stage.names:
                 self._solve(full, linears, inputs, specs[full])
         for spec in specs.values():
@@ -220,7 +221,7 @@ class _Probe:
                 hessian = Hessian(spec.cols, device)
                 hessian.add(torch.randn(4 * spec.cols, spec.cols, generator=torch.Generator().manual_seed(0)))
                 self._solve(alike, linears, Inputs({alike: hessian}), spec)
-        self._timed("forward", lambda: [block(state.to(device)) for state in hidden])
+        self._timed("forward", lambda: [shortcuts(place, state.to(device)) for place, state in enumerate(hidden)])
 
     def solve_seconds(self, spec: QuantSpec) -> Tensor:
         """Of one linear in this format: the mean of those solved, or by the number of weights from those in the same format, or in any."""
@@ -289,12 +290,10 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _settings(model: nn.Module):
     """Of the language model in it; None for a module without a config."""
-    settings = getattr(model, "config", None)
-    return settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    return model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else getattr(model, "config", None)
 
 
 def _random_tokens(model: nn.Module, samples: int, sequence_length: int) -> Tensor:
-    settings = _settings(model)
-    positions = getattr(settings, "max_position_embeddings", None) or sequence_length
-    return torch.randint(getattr(settings, "vocab_size", None) or 2, (samples, min(sequence_length, positions)),
-                         generator=torch.Generator().manual_seed(0))
+    settings, generator = _settings(model), torch.Generator().manual_seed(0)
+    length = min(sequence_length, getattr(settings, "max_position_embeddings", None) or sequence_length)
+    return torch.randint(getattr(settings, "vocab_size", None) or 2, (samples, length), generator=generator)

@@ -30,6 +30,7 @@ from .model import Block, dense_weight, embed, in_list
 from .problem import working_bytes
 from .ranks import Samples
 from .report import Progress, Report
+from .shortcuts import Shortcuts
 from .solver import solve
 from .spec import LAYOUT_VERSION, QuantSpec
 from .storage import TensorList
@@ -184,7 +185,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         if index + 1 < len(blocks):
             own = [specs[full] for full in linears]
             stream.read_ahead(blocks[index + 1], working_bytes(own) + (learning_bytes(own) if recipe.distill else 0), device)
-        packed, kept = {}, run.kept(index, linears)
+        packed, kept, shortcuts = {}, run.kept(index, linears), Shortcuts(block)
         order, compared = [] if kept else [Stage(tuple(linears))], {}
         if recipe.compensate:
             progress.stage("running the dense block")
@@ -192,12 +193,15 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                 if not kept:
                     found = [] if ranks.rank() else find_stages(block, linears, hidden[0].to(device))
                     order = agreed_stages(list(linears), found)
+                    shortcuts = Shortcuts.find(block, order, linears, hidden, device, activations.scratch)
                 dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index),
                                             activations.scratch)
         for stage in order:
-            packed |= _solve_stage(stage, block, linears, hidden, compared, samples, specs, stream, run, gradients)
+            packed |= _solve_stage(stage, block, linears, hidden, compared, shortcuts, samples, specs, stream, run, gradients)
         if recipe.distill and packed:
-            packed = distill_block(block, packed, hidden, dense, run)
+            packed, shortcuts = distill_block(block, packed, hidden, dense, run), Shortcuts(block)      # what was kept is no longer so
+        if kept:
+            run.redo.restore(block.module, block.name)
         for full, record in kept.items():
             packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
             run.report.layers.append(record)
@@ -206,8 +210,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         progress.stage("running the quantized block")
         with run.timed("forward"):
             before, hidden, sound = hidden, activations.new("hidden", index), []
-            for state in before:
-                out = block(state.to(device))
+            for place, state in enumerate(before):
+                out = shortcuts(place, state.to(device))
                 sound.append(torch.isfinite(out).all())
                 hidden.append(out.to(state.device))
             _require_finite(block, hidden, sound, samples.first)
@@ -233,14 +237,14 @@ def _embedded(stream: BlockStream, run: Run, activations: Activations, tokens: T
         return activations.at_home(embed(stream.model, stream.blocks, own, activations.scratch))
 
 
-def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, samples: Samples,
+def _solve_stage(stage: Stage, block: Block, linears: dict[str, nn.Module], hidden, compared, shortcuts: Shortcuts, samples: Samples,
                  specs: dict[str, QuantSpec], stream: BlockStream, run: Run, gradients: dict[str, Tensor]) -> dict[str, VQLinear]:
     """Quantizes the linears of a stage and puts the values they have now in their places -> the packed ones."""
     packed, recipe, progress = {}, run.config.recipe, run.progress
     progress.stage("collecting Hessians")
     with run.timed("hessians"):
         inputs = collect(stage, {full: linears[full] for full in stage.names}, block, hidden, compared, run.device, samples,
-                         stage_weights(gradients, stage.names))
+                         stage_weights(gradients, stage.names), shortcuts)
     for full in stage.names:
         linear, hessian = linears[full], inputs.hessians[full]
         if hessian.dropped:

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from . import checkpoint
 from .errors import ConfigError, FormatError, ResumeMismatch
 from .journal import require_same
@@ -14,7 +16,7 @@ from .report import Report
 from .solver import LayerRecord
 from .spec import QuantSpec
 from .storage import digest_of
-from .stream import packed_weight
+from .stream import learnt_parameters, packed_weight
 from .weight import VQWeight
 
 WEAK = "weak"
@@ -42,6 +44,15 @@ class Redo:
                         raise FormatError(f"{file}: {name} is not what was written; copy the checkpoint again")
                     return vq
         raise FormatError(f"{self.folder}: {name} is in none of its files; copy the checkpoint again")
+
+    def restore(self, module: nn.Module, name: str) -> None:
+        """Gives the norms and biases of a kept block the values that they have learnt, if they have."""
+        from safetensors import safe_open
+
+        if any(record.distilled for full, record in self.kept.items() if full.startswith(name + ".")):
+            for file in checkpoint.tensor_files(self.folder):
+                with safe_open(file, framework="pt") as stored:
+                    learnt_parameters(module, name, stored)
 
 
 def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs: dict[str, QuantSpec], job: dict,

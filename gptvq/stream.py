@@ -31,7 +31,7 @@ from .storage import TensorList, digest
 from .weight import VQWeight
 
 _COMMITTED = 4      # lists of hidden states in the journal at one time: both streams, before and behind a block
-_STREAMS = 6        # .. and what is compared within it
+_STREAMS = 6        # .. and what is compared within it, or kept once it has been
 
 
 class BlockStream:
@@ -284,6 +284,15 @@ def states_on_device(samples: int, nbytes: int, device: torch.device) -> bool:
     """Whether a run has its hidden states on a GPU: a third of what is free there holds them, nbytes each."""
     free = ops.free_bytes(device)
     return free is not None and _STREAMS * samples * nbytes < free[0] / 3
+
+
+@torch.no_grad()
+def learnt_parameters(module: nn.Module, name: str, stored) -> None:
+    """Gives the norms and biases of a block called `name` the values that an open safetensors file has of them."""
+    names = set(stored.keys())
+    for full, parameter in module.named_parameters(prefix=name):
+        if parameter.ndim == 1 and full in names:
+            parameter.copy_(stored.get_tensor(full))
 
 
 def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:

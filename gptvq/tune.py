@@ -1,4 +1,4 @@
-"""tune(): the codebooks, norms and biases of a packed model learn to give the dense model's outputs; indices and format stay."""
+"""tune(): the codebooks, scales, norms and biases of a packed model learn to give the dense model's outputs; indices and format stay."""
 from __future__ import annotations
 
 import os
@@ -40,7 +40,7 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
     packed = {name: module.packed for name, module in model.named_modules() if isinstance(module, VQLinear)}
     for record in report.layers:
         record.sha256 = digest_of(packed[record.name].buffers.values())
-    report.warnings.append(f"codebooks, norms and biases were tuned in {len(losses)} steps (KL {losses[0]:.4f} -> {losses[-1]:.4f} on the training "
+    report.warnings.append(f"codebooks, scales, norms and biases were tuned in {len(losses)} steps (KL {losses[0]:.4f} -> {losses[-1]:.4f} on the training "
                            "text); the layer errors are those before")
     report.calibration["tuned_on"] = {"tokens": tokens.numel(), "sha256": tokens_sha256(tokens), "rate": rate, "batch": batch}
     report.job, report.check = {}, {}               # it is no longer what that job gives
@@ -54,7 +54,7 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
 
     The loss is the mean KL divergence of the model's next-token distribution from the dense model's, in nats (Hinton et al.,
     arXiv 1503.02531, at temperature 1).  Adam; the rate rises over a tenth of the steps and falls to 0.  What learns: the
-    codebooks of all packed linears but a head tied to the embedding, their biases, and parameters of one dimension, such as norms.  `progress(step, steps, loss)`.
+    codebooks and block scales of all packed linears but a head tied to the embedding, their biases, and parameters of one dimension, such as norms.  `progress(step, steps, loss)`.
     Raises ConfigError for a model without packed linears or of another vocabulary, NumericalError for a loss that is not finite;
     whatever happens, the model is left packed, and as it was after a NumericalError.
     """
@@ -67,7 +67,7 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
     place = next(model.parameters()).device
     model.train()
     try:
-        with Learning(model, layers, len(steps), rate, small=True) as learning:
+        with Learning(model, layers, len(steps), rate) as learning:
             for i, ids in enumerate(steps):
                 ids = ids.to(place)
                 with torch.no_grad():

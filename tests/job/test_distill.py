@@ -1,4 +1,4 @@
-"""Codebooks of a block that learn together: nearer to the dense block, indices and size as before, and a job like any other."""
+"""Codebooks, scales and norms of a block that learn together: nearer to the dense block, indices and size as before, and a job like any other."""
 import copy
 import gc
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from job.tiny_models import QUICK, build, logits
+from safetensors.torch import load_file
 
 import gptvq
 from gptvq.config import Recipe, VQConfig
@@ -24,7 +25,7 @@ def config(label="2d-2.25", distill=2, **changes):
     return VQConfig.preset(label, recipe=Recipe(**{**QUICK.__dict__, "distill": distill}), **changes)
 
 
-def opened(name, ids, dtype=torch.float32):
+def opened(name, ids, dtype=torch.float32, label="2d-2.25"):
     """(a block with roughly packed linears, those, what enters it, what leaves it when dense)"""
     model = build(name, dtype)
     block = find_blocks(model, ids[:1])[0]
@@ -37,7 +38,7 @@ def opened(name, ids, dtype=torch.float32):
     packed = {}
     for full, linear in linears(block.module, block.name).items():
         weight = (linear.weight.T if name == "gpt2" else linear.weight).detach().float()
-        vq = quantize_weight(weight, torch.eye(weight.shape[1]), VQConfig.preset("2d-2.25", recipe=QUICK))
+        vq = quantize_weight(weight, torch.eye(weight.shape[1]), VQConfig.preset(label, recipe=QUICK))
         packed[full] = VQLinear.from_weight(vq, linear.bias, full)
     return block, packed, hidden, wanted
 
@@ -48,12 +49,16 @@ def error(block, hidden, wanted):
                                   for x, y in zip(hidden, wanted)]).mean())
 
 
-@pytest.mark.parametrize("name, dtype", [("llama", torch.float32), ("gpt2", torch.float32), ("mixtral", torch.float32),
-                                         ("llama", torch.bfloat16)])
-def test_the_block_gets_nearer_to_the_dense_one(name, dtype, ids, monkeypatch):
+def small(block):
+    return {n: (p.detach().clone(), p.requires_grad) for n, p in block.module.named_parameters() if p.ndim == 1}
+
+
+@pytest.mark.parametrize("name, dtype, label", [("llama", torch.float32, "2d-2.25"), ("gpt2", torch.float32, "2d-2.25-s32"),
+                                                ("mixtral", torch.float32, "2d-2.25"), ("llama", torch.bfloat16, "2d-2.25-s16")])
+def test_the_block_gets_nearer_to_the_dense_one(name, dtype, label, ids, monkeypatch):
     monkeypatch.setattr("gptvq.distill.RATE", 5e-3)           # few steps
-    block, packed, hidden, wanted = opened(name, ids, dtype)
-    before = {n: (p.detach().clone(), p.requires_grad) for n, p in block.module.named_parameters() if p.ndim == 1}
+    block, packed, hidden, wanted = opened(name, ids, dtype, label)
+    before = small(block)
     with torch.no_grad():
         learnt, (first, last) = distill(block, packed, hidden, wanted, 3, CPU)
     assert last < 0.97 * first and list(learnt) == list(packed)
@@ -62,22 +67,27 @@ def test_the_block_gets_nearer_to_the_dense_one(name, dtype, ids, monkeypatch):
         assert linear.spec == packed[full].spec and torch.equal(linear.idx, packed[full].idx)
         dense = block.module.get_submodule(full.removeprefix(block.name + "."))
         assert type(dense) is torch.nn.Linear and torch.equal(dense.weight, linear.dequantize(dtype))
+        assert not linear.spec.scale_block or not torch.equal(linear.sz, packed[full].sz)
+    assert small(block).keys() == before.keys() and all(p.grad is None for p in block.module.parameters())
     for n, p in block.module.named_parameters():
-        assert p.grad is None and (n not in before or torch.equal(p, before[n][0]) and p.requires_grad == before[n][1])
-    for full, linear in packed.items():                     # what it reports as "before" is the block with the given linears
+        if n in before:
+            assert not torch.equal(p, before[n][0]) and p.requires_grad == before[n][1]
+            p.data.copy_(before[n][0])
+    for full, linear in packed.items():                     # what it reports as "before" is the block as it was
         block.module.set_submodule(full.removeprefix(block.name + "."), linear.to_dense(dtype))
     assert first == pytest.approx(error(block, hidden, wanted), rel=1e-3 if dtype == torch.float32 else 0.05)
 
 
 def test_what_does_not_help_is_not_kept(ids):
     """The target is what the packed block gives already: any step leads away from it."""
-    block, packed, hidden, _ = opened("llama", ids)
+    block, packed, hidden, _ = opened("llama-bias", ids)
     for full, linear in packed.items():
         block.module.set_submodule(full.removeprefix(block.name + "."), linear.to_dense())
     with torch.no_grad():
-        wanted = [block(state) for state in hidden]
+        wanted, before = [block(state) for state in hidden], small(block)
         learnt, errors = distill(block, packed, hidden, wanted, 1, CPU)
     assert learnt == packed and errors[0] == errors[1] and error(block, hidden, wanted) == pytest.approx(errors[0], abs=1e-12)
+    assert all(torch.equal(value, before[n][0]) and wanted == before[n][1] for n, (value, wanted) in small(block).items())
 
 
 def test_a_whole_job(tmp_path, ids):
@@ -96,6 +106,8 @@ def test_a_whole_job(tmp_path, ids):
     assert {tuple(r.distilled) for r in plain.layers} == {()} and len({tuple(r.distilled) for r in report.layers}) == 2
     assert gptvq.verify(tmp_path / "out").layers == len(report.layers)
     assert torch.equal(logits(gptvq.load(tmp_path / "out"), ids), logits(again.model, ids))
+    norms = [model.get_parameter("model.layers.0.post_attention_layernorm.weight") for model in (dense, again.model)]
+    assert not torch.equal(*norms)
     off = [float((logits(model, ids) - wanted).square().mean()) for model in (again.model, plain.model)]
     assert off[0] < off[1]
     assert not any(isinstance(module, LearningLinear) for module in again.model.modules())
@@ -114,15 +126,31 @@ def stop_at(monkeypatch, step, error):
     monkeypatch.setattr(Learning, "step", counting)
 
 
-def test_ctrl_c_loses_nothing(tmp_path, ids, monkeypatch):
+@pytest.mark.parametrize("kind", ["folder", "module"])
+def test_ctrl_c_loses_nothing(kind, tmp_path, ids, monkeypatch):
     """Stopped while the second block learns, the same call goes on behind the first and gives the same bytes."""
-    build().save_pretrained(tmp_path / "model")
-    whole = gptvq.quantize(tmp_path / "model", None, config(), calibration=ids, device="cpu")
+    build("llama-bias").save_pretrained(tmp_path / "model")
+    model = (lambda: tmp_path / "model") if kind == "folder" else lambda: build("llama-bias")
+    whole = gptvq.quantize(model(), tmp_path / "whole", config(), calibration=ids, device="cpu", check=None)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_at(patched, 2 * len(ids) + 3, KeyboardInterrupt)
-        gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
-    report = gptvq.quantize(tmp_path / "model", tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
+        gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
+    report = gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
     assert [(r.sha256, r.distilled) for r in report.layers] == [(r.sha256, r.distilled) for r in whole.layers]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert torch.equal(logits(report.model, ids), logits(whole.model, ids))
+
+
+@pytest.mark.parametrize("kind", ["folder", "module"])
+def test_done_again_from_the_second_block_on(kind, tmp_path, ids):
+    """The first keeps what its norms and biases have learnt, and the second is solved for what it gives with them."""
+    build("llama-bias").save_pretrained(tmp_path / "model")
+    model = (lambda: tmp_path / "model") if kind == "folder" else lambda: build("llama-bias")
+    gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None, redo="layers.1.*")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_block_that_diverges_stays_as_it_was(ids, monkeypatch):

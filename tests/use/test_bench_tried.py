@@ -5,9 +5,10 @@ import pytest
 import torch
 from bench_runs import bench
 
-from bench import layers, runner, tried
+from bench import layers, runner, tried, variants
 from bench.perplexity import found_linears
 from bench.rotation import hadamard, random_hadamard, rotate
+from gptvq.backends import reference
 from gptvq.config import Recipe, VQConfig
 from gptvq.errors import ConfigError
 from gptvq.hessian import Hessian
@@ -69,12 +70,12 @@ def spec_of(layer, preset, **changes):
 def test_the_recipe_as_it_is_is_the_solver(layer, preset):
     spec = spec_of(layer, preset)
     vq, _ = solve(layer.weight, layer.hessians["calibration"], spec)
-    found = tried.Variant(spec).error(layer, Recipe())
+    found = variants.Variant(spec).error(layer, Recipe())
     assert found["calibration"] == pytest.approx(layer.error(vq.dequantize(), "calibration"), rel=1e-4)
 
 
 def test_the_search_never_makes_a_state_worse(layer):
-    class Watched(tried.Search):
+    class Watched(variants.Search):
         moves = []
 
         def between(self, best):
@@ -90,24 +91,52 @@ def test_the_search_never_makes_a_state_worse(layer):
 
 def test_norms_and_rows(layer):
     scaled, plain = spec_of(layer, "2d-2.25-s64"), spec_of(layer, "2d-2.25")
-    as_it_is, largest, fourth = (v.error(layer, Recipe())["calibration"] for v in (tried.Variant(scaled), tried.Norm(scaled, 0), tried.Norm(scaled, 4)))
+    as_it_is, largest, fourth = (v.error(layer, Recipe())["calibration"] for v in (variants.Variant(scaled), variants.Norm(scaled, 0), variants.Norm(scaled, 4)))
     assert as_it_is == fourth != largest
-    rows = tried.RowScales(plain, 1.0)
+    rows = variants.RowScales(plain, 1.0)
     assert rows.bits == plain.bits_per_value + 16 / 128
-    assert rows.error(layer, Recipe())["calibration"] < 0.8 * tried.Variant(plain).error(layer, Recipe())["calibration"]
-    assert tried.tall(plain).spec.group_rows == 64 and tried.VARIANTS["search"](plain) is None
+    assert rows.error(layer, Recipe())["calibration"] < 0.8 * variants.Variant(plain).error(layer, Recipe())["calibration"]
+    assert variants.tall(plain).spec.group_rows == 64 and tried.VARIANTS["search"](plain) is None
 
 
 def test_4096_centroids(layer, monkeypatch):
     """Its own pass over the columns is the solver's, where indices do fit a byte; and more centroids leave less error."""
     plain = spec_of(layer, "4d-2.125-s64", scale_block=32)
     with monkeypatch.context() as patch:
-        patch.setattr(tried.Wide, "__init__", tried.Variant.__init__)
-        found = tried.Wide(plain).error(layer, Recipe())["calibration"]
-    assert found == pytest.approx(tried.Variant(plain).error(layer, Recipe())["calibration"], rel=1e-3)
-    wide = tried.Wide(spec_of(layer, "2d-3.125-s64"))
+        patch.setattr(variants.Wide, "__init__", variants.Variant.__init__)
+        found = variants.Wide(plain).error(layer, Recipe())["calibration"]
+    assert found == pytest.approx(variants.Variant(plain).error(layer, Recipe())["calibration"], rel=1e-3)
+    wide = variants.Wide(spec_of(layer, "2d-3.125-s64"))
     assert wide.spec.group_rows == 64 and wide.bits > 3 + 4096 * 4 * 8 / layer.weight.numel()
     assert wide.error(layer, Recipe(passes=1, sweeps=0, em_iterations=2, em_starts=1))["calibration"] < found
+
+
+@pytest.mark.parametrize("each, stored", [(False, 2048), (True, 256)])
+def test_4096_centroids_under_changes_of_sign(layer, each, stored):
+    """Decoding, gradient and curvature are those of a free codebook that holds all signs; the bits are what is stored."""
+    spec = spec_of(layer, "2d-3.125-s64")
+    signed, wide = variants.Signed(spec, each), variants.Wide(spec)
+    assert signed.stored == stored and signed.bits == pytest.approx(wide.bits - (4096 - stored) * 32 / layer.weight.numel())
+    made = signed.problem(layer.weight, layer.hessians["calibration"].matrix())
+    generator = torch.Generator().manual_seed(1)
+    table, index = torch.randn(1, 1, stored, 4, generator=generator), torch.randint(0, 4096, (64, 32), generator=generator)
+    full = signed.all_of(table)
+    assert full.shape == (1, 1, 4096, 4) and len({tuple(c) for c in full[0, 0].tolist()}) == 4096
+    for c in full[0, 0, [stored, 4095]]:
+        assert any(torch.equal(c.abs(), t.abs()) for t in table[0, 0])
+    with signed.formats, signed.without_kernels:
+        assert torch.equal(made.decode(index, table), reference.decode(index, full, made.strip, made.scale, 64))
+        leaf = table.double().requires_grad_()
+        Q = reference.decode(index, signed.all_of(leaf), made.strip, made.scale.double(), 64)
+        residual = made.W.double() - Q
+        loss = ((residual @ made.H.double()) * residual).sum()
+        loss.backward()
+        torch.testing.assert_close(-2 * made.gradient(index, residual.detach().float()), leaf.grad, rtol=1e-3, atol=1e-3 * float(leaf.grad.abs().max()))
+        assert made.curvature(index).shape == (1, 1, stored, 4, 4)
+        assert float(made.curvature(index).diagonal(dim1=-2, dim2=-1).sum()) == pytest.approx(
+            float(made.H.diagonal().double().sum() * 64), rel=1e-5)
+    found = signed.error(layer, Recipe(passes=1, sweeps=1, em_iterations=2, em_starts=1))["calibration"]
+    assert found < variants.Variant(spec).error(layer, Recipe())["calibration"]
 
 
 def test_a_run_of_bench_tried(my_model, tmp_path, capsys):
@@ -119,4 +148,8 @@ def test_a_run_of_bench_tried(my_model, tmp_path, capsys):
     assert [row["variant"] for row in rows] == ["as it is", "row scales 0.5", "row scales 1.0", "tall", "as it is", "norm 0", "norm 4", "search"]
     assert rows[4]["error_calibration"] == rows[6]["error_calibration"] and rows[0]["ratio_heldout"] == 1
     assert bench(tried, "--table", out) == 0 and capsys.readouterr().out == printed
+    assert bench(tried, *options[:-1], "2d-2.25", "--variants", "tall", "--json", out) == 0
+    assert [row["variant"] for row in runner.load(out)["rows"]] == ["as it is", "tall"]
+    capsys.readouterr()
     assert bench(tried, "--presets", "2d-9") == 1 and "2d-9" in capsys.readouterr().err
+    assert bench(tried, "--variants", "tal") == 1 and "tall" in capsys.readouterr().err

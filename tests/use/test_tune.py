@@ -8,6 +8,7 @@ import gptvq
 from gptvq.learning import LearningLinear
 from gptvq.linear import VQLinear
 from gptvq.tune import tune
+from gptvq.weight import unpack_scale_codes
 from job.tiny_models import build, logits, preset
 
 IDS = torch.arange(16 * 24).view(16, 24) * 5 % 251
@@ -27,11 +28,18 @@ def test_gradients_against_plain_indexing(label):
     pull = torch.randn(5, 40)
     (learner(x) * pull).sum().backward()
     table = learner.table.detach().double().requires_grad_()
+    sz = None if learner.sz is None else learner.sz.detach().double().requires_grad_()
     group = torch.arange(spec.rows)[:, None] // spec.group_rows
     W = (table * learner.unit.double())[group, learner.strip, learner.index.long()]
-    W = (W if learner.scale is None else W * learner.scale.double().unsqueeze(-1)).reshape(spec.rows, -1)[:, :80]
+    if sz is not None:
+        codes = unpack_scale_codes(layer.sc, spec)
+        scale = torch.stack([2 ** (sz[b, 0] + sz[b, 1] * codes[:, b]) for b in range(spec.scale_blocks)], 1)
+        W = W * scale.repeat_interleave(spec.scale_block // spec.dim, 1)[:, : spec.vectors].unsqueeze(-1)
+    W = W.reshape(spec.rows, -1)[:, :80]
     ((x.double() @ W.T) * pull).sum().backward()
     torch.testing.assert_close(learner.table.grad.double(), table.grad, rtol=1e-5, atol=1e-5 * float(table.grad.abs().max()))
+    if sz is not None:
+        torch.testing.assert_close(learner.sz.grad.double(), sz.grad, rtol=1e-5, atol=1e-5 * float(sz.grad.abs().max()))
 
 
 @pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25-s64", "4d-2.25"])

@@ -1,0 +1,125 @@
+"""What runs of a block leave out: the result is the same to the byte, attention is computed twice instead of five times."""
+import copy
+
+import pytest
+import torch
+import transformers
+from job.tiny_models import ARCHITECTURES, QUICK, build, logits
+
+import gptvq
+from gptvq.config import Recipe, VQConfig
+from gptvq.drift import Stage, find_stages
+from gptvq.model import find_blocks, linears, record_calls, unfuse_experts
+from gptvq.shortcuts import Shortcuts
+
+CPU = torch.device("cpu")
+
+
+def config(**changes):
+    return VQConfig.preset("2d-2.25", recipe=Recipe(**{**QUICK.__dict__, **changes}))
+
+
+def without(monkeypatch):
+    monkeypatch.setattr(Shortcuts, "find", classmethod(lambda cls, block, *_: cls(block)))
+
+
+def opened(name, ids):
+    """(a dense block, its linears, what may enter it)"""
+    model = build(name)
+    block = find_blocks(model, ids[:1])[0]
+    unfuse_experts(model, [block])
+    record_calls(model, [block], ids[:1], CPU)
+    return block, linears(block.module, block.name), torch.randn(1, ids.shape[1], 64, generator=torch.Generator().manual_seed(1))
+
+
+def found(name, ids, stages=None):
+    block, found, hidden = opened(name, ids)
+    return Shortcuts.find(block, find_stages(block, found, hidden) if stages is None else stages, found, [hidden], CPU)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_same_bytes(name, ids, monkeypatch):
+    dense = build(name)
+    short = gptvq.quantize(copy.deepcopy(dense), None, config(), calibration=ids, device="cpu")
+    without(monkeypatch)
+    long = gptvq.quantize(dense, None, config(), calibration=ids, device="cpu")
+    assert [(r.name, r.sha256, r.error) for r in short.layers] == [(r.name, r.sha256, r.error) for r in long.layers]
+    assert torch.equal(logits(short.model, ids), logits(long.model, ids))
+
+
+def calls(monkeypatch, owner, run):
+    count, real = [], owner.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "forward", lambda self, *args, **kwargs: (count.append(0), real(self, *args, **kwargs))[1])
+        run()
+    return len(count)
+
+
+def test_attention_is_computed_twice(ids, monkeypatch):
+    """In the dense stream and for its output projection; else also for gate and up, for down, and for the block's output."""
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+    def run(**changes):
+        return calls(monkeypatch, owner, lambda: gptvq.quantize(build(), None, config(**changes), calibration=ids, device="cpu"))
+
+    owner = LlamaAttention
+    # For each sample also for q, k and v, whose run ends there.  Beside the samples: two calls of the survey, one to find the stages, one to
+    # find the shortcuts.
+    assert run() == 2 * (3 * len(ids) + 4) and run(distill=1) >= 2 * 5 * len(ids)
+    owner = LlamaMLP
+    assert run() == 2 * (3 * len(ids) + 4)                  # its down_proj's input is kept, too, and spares the block's output
+    without(monkeypatch)
+    assert run() == 2 * (4 * len(ids) + 3)
+    owner = LlamaAttention
+    assert run() == 2 * (6 * len(ids) + 3)
+
+
+@pytest.mark.parametrize("name, ends", [("llama", ["o_proj", "down_proj"]), ("gpt2", ["c_proj"]), ("mixtral", ["o_proj"]),
+                                        ("gemma2", ["down_proj"])])           # its attention returns weights, too
+def test_where_there_are_any(name, ends, ids):
+    assert [part.linear for part in found(name, ids)._parts.values()] == ends
+
+
+def test_where_there_are_none(ids, monkeypatch):
+    block, own, hidden = opened("llama", ids)
+    names = list(own)
+    q, k, v, o = (Stage((name,), aligned=True, summed=name.endswith("o_proj")) for name in names[:4])
+    assert list(found("llama", ids, [q, k, v, o])._parts) == list(o.names)
+    assert not found("llama", ids, [q, k, o, v])._parts                                       # v may still change
+    assert not found("llama", ids, [q, k, v, Stage(o.names)])._parts                          # not one call with a row per token
+    monkeypatch.setattr("gptvq.shortcuts._WIDEST", 0.5)
+    assert not found("llama", ids)._parts
+    monkeypatch.undo()
+
+    attention = block.module.self_attn
+    for change in (lambda out: (out[0] * 1, None), lambda out: (out[0], out[0]), lambda out: (out[0].mul_(1), None)):
+        handle = attention.register_forward_hook(lambda m, args, out, change=change: change(out))
+        assert [p.linear for p in Shortcuts.find(block, find_stages(block, own, hidden), own, [hidden], CPU)._parts.values()] == ["down_proj"]
+        handle.remove()
+    # It would miss what attention puts into it.
+    block.kwargs["cache" if "cache" in block.kwargs else "past_key_values"] = transformers.DynamicCache()
+    assert not Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts
+
+
+def test_what_a_run_replaces(ids):
+    """Whatever is in the linear's place by now, from what it read; afterwards, also after an error, the module is as it was."""
+    block, own, hidden = opened("llama", ids)
+    stages = find_stages(block, own, hidden)
+    shortcuts = Shortcuts.find(block, stages, own, [hidden], CPU)
+    with torch.no_grad():
+        wanted = block(hidden)
+        inputs = []
+        handle = block.module.self_attn.o_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        block(hidden)
+        handle.remove()
+        shortcuts.keep(next(n for n in own if n.endswith("o_proj")), inputs[0])
+        block.module.self_attn.q_proj.weight.zero_()        # not looked at any more
+        assert torch.equal(shortcuts(0, hidden), wanted)
+        assert not torch.equal(shortcuts(1, hidden), wanted)            # a sample of which nothing is kept
+        block.module.self_attn.o_proj.weight.mul_(2)
+        assert not torch.equal(shortcuts(0, hidden), wanted)
+        handle = block.module.mlp.register_forward_pre_hook(lambda m, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shortcuts(0, hidden)
+        handle.remove()
+    assert "forward" not in block.module.self_attn.__dict__
