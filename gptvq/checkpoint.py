@@ -102,6 +102,19 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def restore_parameters(module: nn.Module, name: str, files: list[Path]) -> None:
+    """Gives the norms and biases of a block called `name`, all parameters of one dimension, the values that the files have."""
+    from safetensors import safe_open
+
+    missing = {full: parameter for full, parameter in module.named_parameters(prefix=name) if parameter.ndim == 1}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for full in missing.keys() & set(stored.keys()):
+                missing.pop(full).data.copy_(stored.get_tensor(full))
+    if missing:
+        raise FormatError(f"{files[0].parent}: {next(iter(missing))} is in none of its files; copy the checkpoint again")
+
+
 def _write_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[str], Tensor] | None) -> None:
     """The tensor files, each written tensor by tensor, and their index."""
     from .storage import TensorFile, by_alignment, layout_of, write_text

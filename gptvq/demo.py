@@ -33,6 +33,7 @@ class Row:
 
 def run(args) -> list[Row]:
     """Quantizes `args.model` at every size of PRESETS and prints the comparison; returns its rows, the dense model first."""
+    import copy
     import gc
 
     import torch
@@ -55,6 +56,7 @@ def run(args) -> list[Row]:
     tokens = read_tokens(text, tokenizer, "evaluation text")
     dense = measure("dense bf16", model, tokenizer, tokens, args, console)
     dense_parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = None if args.model else model.cpu()          # small, and unpacked once, not again for every size
     del model
     rows = []
     for i, preset in enumerate(PRESETS):
@@ -62,9 +64,11 @@ def run(args) -> list[Row]:
         console.print(f"\n[bold]{i + 2}. Quantizing every linear at {preset}[/], {args.samples} x {args.sequence_length} calibration "
                       "tokens", highlight=False, soft_wrap=True)
         with RichProgress(console) as progress:
-            report = quantize(source, out, VQConfig.preset(preset), calibration=calibration, samples=args.samples,
-                              sequence_length=args.sequence_length, dtype="bfloat16", overwrite=True, check=None, progress=progress)
-        report.model = None                             # what follows is read back from disk
+            report = quantize(copy.deepcopy(held) if held else source, out, VQConfig.preset(preset), calibration=calibration,
+                              samples=args.samples, sequence_length=args.sequence_length, dtype="bfloat16", overwrite=True, check=None,
+                              progress=progress, tokenizer=tokenizer)
+        report.model_name, report.model = Path(source).name, None       # what follows is read back from disk
+        report.save(out)
         gc.collect()
         model = gptvq.load(out)
         row = measure(preset, model, tokenizer, tokens, args, console)

@@ -22,7 +22,7 @@ from .redo import Redo, plan_redo
 from .report import Progress, Report, record_of
 from .solver import LayerRecord
 from .spec import LAYOUT_VERSION, QuantSpec
-from .stream import BlockStream, learnt_parameters, packed_weight
+from .stream import BlockStream, packed_weight
 
 RESUME = ("auto", "fresh", "never")
 
@@ -218,7 +218,7 @@ class Run:
             read = stored.get_tensor if not stream.streamed else lambda name: torch.empty_like(stored.get_tensor(name), device="meta")
             stream.install({record.name: packed_weight(record, read) for record in records})
             if not stream.streamed and any(record.distilled for record in records):
-                learnt_parameters(stream.model.get_submodule(line["name"]), line["name"], stored)
+                checkpoint.restore_parameters(stream.model.get_submodule(line["name"]), line["name"], [self.journal.path("block", line["block"])])
         self.report.layers += records
         self.report.seconds += line["seconds"]
         for stage, seconds in line["stages"].items():

@@ -65,7 +65,7 @@ class LearningLinear(nn.Module):
 
     @property
     def scale(self) -> Tensor | None:
-        """[rows, vectors] with a gradient: 2**(z + a * code), as `scaling.scale_table` rounds it."""
+        """[rows, vectors] with a gradient: 2**(z + a * code), but for its last bits what `scaling.scale_table` gives."""
         if self.sz is None:
             return None
         z, a = self.sz.unbind(1)

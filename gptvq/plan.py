@@ -40,7 +40,7 @@ _ALIKE = 4                          # linears of one shape and format that are s
 _CHECKED = 4 * 512                  # tokens that a run's result is checked with, where the text has them left over
 _UNWEIGHED = "no loss could be taken of the model's output: all layers' errors count the same in the choice of presets"
 _UNCOUNTED = {"token_weights": "time and memory for weighing the tokens, which takes the whole model at once, are not counted",
-              "distill": "time and memory for learning the codebooks of each block are not counted"}
+              "distill": "time and memory for learning the codebooks and norms of each block are not counted"}
 
 
 @dataclass

@@ -191,15 +191,15 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
             progress.stage("running the dense block")
             with run.timed("forward"):
                 if not kept:
-                    found = [] if ranks.rank() else find_stages(block, linears, hidden[0].to(device))
-                    order = agreed_stages(list(linears), found)
+                    order = agreed_stages(list(linears), [] if ranks.rank() else find_stages(block, linears, hidden[0].to(device)))
                     shortcuts = Shortcuts.find(block, order, linears, hidden, device, activations.scratch)
                 dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index),
                                             activations.scratch)
         for stage in order:
             packed |= _solve_stage(stage, block, linears, hidden, compared, shortcuts, samples, specs, stream, run, gradients)
         if recipe.distill and packed:
-            packed, shortcuts = distill_block(block, packed, hidden, dense, run), Shortcuts(block)      # what was kept is no longer so
+            shortcuts = Shortcuts(block)                        # what others keep will not be so any more
+            packed = distill_block(block, packed, hidden, dense, run)
         if kept:
             run.redo.restore(block.module, block.name)
         for full, record in kept.items():

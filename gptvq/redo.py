@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import statistics
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, tensorfile
 from .errors import ConfigError, FormatError, ResumeMismatch
 from .journal import require_same
 from .report import Report
 from .solver import LayerRecord
 from .spec import QuantSpec
 from .storage import digest_of
-from .stream import learnt_parameters, packed_weight
+from .stream import packed_weight
 from .weight import VQWeight
 
 WEAK = "weak"
@@ -47,12 +48,17 @@ class Redo:
 
     def restore(self, module: nn.Module, name: str) -> None:
         """Gives the norms and biases of a kept block the values that they have learnt, if they have."""
-        from safetensors import safe_open
-
         if any(record.distilled for full, record in self.kept.items() if full.startswith(name + ".")):
-            for file in checkpoint.tensor_files(self.folder):
-                with safe_open(file, framework="pt") as stored:
-                    learnt_parameters(module, name, stored)
+            checkpoint.restore_parameters(module, name, self._files)
+
+    @functools.cached_property
+    def _files(self) -> list[Path]:
+        """The checkpoint's tensor files, each what was written."""
+        hashes = (checkpoint.read_index(self.folder) or {}).get("metadata", {}).get("sha256", {})
+        for file in (files := checkpoint.tensor_files(self.folder)):
+            if tensorfile.sha256(file) != hashes.get(file.name):
+                raise FormatError(f"{file}: not what was written; copy the checkpoint again")
+        return files
 
 
 def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs: dict[str, QuantSpec], job: dict,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .model import Block, dense_weight, identity
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from .drift import Stage
 
 _WIDEST = 2             # inputs of so many times the width of the hidden states are kept: in the place of what has been compared
-_PLAIN = (Tensor, bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass
@@ -50,7 +49,8 @@ class Shortcuts:
         """By one call on the first of the samples `hidden`, [1, tokens, width] each, if any.  `new` makes the lists for what is kept.
 
         A stage of one linear gives one where the module around it returns that linear's output, takes no objects that it could change
-        (such as caches), and no linear called before belongs to a later stage.
+        (such as caches) and changes no tensor that it is given, no linear called before belongs to a later stage, and what the linear
+        reads is contiguous: products of other tensors need not be the same to the bit once those have been stored.
         """
         if not len(hidden):
             return cls(block)
@@ -73,21 +73,22 @@ class Shortcuts:
 
     def keep(self, name: str, x: Tensor) -> None:
         """x: what the linear `name` reads of the next sample, and of that one from now on for good."""
+        if not x.is_contiguous():
+            self._parts.pop(name, None)
         if name in self._parts:
             self._parts[name].inputs.append(x.clone())
 
     def __call__(self, place: int, hidden: Tensor) -> Tensor:
         """The block's output for sample number `place`, `hidden` [1, tokens, width]."""
-        known = [part for part in self._parts.values() if place < len(part.inputs)]
-        before = [part.module.__dict__.get("forward") for part in known]
+        known = [(part, part.inputs[place].to(hidden.device), part.module.__dict__.get("forward"))
+                 for part in self._parts.values() if place < len(part.inputs)]
         try:
-            for part in known:
-                x = part.inputs[place].to(hidden.device)
+            for part, x, _ in known:
                 part.module.__dict__["forward"] = lambda *args, part=part, x=x, **kwargs: part.instead(x)
             return self.block(hidden)
         finally:
-            for part, forward in zip(known, before):
-                del part.module.__dict__["forward"]
+            for part, _, forward in known:
+                part.module.__dict__.pop("forward", None)
                 if forward is not None:
                     part.module.__dict__["forward"] = forward
 
@@ -99,14 +100,15 @@ class _Watched:
         self.name, self.module, self.linears = name, module, linears
         self.before: list[str] = []
         self.length: int | None = None
-        self._calls, self._output = 0, None
+        self._calls, self._sound, self._output, self._given = 0, True, None, []
         self._handles: list = []
 
     def __enter__(self) -> _Watched:
         self._handles = [
             *(linear.register_forward_pre_hook(lambda m, args, name=name: self._called(name)) for name, linear in self.linears.items()),
-            self.linears[self.name].register_forward_hook(lambda m, args, out: self._gave(out)),
-            self.module.register_forward_hook(lambda m, args, kwargs, out: self._returned((args, kwargs), out), with_kwargs=True)]
+            self.linears[self.name].register_forward_hook(lambda m, args, out: self._gave(args[0], out)),
+            self.module.register_forward_pre_hook(lambda m, args, kwargs: self._takes((*args, *kwargs.values())), with_kwargs=True),
+            self.module.register_forward_hook(lambda m, args, out: self._returned(out))]
         return self
 
     def __exit__(self, *exception) -> None:
@@ -117,12 +119,23 @@ class _Watched:
         if name != self.name and self._output is None:
             self.before.append(name)
 
-    def _gave(self, out: Tensor) -> None:
+    def _gave(self, x: Tensor, out: Tensor) -> None:
+        self._sound &= x.is_contiguous()
         self._output = out, identity(out)
 
-    def _returned(self, arguments: tuple, result: Any) -> None:
+    def _takes(self, arguments: tuple) -> None:
+        for argument in arguments:
+            if type(argument) is tuple:
+                self._takes(argument)
+            elif isinstance(argument, Tensor):
+                self._given.append((argument, argument._version))
+            else:
+                self._sound &= isinstance(argument, _PLAIN)
+
+    def _returned(self, result: Any) -> None:
         self._calls += 1
-        first, rest, length = (result[0], result[1:], len(result)) if isinstance(result, tuple) and result else (result, (), 0)
+        first, rest = (result[0], result[1:]) if type(result) is tuple and result else (result, ())
         same = self._output is not None and isinstance(first, Tensor) and identity(first) == self._output[1]
-        plain = all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(arguments)) and all(other is None for other in rest)
-        self.length = length if same and plain and self._calls == 1 else None
+        unchanged = all(tensor._version == version for tensor, version in self._given)
+        sound = self._sound and same and unchanged and self._calls == 1 and all(other is None for other in rest)
+        self.length = (len(result) if type(result) is tuple else 0) if sound else None

@@ -32,6 +32,7 @@ from .weight import VQWeight
 
 _COMMITTED = 4      # lists of hidden states in the journal at one time: both streams, before and behind a block
 _STREAMS = 6        # .. and what is compared within it, or kept once it has been
+_IN_FILES = 8       # .. where all of them are in files: both streams, before and behind a block, and twice two that shortcuts keep
 
 
 class BlockStream:
@@ -277,22 +278,13 @@ class Activations:
 def states_on_disk(samples: int, nbytes: int) -> tuple[bool, int]:
     """(whether a run with a journal has its hidden states in files only, bytes of those on the disk); nbytes: of one sample's state."""
     files_only = _STREAMS * samples * nbytes > available_memory() / 2
-    return files_only, samples * nbytes * (_STREAMS if files_only else _COMMITTED)
+    return files_only, samples * nbytes * (_IN_FILES if files_only else _COMMITTED)
 
 
 def states_on_device(samples: int, nbytes: int, device: torch.device) -> bool:
     """Whether a run has its hidden states on a GPU: a third of what is free there holds them, nbytes each."""
     free = ops.free_bytes(device)
     return free is not None and _STREAMS * samples * nbytes < free[0] / 3
-
-
-@torch.no_grad()
-def learnt_parameters(module: nn.Module, name: str, stored) -> None:
-    """Gives the norms and biases of a block called `name` the values that an open safetensors file has of them."""
-    names = set(stored.keys())
-    for full, parameter in module.named_parameters(prefix=name):
-        if parameter.ndim == 1 and full in names:
-            parameter.copy_(stored.get_tensor(full))
 
 
 def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:

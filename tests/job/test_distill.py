@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 from job.tiny_models import QUICK, build, logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gptvq
 from gptvq.config import Recipe, VQConfig
 from gptvq.distill import distill
-from gptvq.errors import ConfigError, NumericalError
+from gptvq.errors import ConfigError, FormatError, NumericalError
 from gptvq.learning import Learning, LearningLinear
 from gptvq.linear import VQLinear
 from gptvq.model import find_blocks, linears, record_calls, unfuse_experts
@@ -148,9 +148,15 @@ def test_done_again_from_the_second_block_on(kind, tmp_path, ids):
     model = (lambda: tmp_path / "model") if kind == "folder" else lambda: build("llama-bias")
     gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
     before = load_file(tmp_path / "out" / "model.safetensors")
-    gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None, redo="layers.1.*")
+    again = lambda: gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None, redo="layers.1.*")
+    again()
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    gptvq.quantize(model(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None, resume="fresh", overwrite=True)
+    norm = "model.layers.0.input_layernorm.weight"
+    save_file({**before, norm: before[norm] * 2}, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(FormatError, match="model.safetensors: not what was written"):
+        again()
 
 
 def test_a_block_that_diverges_stays_as_it_was(ids, monkeypatch):

@@ -37,14 +37,31 @@ def found(name, ids, stages=None):
     return Shortcuts.find(block, find_stages(block, found, hidden) if stages is None else stages, found, [hidden], CPU)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_same_bytes(name, ids, monkeypatch):
+@pytest.mark.parametrize("name, changes", [*((name, {}) for name in ARCHITECTURES), ("llama", {"distill": 1})])
+def test_the_same_bytes(name, changes, ids, monkeypatch):
     dense = build(name)
-    short = gptvq.quantize(copy.deepcopy(dense), None, config(), calibration=ids, device="cpu")
+    short = gptvq.quantize(copy.deepcopy(dense), None, config(**changes), calibration=ids, device="cpu")
     without(monkeypatch)
-    long = gptvq.quantize(dense, None, config(), calibration=ids, device="cpu")
+    long = gptvq.quantize(dense, None, config(**changes), calibration=ids, device="cpu")
     assert [(r.name, r.sha256, r.error) for r in short.layers] == [(r.name, r.sha256, r.error) for r in long.layers]
     assert torch.equal(logits(short.model, ids), logits(long.model, ids))
+
+
+def mamba():
+    """The input of its last linear is not contiguous."""
+    torch.manual_seed(0)
+    settings = transformers.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, state_size=8, use_bias=True)
+    return transformers.AutoModelForCausalLM.from_config(settings).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: build("llama-bias", torch.bfloat16), mamba])
+def test_the_same_bytes_from_files(make, ids, tmp_path, monkeypatch):
+    short = gptvq.quantize(make(), None, config(), calibration=ids, device="cpu")
+    monkeypatch.setattr("gptvq.stream.available_memory", lambda: 1)
+    filed = gptvq.quantize(make(), tmp_path / "out", config(), calibration=ids, device="cpu", check=None)
+    without(monkeypatch)
+    long = gptvq.quantize(make(), None, config(), calibration=ids, device="cpu")
+    assert [r.sha256 for r in short.layers] == [r.sha256 for r in filed.layers] == [r.sha256 for r in long.layers]
 
 
 def calls(monkeypatch, owner, run):
@@ -65,7 +82,7 @@ def test_attention_is_computed_twice(ids, monkeypatch):
     owner = LlamaAttention
     # For each sample also for q, k and v, whose run ends there.  Beside the samples: two calls of the survey, one to find the stages, one to
     # find the shortcuts.
-    assert run() == 2 * (3 * len(ids) + 4) and run(distill=1) >= 2 * 5 * len(ids)
+    assert run() == 2 * (3 * len(ids) + 4) and run(distill=1) == 2 * (7 * len(ids) + 4)
     owner = LlamaMLP
     assert run() == 2 * (3 * len(ids) + 4)                  # its down_proj's input is kept, too, and spares the block's output
     without(monkeypatch)
@@ -97,8 +114,21 @@ def test_where_there_are_none(ids, monkeypatch):
         assert [p.linear for p in Shortcuts.find(block, find_stages(block, own, hidden), own, [hidden], CPU)._parts.values()] == ["down_proj"]
         handle.remove()
     # It would miss what attention puts into it.
-    block.kwargs["cache" if "cache" in block.kwargs else "past_key_values"] = transformers.DynamicCache()
-    assert not Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts
+    name = "cache" if "cache" in block.kwargs else "past_key_values"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(block.kwargs, name, transformers.DynamicCache())
+        assert not Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts
+    hooks = (attention, lambda m, args, kwargs: (args, {**kwargs, "shared": {}})), \
+            (attention.o_proj, lambda m, args, kwargs: ((args[0].transpose(1, 2).contiguous().transpose(1, 2),), kwargs))
+    for module, hook in hooks:                              # a dictionary that others may look into; an input that is not contiguous
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        assert not Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts
+        handle.remove()
+    real = attention.forward
+    attention.forward = lambda hidden_states, **kwargs: real(hidden_states=hidden_states.mul_(1), **kwargs)
+    assert not Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts                 # it changes what others may read
+    del attention.forward
+    assert Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts
 
 
 def test_what_a_run_replaces(ids):
@@ -122,4 +152,17 @@ def test_what_a_run_replaces(ids):
         with pytest.raises(ZeroDivisionError):
             shortcuts(0, hidden)
         handle.remove()
-    assert "forward" not in block.module.self_attn.__dict__
+        assert "forward" not in block.module.self_attn.__dict__
+        part = shortcuts._parts[next(n for n in own if n.endswith("o_proj"))]
+
+        class Broken(list):
+            def __getitem__(self, place):
+                raise KeyboardInterrupt
+
+        part.inputs, real = Broken(part.inputs), block.module.self_attn.forward
+        block.module.self_attn.forward = real                           # as others put one in its place
+        with pytest.raises(KeyboardInterrupt):
+            shortcuts(0, hidden)
+        assert block.module.self_attn.__dict__["forward"] is real
+        shortcuts.keep(next(n for n in own if n.endswith("o_proj")), inputs[0].transpose(1, 2))
+        assert not any(name.endswith("o_proj") for name in shortcuts._parts)                    # a sample that would not be the same
