@@ -171,6 +171,16 @@ def test_a_block_that_diverges_stays_as_it_was(ids, monkeypatch):
     assert any("bias" in n for n in wanted) and {n: p.requires_grad for n, p in report.model.named_parameters()} == wanted
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-2.25-s32"])
+def test_on_a_gpu(label, ids):
+    """As much as on the CPU, whose codes may be others here and there."""
+    on = {device: gptvq.quantize(build("llama-bias"), None, config(label), calibration=ids, device=device) for device in ("cpu", "cuda")}
+    for cpu, gpu in zip(*(report.layers for report in on.values())):
+        assert 0 < gpu.distilled[1] < gpu.distilled[0] and gpu.distilled == pytest.approx(cpu.distilled, rel=0.2)
+    torch.testing.assert_close(logits(on["cuda"].model.cpu(), ids), logits(on["cpu"].model, ids), rtol=0.2, atol=0.5)
+
+
 def test_tokens_without_finite_values_do_not_count(ids):
     block, packed, hidden, wanted = opened("llama", ids)
     wanted[1][0, 5] = float("inf")

@@ -64,6 +64,15 @@ def test_the_same_bytes_from_files(make, ids, tmp_path, monkeypatch):
     assert [r.sha256 for r in short.layers] == [r.sha256 for r in filed.layers] == [r.sha256 for r in long.layers]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bytes_on_a_gpu(dtype, ids, monkeypatch):
+    short = gptvq.quantize(build("llama", dtype), None, config(), calibration=ids, device="cuda")
+    without(monkeypatch)
+    long = gptvq.quantize(build("llama", dtype), None, config(), calibration=ids, device="cuda")
+    assert [(r.name, r.sha256) for r in short.layers] == [(r.name, r.sha256) for r in long.layers]
+
+
 def calls(monkeypatch, owner, run):
     count, real = [], owner.forward
     with monkeypatch.context() as patch:

@@ -69,6 +69,24 @@ def test_the_model_gets_nearer_to_the_dense_one(dtype):
     assert all(p.dtype == dtype and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-2.25-s64", "4d-2.25"])
+def test_on_a_gpu(label):
+    """Gradients of codebooks and scales by its kernels are the CPU's, and a model gets nearer to the dense one."""
+    layer, x = packed_layer(label), torch.randn(5, 80)
+    found = {}
+    for device in ("cpu", "cuda"):
+        learner = LearningLinear(copy.deepcopy(layer).to(device))
+        learner(x.to(device)).square().sum().backward()
+        found[device] = [p.grad.cpu() for p in (learner.table, learner.sz) if p is not None]
+    for cpu, gpu in zip(*found.values()):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4 * float(cpu.abs().max()))
+    dense = build("llama").cuda()
+    model = gptvq.quantize(copy.deepcopy(dense), None, preset(label), calibration=IDS, device="cuda").model.cuda()
+    losses = tune(model, dense, IDS.repeat(4, 1), batch=4, rate=3e-3)
+    assert losses[-1] < losses[0]
+
+
 def test_tuned_models_are_stored_as_any_other(tmp_path):
     dense = build("llama")
     model = gptvq.quantize(copy.deepcopy(dense), tmp_path / "plain", preset("2d-2.25"), calibration=IDS).model
