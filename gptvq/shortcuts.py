@@ -14,7 +14,7 @@ from .model import Block, dense_weight, identity
 if TYPE_CHECKING:
     from .drift import Stage
 
-_WIDEST = 2             # inputs of so many times the width of the hidden states are kept: in the place of what has been compared
+_WIDEST = 2             # times the width of the hidden states: wider inputs would take more room than computing them again is worth
 _PLAIN = (bool, int, float, str, type(None))
 
 
