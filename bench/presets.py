@@ -6,6 +6,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from .decode import PROMPT
 from .perplexity import LayerLog, size
 
 DEFAULT = ("2d-2.125", "2d-2.25", "2d-2.25-s64", "4d-2.25", "2d-3.125", "2d-3.125-s64", "1d-4.125-s64", "2d-4.125")
+Decode = Callable[[list[int], int], tuple[list[int], float]]     # (prompt, new tokens) -> (their ids, tokens per second)
 EXAMPLE = """examples:
   python -m bench.presets --calibration wiki.train.txt --text wiki.test.txt --json bench/results/presets.json
   python -m bench.presets --presets 2d-3.125-s64,2d-3.125-s64+2d-4.125-s64 --calibration wiki.train.txt --text wiki.test.txt
@@ -91,19 +94,19 @@ def measure(args, argv: list[str] | None) -> list[dict]:
                "bits_per_value": report.bits_per_value, "linear_bytes": report.packed_bytes, "total_bytes": total,
                "quantize_seconds": report.seconds, "quantize_cpu_seconds": used,
                "perplexity": perplexity(packed, tokens, args.window, args.max_windows)}
-        results.add([row | speed(packed, dense, prompt, args.tokens, args.repeats)])
+        results.add([row | speed(partial(decode, packed), partial(decode, dense), prompt, args.tokens, args.repeats)])
         runner.log(f"{preset}: perplexity {row['perplexity']:.3f}, {clock(report.seconds)} to quantize")
     return results.rows
 
 
-def speed(packed, dense, prompt: list[int], tokens: int, repeats: int) -> dict:
-    """Tokens per second of both models, and how busy the machine was with other things besides."""
-    models = {"packed": packed, "dense": dense}
-    for model in models.values():
-        decode(model, prompt, 2)                        # the first run also allocates
+def speed(packed: Decode, dense: Decode, prompt: list[int], tokens: int, repeats: int) -> dict:
+    """Tokens per second of both ways to decode, and how busy the machine was with other things besides."""
+    ways = {"packed": packed, "dense": dense}
+    for way in ways.values():
+        way(prompt, 2)                                  # the first run also allocates
     began, used = time.perf_counter(), time.process_time()
     load_before = os.getloadavg()[0]
-    found = runner.turns({name: lambda model=model: decode(model, prompt, tokens)[1] for name, model in models.items()}, repeats)
+    found = runner.turns({name: lambda way=way: way(prompt, tokens)[1] for name, way in ways.items()}, repeats)
     return {"tokens_per_second": statistics.median(found["packed"]), "dense_tokens_per_second": statistics.median(found["dense"]),
             "speedup": statistics.median(p / d for p, d in zip(found["packed"], found["dense"])), "load_average": load_before,
             "cores_used": (time.process_time() - used) / (time.perf_counter() - began)}

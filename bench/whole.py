@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from gptvq.cli import encode
 from gptvq.config import Recipe, VQConfig
 from gptvq.demo import texts
 from gptvq.errors import BackendUnavailable, ConfigError
-from gptvq.evaluate import perplexity
+from gptvq.evaluate import decode, perplexity
 from gptvq.hf import open_model
 from gptvq.linear import VQLinear
 from gptvq.model import dense_weight
@@ -33,7 +34,7 @@ from .gptq import gptq_model
 from .layers import RECIPES
 from .others import gguf_model, hqq_model
 from .perplexity import NO_PRESET, LayerLog, found_linears, jobs, round_model, size
-from .presets import speed
+from .presets import Decode, speed
 from .rotation import rotate
 
 METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune",
@@ -98,39 +99,40 @@ def run(args, argv: list[str] | None, source: str, methods: list[str], presets: 
                     runner.log(f"{method} {preset or ''}, seed {seed}: in {Path(path).name} already")
                     continue
                 try:
-                    model, row = build(args, source, method, preset, seed, found, dense[0], folder)
+                    model, row, own = build(args, source, method, preset, seed, found, dense[0], folder)
                 except BackendUnavailable as error:
                     runner.log(f"{method}: left out, {error}")
                     continue
                 results.add([{"operation": "whole", "preset": preset, "method": method, "seed": key[2], **row,
-                              **measured(model, dense[0], found, args, method), **decoding(model, dense, seed == args.seeds[0]),
+                              **measured(model, dense[0], found, args, method), **(decoding(own, dense) if own and seed == args.seeds[0] else {}),
                               "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(),
                               "commit": runner.commit()["hash"]}])
                 there.add(key)
                 runner.log(show(results.rows[-1:]))
-                del model
+                del model, own
     return path
 
 
 def build(args, source: str, method: str, preset: str | None, seed: int, found: Texts, dense: nn.Module,
-          folder: Path) -> tuple[nn.Module, dict]:
-    """(the model that a method makes, its format, sizes and seconds)."""
+          folder: Path) -> tuple[nn.Module, dict, Decode | None]:
+    """(the model that a method makes; its format, sizes and seconds; how it decodes what is stored, None where it has no kernel of its own)."""
     if method == "dense":
-        return dense, size(dense, found.predicted["text"])
+        return dense, size(dense, found.predicted["text"]), None
     if method == "gguf":
-        return gguf_model(source, args.device, args.dtype)
+        model, row, opened = gguf_model(source, args.device, args.dtype)
+        return model, row, partial(opened.decode, threads=torch.get_num_threads())
     config = VQConfig.preset(preset, seed=seed)
     if method in ("rtn", "hqq-64", "gptq-64", "gptq-128"):
         model, _ = open_model(source, device=args.device, dtype=args.dtype)
         if method == "rtn":
-            return model, round_model(model, found.calibration[0], config)
+            return model, round_model(model, found.calibration[0], config), None
         began, group = time.perf_counter(), int(method.rpartition("-")[2])
         if method == "hqq-64":
             row = hqq_model(model, found.calibration[0], config.index_bits, group)
-            return model, row | {"quantize_seconds": time.perf_counter() - began}
+            return model, row | {"quantize_seconds": time.perf_counter() - began}, partial(decode, model)
         bits = gptq_model(model, found.calibration, config.index_bits, group)
         return model, {"format": f"int{config.index_bits} group {group}", "bits_per_value": bits,
-                       "linear_bytes": round(bits * _weights(model, found) / 8), "quantize_seconds": time.perf_counter() - began}
+                       "linear_bytes": round(bits * _weights(model, found) / 8), "quantize_seconds": time.perf_counter() - began}, None
     base = method.removesuffix("+tune")
     config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=seed)
     began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}-{seed}", 0
@@ -153,7 +155,7 @@ def build(args, source: str, method: str, preset: str | None, seed: int, found: 
         tuning = time.perf_counter() - began
         row |= {"losses": losses, "tune_seconds": tuning}
         seconds += tuning
-    return model, {**row, "quantize_seconds": seconds}
+    return model, {**row, "quantize_seconds": seconds}, partial(decode, model)
 
 
 def _mixed(source: str, config: VQConfig, found: Texts, dense: nn.Module, args) -> VQConfig:
@@ -189,11 +191,9 @@ def measured(model: nn.Module, dense: nn.Module, found: Texts, args, method: str
     return {**row, "evaluate_seconds": time.perf_counter() - began}
 
 
-def decoding(model: nn.Module, dense: tuple, wanted: bool) -> dict:
-    """Tokens per second of a packed model, in turns with those of the dense one; all other methods leave linears dense here."""
-    if not wanted or not any(isinstance(module, VQLinear) for module in model.modules()):
-        return {}
-    found = speed(model, dense[0], encode(dense[1], PROMPT, chat=False)[0], _NEW_TOKENS, _ROUNDS)
+def decoding(own: Decode, dense: tuple) -> dict:
+    """Tokens per second, in turns with those of the dense model."""
+    found = speed(own, partial(decode, dense[0]), encode(dense[1], PROMPT, chat=False)[0].tolist(), _NEW_TOKENS, _ROUNDS)
     return {name: found[name] for name in ("tokens_per_second", "dense_tokens_per_second", "speedup")}
 
 

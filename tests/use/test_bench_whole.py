@@ -141,9 +141,13 @@ def test_hqq_stores_what_it_says(my_model):
     model, _ = open_model(my_model, device="cpu", dtype="bfloat16")
     weight = model.get_submodule("model.layers.1.mlp.down_proj").weight.detach().clone()
     row = others.hqq_model(model, torch.randint(1, 250, (8,)), 2, 64)
-    rounded = model.get_submodule("model.layers.1.mlp.down_proj").weight.detach()
+    made = model.get_submodule("model.layers.1.mlp.down_proj")
+    rounded = made.dequantize()
     assert row["bits_per_value"] == 2.5 and 0 < float((rounded - weight).square().sum() / weight.square().sum()) < 0.3
     assert all(len(group.unique()) <= 4 for group in rounded.reshape(-1, 64)[:50])
+    x = torch.randn(3, weight.shape[1], dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(made(x), x @ rounded.T) and model(torch.randint(1, 250, (1, 8))).logits.isfinite().all()
 
 
 def test_packages_that_are_missing_leave_their_rows_out(options, tmp_path, monkeypatch, capsys):
