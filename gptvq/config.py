@@ -40,6 +40,7 @@ class Recipe:
     cg_iterations: int = 4          # of each codebook update
     block_cols: int = 128           # lazy-update block
     compensate: float = 1.0         # share of the quantized model's drift so far that a layer makes up for; 0: none, its own weight
+    ridge: float = 0.3              # of mean diag H, added to the diagonal where a layer makes up for drift
     token_weights: str = ""         # how much a token counts in the Hessians: all the same, or by the "loss" gradient at the outputs
     distill: int = 0                # times that the codebooks of each block learn through the calibration samples, towards the dense block's output
     dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
@@ -51,8 +52,10 @@ class Recipe:
             raise ConfigError(f"order must be one of {ORDERS}, got {self.order!r}")
         if self.dtype not in ("float32", "float64"):
             raise ConfigError(f"dtype must be float32 or float64, got {self.dtype!r}")
-        if not (isinstance(self.damp, (int, float)) and math.isfinite(self.damp) and self.damp > 0):
-            raise ConfigError(f"damp must be a positive number, got {self.damp!r}")
+        for name in ("damp", "ridge"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number, got {value!r}")
         if self.token_weights not in TOKEN_WEIGHTS:
             raise ConfigError(f"token_weights must be one of {TOKEN_WEIGHTS}, got {self.token_weights!r}")
         for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4),

@@ -2,7 +2,8 @@
 
 Layer errors add up over a model: what a layer reads is no longer what its weights were made for. So two streams of hidden
 states run through the blocks, the dense model's and the quantized one's, and each layer is solved not for its own weight W
-but for W* = W + D (H + damping)^-1, the weight that gets nearest to the dense model's values from the quantized model's inputs.
+but for W* = W + D (H + ridge)^-1, the weight that gets nearest to the dense model's values from the quantized model's inputs.  The
+ridge keeps W* near W where the calibration inputs are weak: what they say there does not hold for other text.
 """
 from __future__ import annotations
 
@@ -68,14 +69,14 @@ class Inputs:
             return weight
         drift = self.drift if self.summed else weight @ self.drift
         try:
-            return target_weight(weight, self.hessians[name], drift, recipe.compensate, recipe.damp)
+            return target_weight(weight, self.hessians[name], drift, recipe.compensate, recipe.ridge)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from None
 
 
-def target_weight(weight: Tensor, hessian: Hessian, drift: Tensor, share: float, damp: float) -> Tensor:
-    """W + share D (H + damp mean diag H)^-1; W [rows, cols] and the drift of its output D [rows, cols] are float32."""
-    U = hessian.factor(("target",), torch.arange(weight.shape[1], device=weight.device), damp, torch.float32).U
+def target_weight(weight: Tensor, hessian: Hessian, drift: Tensor, share: float, ridge: float) -> Tensor:
+    """W + share D (H + ridge mean diag H)^-1; W [rows, cols] and the drift of its output D [rows, cols] are float32."""
+    U = hessian.factor(("target",), torch.arange(weight.shape[1], device=weight.device), ridge, torch.float32).U
     return weight + share * (drift @ U.T @ U)
 
 

@@ -42,17 +42,17 @@ def oracle_target(W, x, v, wanted, damp):
 
 
 @pytest.mark.parametrize("rows,cols,tokens", [(5, 7, 40), (33, 18, 25), (4, 30, 12)], ids=["plenty", "ragged", "fewer tokens than inputs"])
-@pytest.mark.parametrize("damp", [0.01, 0.3])
-def test_target_weight_is_the_damped_least_squares_solution(rows, cols, tokens, damp):
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+def test_target_weight_is_the_damped_least_squares_solution(rows, cols, tokens, ridge):
     W, x, x_dense = torch.randn(rows, cols), torch.randn(tokens, cols) * torch.logspace(-1, 1, cols), torch.randn(tokens, cols)
     x[:, 3] = 0                                         # a dead input: nothing is known of its column
     hessian = Hessian(cols)
     hessian.add(x)
     drift = 2 / tokens * W @ (x_dense - x).T @ x
-    got = target_weight(W, hessian, drift, 1.0, damp)
-    assert np.allclose(got.numpy(), oracle_target(W, x, x @ W.T, x_dense @ W.T, damp), rtol=1e-3, atol=1e-3)
+    got = target_weight(W, hessian, drift, 1.0, ridge)
+    assert np.allclose(got.numpy(), oracle_target(W, x, x @ W.T, x_dense @ W.T, ridge), rtol=1e-3, atol=1e-3)
     assert torch.equal(got[:, 3], W[:, 3])
-    half = target_weight(W, hessian, drift, 0.5, damp)
+    half = target_weight(W, hessian, drift, 0.5, ridge)
     assert torch.allclose(half, (W + got) / 2, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_drift_is_that_of_the_two_streams(name, ids):
                 residual_after = wanted, y
             weight = (found[full].weight.T if name == "gpt2" else found[full].weight).detach()
             target = got.target(full, weight.float(), Recipe())
-            want = oracle_target(weight, x, y, wanted, Recipe().damp)
+            want = oracle_target(weight, x, y, wanted, Recipe().ridge)
             assert np.linalg.norm(target.numpy() - want) < 1e-3 * np.linalg.norm(want)
             assert np.linalg.norm(target.numpy() - weight.numpy()) > 0.05 * np.linalg.norm(want)
         if stage is order[1]:

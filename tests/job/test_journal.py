@@ -91,6 +91,7 @@ def test_the_same_job_goes_on(job, monkeypatch):
 FIELDS = {
     "config.index_bits": dict(config=preset("2d-3.125")),
     "config.recipe.damp": dict(config=gptvq.VQConfig.preset("2d-2.25", recipe=dataclasses.replace(QUICK, damp=0.02))),
+    "config.recipe.ridge": dict(config=gptvq.VQConfig.preset("2d-2.25", recipe=dataclasses.replace(QUICK, ridge=0.2))),
     "config.rules": dict(config=preset(rules=(("*.down_proj", None),))),
     "config.seed": dict(config=preset(seed=1)),
     "calibration.sha256": dict(calibration=torch.arange(1, 65).view(2, 32)),
