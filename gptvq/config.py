@@ -32,7 +32,7 @@ class Recipe:
 
     method: str = "gptvq"
     order: str = "importance"       # of the columns: by descending diag H, or "sequential" from left to right
-    damp: float = 0.03              # of mean diag H, added to the diagonal
+    damp: float = 0.1               # of mean diag H, added to the diagonal
     em_iterations: int = 50
     em_starts: int = 8              # seedings tried for each codebook
     passes: int = 3                 # full quantisation passes; codebooks are fixed after the first

@@ -171,7 +171,7 @@ def test_the_published_recipe():
     recipe = Recipe.paper()
     assert (recipe.damp, recipe.em_iterations, recipe.order, recipe.passes, recipe.sweeps) == (0.01, 100, "sequential", 1, 0)
     assert recipe.compensate == 0 and Recipe().compensate == 1
-    assert Recipe() == Recipe("gptvq", "importance", 0.03, 50, 8, 3, 2)
+    assert Recipe() == Recipe("gptvq", "importance", 0.1, 50, 8, 3, 2)
 
 
 # ---- rules
