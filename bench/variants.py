@@ -38,7 +38,7 @@ class Variant:
         made = self.problem(layer.weight, hessian.matrix())
         order = solver._visiting_order(made, recipe)
         columns = (order[:, None] * spec.dim + torch.arange(spec.dim)).flatten()
-        factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, made.W.dtype)
+        factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, made.W.dtype, recipe.shrink)
         index, centroids = self.column_pass(made, factor, order, recipe, None)
         best = solver._Best(made, spec)
         best.offer("pass 1", *solver._refit(made, index, centroids, recipe))

@@ -32,7 +32,8 @@ class Recipe:
 
     method: str = "gptvq"
     order: str = "importance"       # of the columns: by descending diag H, or "sequential" from left to right
-    damp: float = 0.1               # of mean diag H, added to the diagonal
+    damp: float = 0.01              # of mean diag H, added to the diagonal
+    shrink: float = 0.1             # of each input's own diag H, added to it where errors are propagated: correlations count for less
     em_iterations: int = 50
     em_starts: int = 8              # seedings tried for each codebook
     passes: int = 3                 # full quantisation passes; codebooks are fixed after the first
@@ -40,7 +41,7 @@ class Recipe:
     cg_iterations: int = 4          # of each codebook update
     block_cols: int = 128           # lazy-update block
     compensate: float = 1.0         # share of the quantized model's drift so far that a layer makes up for; 0: none, its own weight
-    ridge: float = 0.3              # of mean diag H, added to the diagonal where a layer makes up for drift
+    ridge: float = 0.3              # as `shrink`, where a layer makes up for drift
     token_weights: str = ""         # how much a token counts in the Hessians: all the same, or by the "loss" gradient at the outputs
     distill: int = 0                # times that the codebooks of each block learn through the calibration samples, towards the dense block's output
     dtype: str = "float32"          # of the solver's arithmetic: float32 or float64
@@ -52,10 +53,12 @@ class Recipe:
             raise ConfigError(f"order must be one of {ORDERS}, got {self.order!r}")
         if self.dtype not in ("float32", "float64"):
             raise ConfigError(f"dtype must be float32 or float64, got {self.dtype!r}")
-        for name in ("damp", "ridge"):
+        if not (isinstance(self.damp, (int, float)) and math.isfinite(self.damp) and self.damp > 0):
+            raise ConfigError(f"damp must be a positive number, got {self.damp!r}")
+        for name in ("shrink", "ridge"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
         if self.token_weights not in TOKEN_WEIGHTS:
             raise ConfigError(f"token_weights must be one of {TOKEN_WEIGHTS}, got {self.token_weights!r}")
         for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4),
@@ -71,14 +74,14 @@ class Recipe:
             raise ConfigError(f"token_weights={self.token_weights!r} needs compensate above 0: tokens are weighed where the two models are compared")
         if self.distill and not self.compensate:
             raise ConfigError(f"distill={self.distill} needs compensate above 0: the dense model's hidden states are kept only then")
-        if self.method == "paper" and (self.order, self.passes, self.sweeps, self.compensate) != ("sequential", 1, 0, 0):
-            raise ConfigError('method="paper" is one sequential pass without sweeps or compensation: use Recipe.paper()')
+        if self.method == "paper" and (self.order, self.passes, self.sweeps, self.compensate, self.shrink) != ("sequential", 1, 0, 0, 0):
+            raise ConfigError('method="paper" is one sequential pass without sweeps, compensation or shrinkage: use Recipe.paper()')
 
     @classmethod
     def paper(cls, **changes) -> Recipe:
         """The published procedure: damping 0.01, up to 100 EM iterations, one left-to-right pass, 25 Adam steps."""
         return cls(**{"method": "paper", "order": "sequential", "damp": 0.01, "em_iterations": 100, "em_starts": 1, "passes": 1,
-                      "sweeps": 0, "compensate": 0, **changes})
+                      "sweeps": 0, "compensate": 0, "shrink": 0, **changes})
 
 
 @dataclass(frozen=True)

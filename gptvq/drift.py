@@ -69,15 +69,16 @@ class Inputs:
             return weight
         drift = self.drift if self.summed else weight @ self.drift
         try:
-            return target_weight(weight, self.hessians[name], drift, recipe.compensate, recipe.ridge)
+            return target_weight(weight, self.hessians[name], drift, recipe)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from None
 
 
-def target_weight(weight: Tensor, hessian: Hessian, drift: Tensor, share: float, ridge: float) -> Tensor:
-    """W + share D (H + ridge mean diag H)^-1; W [rows, cols] and the drift of its output D [rows, cols] are float32."""
-    U = hessian.factor(("target",), torch.arange(weight.shape[1], device=weight.device), ridge, torch.float32).U
-    return weight + share * (drift @ U.T @ U)
+def target_weight(weight: Tensor, hessian: Hessian, drift: Tensor, recipe: Recipe) -> Tensor:
+    """W + share D (H + ridge diag H + damping)^-1; W [rows, cols] and the drift of its output D [rows, cols] are float32."""
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    U = hessian.factor(("target",), columns, recipe.damp, torch.float32, recipe.ridge).U
+    return weight + recipe.compensate * (drift @ U.T @ U)
 
 
 @torch.no_grad()

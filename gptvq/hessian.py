@@ -128,11 +128,16 @@ class Hessian:
         """Inputs that were always zero; the damping alone decides about their weights."""
         return int((self.matrix().diagonal() == 0).sum())
 
-    def factor(self, key: tuple, columns: Tensor, damp: float, dtype: torch.dtype) -> HessianFactor:
-        """The factor for the padded column order `columns`, cached under `key` for the layers that share this Hessian."""
-        key = (*key, damp, dtype)
+    def factor(self, key: tuple, columns: Tensor, damp: float, dtype: torch.dtype, shrink: float = 0.0) -> HessianFactor:
+        """The factor of H + shrink diag H for the padded column order `columns`, cached under `key` for the layers that share this Hessian.
+
+        In other text correlations are others than in the calibration's; `shrink` divides them by 1 + shrink, whatever an input's scale is.
+        """
+        key = (*key, damp, dtype, shrink)
         if key not in self._factors:
-            self._factors[key] = factorize(pad(self.matrix(), len(columns))[columns][:, columns], damp, dtype)
+            matrix = pad(self.matrix(), len(columns))[columns][:, columns]
+            matrix.diagonal().mul_(1 + shrink)
+            self._factors[key] = factorize(matrix, damp, dtype)
         return self._factors[key]
 
 

@@ -93,7 +93,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     problem = _problem(weight, hessian, spec, recipe, name, rows)
     order = _visiting_order(problem, recipe)
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
-    factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype)
+    factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype, recipe.shrink)
     usable = factor.weighting(problem.H[: spec.cols, : spec.cols])
     if factor.repair not in ("", "float64"):
         problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), rows.spec, rows, recipe.method)

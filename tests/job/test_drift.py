@@ -1,4 +1,6 @@
 """Targets that make up for the drift of the quantized model, against plain NumPy."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -33,26 +35,27 @@ def stages(name, ids):
             for stage in find_stages(block, found, hidden[0])]
 
 
-def oracle_target(W, x, v, wanted, damp):
-    """The W* that minimises sum_t |W* x_t - (W x_t + wanted_t - v_t)|^2 + damping |W* - W|^2, in float64."""
+def oracle_target(W, x, v, wanted, recipe):
+    """The W* that minimises sum_t |W* x_t - (W x_t + wanted_t - v_t)|^2 + sum_j penalty_j |W*_j - W_j|^2 over columns j, in float64."""
     W, x, v, wanted = (np.asarray(a, np.float64) for a in (W, x, v, wanted))
     H = 2 / len(x) * x.T @ x
-    damping = damp * np.mean(np.diag(H)) * np.eye(len(H))
-    return W + np.linalg.solve(H + damping, 2 / len(x) * x.T @ (wanted - v)).T
+    penalty = recipe.damp * np.mean(np.diag(H)) * (1 + recipe.ridge) + recipe.ridge * np.diag(H)
+    return W + np.linalg.solve(H + np.diag(penalty), 2 / len(x) * x.T @ (wanted - v)).T
 
 
 @pytest.mark.parametrize("rows,cols,tokens", [(5, 7, 40), (33, 18, 25), (4, 30, 12)], ids=["plenty", "ragged", "fewer tokens than inputs"])
-@pytest.mark.parametrize("ridge", [0.01, 0.3])
-def test_target_weight_is_the_damped_least_squares_solution(rows, cols, tokens, ridge):
+@pytest.mark.parametrize("damp, ridge", [(0.01, 0.0), (0.3, 0.0), (0.01, 0.3)])
+def test_target_weight_is_the_damped_least_squares_solution(rows, cols, tokens, damp, ridge):
     W, x, x_dense = torch.randn(rows, cols), torch.randn(tokens, cols) * torch.logspace(-1, 1, cols), torch.randn(tokens, cols)
     x[:, 3] = 0                                         # a dead input: nothing is known of its column
     hessian = Hessian(cols)
     hessian.add(x)
     drift = 2 / tokens * W @ (x_dense - x).T @ x
-    got = target_weight(W, hessian, drift, 1.0, ridge)
-    assert np.allclose(got.numpy(), oracle_target(W, x, x @ W.T, x_dense @ W.T, ridge), rtol=1e-3, atol=1e-3)
+    recipe = Recipe(damp=damp, ridge=ridge)
+    got = target_weight(W, hessian, drift, recipe)
+    assert np.allclose(got.numpy(), oracle_target(W, x, x @ W.T, x_dense @ W.T, recipe), rtol=1e-3, atol=1e-3)
     assert torch.equal(got[:, 3], W[:, 3])
-    half = target_weight(W, hessian, drift, 0.5, ridge)
+    half = target_weight(W, hessian, drift, dataclasses.replace(recipe, compensate=0.5))
     assert torch.allclose(half, (W + got) / 2, atol=1e-5)
 
 
@@ -117,7 +120,7 @@ def test_drift_is_that_of_the_two_streams(name, ids):
                 residual_after = wanted, y
             weight = (found[full].weight.T if name == "gpt2" else found[full].weight).detach()
             target = got.target(full, weight.float(), Recipe())
-            want = oracle_target(weight, x, y, wanted, Recipe().ridge)
+            want = oracle_target(weight, x, y, wanted, Recipe())
             assert np.linalg.norm(target.numpy() - want) < 1e-3 * np.linalg.norm(want)
             assert np.linalg.norm(target.numpy() - weight.numpy()) > 0.05 * np.linalg.norm(want)
         if stage is order[1]:

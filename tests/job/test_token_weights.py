@@ -101,7 +101,7 @@ def test_weighted_hessians_and_targets(name, ids):
         root = weights.flatten().sqrt().double().numpy()[:, None]
         assert np.allclose(got.hessians[full].matrix().numpy(), 2 / len(x) * (root * x).T @ (root * x), rtol=1e-3, atol=1e-4)
         weight = (found[full].weight.T if name == "gpt2" else found[full].weight).detach()
-        want = oracle_target(weight, root * x, root * y, root * wanted, Recipe().ridge)
+        want = oracle_target(weight, root * x, root * y, root * wanted, Recipe())
         assert np.linalg.norm(got.target(full, weight.float(), Recipe()).numpy() - want) < 1e-3 * np.linalg.norm(want)
 
 

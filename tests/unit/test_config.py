@@ -144,7 +144,7 @@ def test_contradictory_settings(values, named):
 
 @pytest.mark.parametrize("values, named", [
     ({"method": "gptq"}, "method"), ({"order": "random"}, "order"), ({"damp": 0}, "damp"), ({"damp": float("nan")}, "damp"),
-    ({"damp": "0.1"}, "damp"), ({"ridge": 0}, "ridge"), ({"ridge": float("inf")}, "ridge"), ({"em_iterations": 0}, "em_iterations"), ({"passes": 0}, "passes"),
+    ({"damp": "0.1"}, "damp"), ({"ridge": -0.1}, "ridge"), ({"shrink": -1}, "shrink"), ({"shrink": "a"}, "shrink"), ({"ridge": float("inf")}, "ridge"), ({"em_iterations": 0}, "em_iterations"), ({"passes": 0}, "passes"),
     ({"sweeps": -1}, "sweeps"),
     ({"cg_iterations": 2.5}, "cg_iterations"), ({"block_cols": 6}, "block_cols"), ({"dtype": "float16"}, "dtype"),
     ({"compensate": -0.1}, "compensate"), ({"compensate": 1.5}, "compensate"), ({"compensate": float("nan")}, "compensate"),
@@ -171,7 +171,7 @@ def test_the_published_recipe():
     recipe = Recipe.paper()
     assert (recipe.damp, recipe.em_iterations, recipe.order, recipe.passes, recipe.sweeps) == (0.01, 100, "sequential", 1, 0)
     assert recipe.compensate == 0 and Recipe().compensate == 1
-    assert Recipe() == Recipe("gptvq", "importance", 0.1, 50, 8, 3, 2)
+    assert Recipe() == Recipe("gptvq", "importance", 0.01, 0.1, 50, 8, 3, 2)
 
 
 # ---- rules

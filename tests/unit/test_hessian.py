@@ -103,6 +103,15 @@ def test_factor_is_cached_but_not_across_new_tokens():
     assert residual(hessian.factor(("sequential", 2), columns, DAMP, torch.float32), hessian.matrix(), DAMP) < 1e-4
 
 
+def test_shrinking_raises_every_input_by_its_own_size():
+    hessian, columns = Hessian(8), torch.arange(7, -1, -1)
+    hessian.add(inputs(64, 8))
+    H = hessian.matrix().double()
+    factor = hessian.factor(("x",), columns, DAMP, torch.float64, 0.5)
+    assert residual(factor, (H + 0.5 * torch.diag(H.diagonal()))[columns][:, columns], DAMP) < 1e-5
+    assert torch.equal(hessian.matrix().double(), H) and hessian.factor(("x",), columns, DAMP, torch.float64) is not factor
+
+
 def test_factor_follows_the_column_order_and_pads_with_zeros():
     hessian = Hessian(7)
     hessian.add(inputs(64, 7))
