@@ -20,7 +20,7 @@ from . import runner
 from .perplexity import LayerLog
 
 EXAMPLES = """examples:
-  python -m bench.switches --calibration wiki.txt --texts more-wiki.txt,code.txt --recipes damp=0.03,ridge=0.03 --recipes damp=0.1,ridge=0.3
+  python -m bench.switches --calibration wiki.txt --texts more-wiki.txt,code.txt --recipes shrink=0 --recipes shrink=0.1,ridge=0.3
   python -m bench.switches --table bench/results/switches.json
 
 The texts are to choose by, and so neither the calibration's nor those that results are stated on.  The dense model is a row too; rows are

@@ -2,8 +2,8 @@
 
 Layer errors add up over a model: what a layer reads is no longer what its weights were made for. So two streams of hidden
 states run through the blocks, the dense model's and the quantized one's, and each layer is solved not for its own weight W
-but for W* = W + D (H + ridge)^-1, the weight that gets nearest to the dense model's values from the quantized model's inputs.  The
-ridge keeps W* near W where the calibration inputs are weak: what they say there does not hold for other text.
+but for W* = W + D (H + ridge diag H + damping)^-1, the weight that gets nearest to the dense model's values from the quantized
+model's inputs.  The ridge keeps W* near W where only the calibration text's correlations speak for more: in other text they are others.
 """
 from __future__ import annotations
 
