@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         for path in paths:
             if path is None or not Path(path).is_file():
                 raise ConfigError(f"{option}: got {path}, need a text file")
+    stems = [Path(path).stem for path in args.texts]
+    if len(set(stems)) < len(stems):
+        raise ConfigError(f"--texts: got {', '.join(stems)}, need files of different names, which head the columns")
     configs = {(preset, name): VQConfig.preset(preset, recipe=recipe) for preset in args.presets for name, recipe in recipes.items()}
     source = args.model or bundled_model()
     dense, tokenizer = open_model(source, device=args.device, dtype="bfloat16")

@@ -31,4 +31,5 @@ def test_a_run(my_model, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert bench(switches, "--table", out) == 0 and printed.endswith(capsys.readouterr().out)
     assert bench(switches, *options, "--windows", "1") == 1 and "windows differ" in capsys.readouterr().err
+    assert bench(switches, *options, "--texts", f"{texts[0]},{texts[0]}") == 1 and "different names" in capsys.readouterr().err
     assert bench(switches, *options, "--texts", "none.txt") == 1 and "--texts: got none.txt" in capsys.readouterr().err
