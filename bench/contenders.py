@@ -62,7 +62,7 @@ def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
     spec, generator = config.spec(rows, cols), torch.Generator().manual_seed(0)
     buffers = {}
     for name, (shape, kind) in spec.buffer_shapes().items():
-        low, high = (-127, 128) if kind == "int8" else (0, 256)
+        low, high = (spec.least_entry, 128) if kind == "int8" else (0, 256)
         buffers[name] = (torch.rand(shape, generator=generator).to(DTYPES[kind]) if DTYPES[kind].is_floating_point else
                          torch.randint(low, high, shape, dtype=DTYPES[kind], generator=generator))
     return VQWeight(spec, buffers)

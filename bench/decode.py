@@ -215,7 +215,7 @@ def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Pa
         for kind in args.activations:
             model = copied(model, kind)
             layers = [module for module in model.modules() if isinstance(module, VQLinear)]
-            kinds = f"{layers[0].spec.dim}D K{layers[0].spec.codewords}" + (f", head {head.dim}D K{head.codewords}" if head else "")
+            kinds = layers[0].spec.form + (f", head {head.form}" if head else "")
             row = {"method": "gptvq", "preset": preset, "format": kinds, "activations": kind,
                    "bits_per_value": 8 * sum(layer.packed.nbytes for layer in layers) / sum(
                        layer.in_features * layer.out_features for layer in layers)}

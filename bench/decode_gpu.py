@@ -132,7 +132,7 @@ def compare(models: dict[str, nn.Module], mode: str, args, place: torch.device) 
         layers = [module for module in model.modules() if isinstance(module, VQLinear)]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         rows.append({"operation": f"decode, {mode}", "method": name.split()[0], "preset": name.split()[1] if layers else None,
-                     "format": f"{layers[0].spec.dim}D K{layers[0].spec.codewords}" if layers else "bf16", "device": place.type,
+                     "format": layers[0].spec.form if layers else "bf16", "device": place.type,
                      "bits_per_value": 8 * sum(layer.packed.nbytes for layer in layers) / weights if layers else 16.0,
                      "threads": torch.get_num_threads(), "tokens": args.tokens, "tokens_per_second": 1 / statistics.median(times[name]),
                      "median_seconds": statistics.median(times[name]), "peak_bytes": on.peak_bytes(place),

@@ -128,7 +128,7 @@ def _quantize(layer: Layer, spec: QuantSpec, method: str) -> dict:
 def describe_format(spec: QuantSpec) -> str:
     """For instance "2D K16 4x256 s64": dimension, centroids, group, scale block."""
     scales = f" s{spec.scale_block}" if spec.scale_block else ""
-    return f"{spec.dim}D K{spec.codewords} {spec.group_rows}x{spec.group_cols}{scales}"
+    return f"{spec.form} {spec.group_rows}x{spec.group_cols}{scales}"
 
 
 def _mean(rows: list[dict]) -> dict:

@@ -61,7 +61,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     def row(method: str, measured, **more) -> dict:
         value = perplexity(measured, text, args.window, args.max_windows)
         runner.log(f"{method}: perplexity {value:.3f}")
-        return {"operation": "learn", "method": method, "preset": None, "format": f"{packed[0].spec.dim}D K{packed[0].spec.codewords}",
+        return {"operation": "learn", "method": method, "preset": None, "format": packed[0].spec.form,
                 "bits_per_value": 16.0 if method == "dense" else bits, "perplexity": value, "text_sha256": tokens_sha256(text),
                 "device": str(next(measured.parameters()).device), "threads": torch.get_num_threads(), **more}
 

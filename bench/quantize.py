@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.shape in decoder_layer.MODELS:
             stages, same = Stages(lambda: on.synchronize(device)), {"preset": args.preset, "device": device.type}
             records = decoder_layer.measure(args.shape, config, args.samples, args.sequence_length, device, stages)
-            same |= {"format": f"{config.dim}D K{records[0].spec.codewords}", "threads": torch.get_num_threads()}
+            same |= {"format": records[0].spec.form, "threads": torch.get_num_threads()}
             results.add(decoder_layer.rows(args.shape, records, stages, same, device))
         else:
             _measure(args, config, results)

@@ -15,7 +15,7 @@ from gptvq.hf import open_model
 from gptvq.spec import QuantSpec
 
 from . import layers, runner
-from .variants import Norm, RowScales, Search, Signed, Variant, Wide, tall
+from .variants import Norm, RowScales, Search, Signed, Variant, Wide, one_codebook, tall
 
 EXAMPLES = """examples:
   python -m bench.tried --calibration wiki.train.txt --heldout wiki.test.txt --json bench/results/tried.json
@@ -25,8 +25,8 @@ Relative layer errors as in bench.quality --layers, all by the whole recipe, and
 norm P: block scales follow the P-th mean of the weights, norm 0 the largest.  search: behind every stage each block takes that of its 16
 scales that has the least loss, and the two numbers from which the 16 come are fitted to what the blocks would like.  row scales P: each row is
 divided by its root mean square to the power P, which is stored in 16 bits.  4D K4096: one codebook of that size for a layer, with the
-same block scales; of +-2048: half of it is the other half with its signs changed, and is not stored; of 256 and signs: 256 centroids are
-stored and the sign of each value apart.  tall: groups of the same size over all rows."""
+same block scales; of +-2048: half of it is the other half with its signs changed, and is not stored; of 256 and signs: the signed
+format with one codebook.  tall: groups of the same size over all rows."""
 DEFAULT = ["2d-2.25", "2d-3.125", "2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64"]
 
 
@@ -37,7 +37,7 @@ VARIANTS: dict[str, Callable[[QuantSpec], Variant | None]] = {
     "search": lambda spec: Search(spec) if spec.scale_block else None,
     **{f"row scales {p}": lambda spec, p=p: None if spec.scale_block else RowScales(spec, p) for p in (0.5, 1.0)},
     **{f"4D K4096{name}": lambda spec, make=make: make(spec) if spec.scale_block and (spec.dim, spec.index_bits) == (2, 3) else None
-       for name, make in (("", Wide), (" of +-2048", lambda spec: Signed(spec, False)), (" of 256 and signs", lambda spec: Signed(spec, True)))},
+       for name, make in (("", Wide), (" of +-2048", Signed), (" of 256 and signs", one_codebook))},
     "tall": lambda spec: None if spec.scale_block else tall(spec),
 }
 

@@ -124,7 +124,8 @@ def quantization(preset: str, rows: int, cols: int, backends: dict, device: torc
     W = normal(rows, n * d)
     operations = {
         "fit": lambda backend: backend.fit(x, root @ root.transpose(1, 2), torch.ones(x.shape[:2], device=device), seeds, rounds),
-        "column_block": lambda backend: backend.column_block(W, U, roots, centroids, strip, None, spec.group_rows)}
+        "column_block": lambda backend: backend.column_block(W, U, roots, centroids, strip, None, spec.group_rows, False,
+                                                             spec.signs > 0)}
     found = []
     for operation, run in operations.items():
         about = {"operation": operation, "preset": preset, "format": describe_format(spec), "shape": [rows, cols], "dtype": "float32"}

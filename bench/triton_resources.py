@@ -19,7 +19,7 @@ from . import runner
 from .layers import describe_format
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
-FORMATS = ["1d-2.125", "1d-3.125", "1d-4.125", "2d-2.25", "2d-3.125", "2d-4.125", "4d-2.25"]
+FORMATS = ["1d-2.125", "1d-3.125", "1d-4.125", "2d-2.25", "2d-3.125", "2d-4.125", "4d-2.25", "4d-3.125"]
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
          torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8"}
 EXAMPLE = """example:
@@ -91,7 +91,7 @@ def multiply(spec, args) -> None:
 
 
 def quantize(spec) -> None:
-    """Every operator of quantization once, on blocks of 128 columns."""
+    """Every operator of quantization that has a kernel for the format once, on blocks of 128 columns."""
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -101,6 +101,8 @@ def quantize(spec) -> None:
     scale, index = empty(spec.rows, n) if spec.scale_block else None, empty(spec.rows, n, dtype=torch.uint8)
     triton.fit(empty(spec.row_groups, points, d), empty(spec.group_cols // d, d, d), empty(spec.row_groups, points),
                empty(8, spec.row_groups, k, d), ((10, 1), (40, 1)))
+    if spec.signs:
+        return                                          # the rest is PyTorch's
     triton.column_block(empty(spec.rows, 128), empty(128, 128), empty(n, d, d), centroids, strip, scale, spec.group_rows)
     triton.descent_block(empty(spec.rows, 128), empty(128, 128), index, centroids, strip, scale, spec.group_rows)
     triton.assign(empty(spec.rows, d), empty(d, d), centroids[:, 0], spec.group_rows)

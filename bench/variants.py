@@ -132,10 +132,15 @@ def tall(spec: QuantSpec) -> Variant:
     return Variant(QuantSpec(spec.rows, spec.cols, spec.dim, spec.index_bits, spec.rows, min(cols, spec.cols)))
 
 
-class Wide(Variant):
-    """Four dimensions, 4096 centroids for all of the layer, as many scales: indices of 12 bits, which no kernel of ours decodes."""
+def one_codebook(spec: QuantSpec) -> Variant:
+    """The signed format, one codebook for all of the layer, as many scales."""
+    return Variant(QuantSpec(spec.rows, spec.cols, 4, 3, spec.rows, spec.cols, spec.scale_block))
 
-    formats = mock.patch.dict(spec_module.FORMATS, {(4, 3): 12})
+
+class Wide(Variant):
+    """Four dimensions, 4096 centroids for all of the layer, as many scales: indices of 12 bits without signs, which no kernel of ours decodes."""
+
+    formats = mock.patch.object(spec_module, "SIGNED", ())
     without_kernels = mock.patch.multiple(ops, decode=reference.decode, collect=reference.collect, descent_block=reference.descent_block)
 
     def __init__(self, spec: QuantSpec):
@@ -165,20 +170,19 @@ class Wide(Variant):
 
 
 class Signed(Wide):
-    """As Wide, but all 4096 are 4096 / F stored ones under F changes of sign: all four at once, or each value by itself."""
+    """As Wide, but half of the 4096 are stored: the others are those with all their signs changed."""
 
-    def __init__(self, spec: QuantSpec, each: bool):
+    stored = 2048
+
+    def __init__(self, spec: QuantSpec):
         super().__init__(spec)
-        signs = torch.arange(16)[:, None] >> torch.arange(4) & 1 if each else torch.tensor([[0], [1]]).expand(2, 4)
-        self.each, self.flips = each, 1 - 2 * signs.float()
-        self.stored = 4096 // len(self.flips)
         self.bits -= (4096 - self.stored) * 4 * 8 / (spec.rows * spec.cols)
         self.without_kernels = mock.patch.multiple(
             ops, descent_block=lambda R, H, index, centroids, *rest: reference.descent_block(R, H, index, self.all_of(centroids), *rest))
 
     def all_of(self, centroids: Tensor) -> Tensor:
         """[.., stored, 4] -> [.., 4096, 4]."""
-        return (centroids.unsqueeze(-3) * self.flips.to(centroids.dtype)[:, None]).flatten(-3, -2)
+        return torch.cat([centroids, -centroids], -2)
 
     def problem(self, W: Tensor, H: Tensor) -> Problem:
         made = super().problem(W, H)
@@ -187,19 +191,18 @@ class Signed(Wide):
         return made
 
     def collect(self, made: Problem, index: Tensor, values: Tensor) -> Tensor:
-        flips = self.flips[index.long() // self.stored].to(values.dtype)
-        if values.shape[-1] == 16:                              # blocks of H
-            flips = (flips.unsqueeze(-1) * flips.unsqueeze(-2)).flatten(-2)
+        flips = (1 - 2 * (index.long() // self.stored)).unsqueeze(-1).to(values.dtype)
+        flips = flips if values.shape[-1] == 4 else flips.square()          # blocks of H
         return reference.collect(index % self.stored, values * flips, made.strip, self.spec.group_rows, (1, 1, self.stored))
 
     def column_pass(self, made, factor, order, recipe, centroids):
         if centroids is None:                                   # fitted to the weights with their signs taken away
             metric = solver.metrics(factor.U, 4, recipe.method)[1]
             natural = torch.empty_like(metric)
-            natural[order] = torch.diag_embed(metric.diagonal(dim1=1, dim2=2)) if self.each else metric
+            natural[order] = metric
             made.rescale(made.W, 0, self.spec.cols)
             x = made.W.view(self.spec.rows, -1, 4) / made.scale[..., None]
-            x = x.abs() if self.each else torch.where(x.sum(-1, keepdim=True) < 0, -x, x)
+            x = torch.where(x.sum(-1, keepdim=True) < 0, -x, x)
             centroids = codebook.fit(x.flatten(0, 1)[None], natural, made.scale.square().flatten()[None], self.stored, recipe.em_iterations,
                                      recipe.em_starts)[None]
         return super().column_pass(made, factor, order, recipe, self.all_of(centroids))[0], centroids

@@ -170,7 +170,7 @@ def _formats(model: nn.Module) -> str:
     weights = collections.Counter()
     for module in model.modules():
         if isinstance(module, VQLinear):
-            weights[f"{module.spec.dim}D K{module.spec.codewords}"] += module.spec.rows * module.spec.cols
+            weights[module.spec.form] += module.spec.rows * module.spec.cols
     return " + ".join(name for name, _ in weights.most_common())
 
 

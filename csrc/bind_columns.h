@@ -5,16 +5,22 @@
 
 namespace gptvq {
 
+// Whether codes have a sign for each weight.
+inline bool is_signed(const TensorArg& index) { return index.dtype == "int16"; }
+
 // From centroids [groups, strips, k, d], index [rows, n] and strip [n]; what the strips hold and the scale are the caller's to check.
 inline Columns column_shapes(const TensorArg& centroids, const TensorArg& index, const TensorArg& strip, std::int64_t group_rows) {
   if (centroids.shape.size() != 4 || index.shape.size() != 2) throw std::invalid_argument("centroids, index: need 4 and 2 dimensions");
   const Dims& c = centroids.shape;
-  const Columns out{index.shape[0], index.shape[1], c[3], c[0], c[1], c[2], group_rows, centroids.data<const float>(),
-                    strip.data<const std::int64_t>(), nullptr};
+  Columns out{index.shape[0], index.shape[1], c[3], c[0], c[1], c[2], group_rows, centroids.data<const float>(),
+              strip.data<const std::int64_t>(), nullptr};
   if ((out.d != 1 && out.d != 2 && out.d != 4) || out.k < 1 || out.k > 256)
     throw std::invalid_argument("centroids: got another shape, need [row groups, strips, 1 to 256, 1, 2 or 4]");
   centroids.require("centroids", "float32", {c[0], c[1], c[2], c[3]});
-  index.require("index", "uint8", {out.rows, out.n});
+  out.is_signed = is_signed(index);
+  if (out.is_signed && (out.d != 4 || out.k != 256))
+    throw std::invalid_argument("centroids: got another shape, need 256 vectors of 4 weights where codes have signs");
+  index.require("index", out.is_signed ? "int16" : "uint8", {out.rows, out.n});
   strip.require("strip", "int64", {out.n});
   if (group_rows < 1 || out.groups * group_rows < out.rows) throw std::invalid_argument("group_rows: the groups do not cover the rows");
   return out;

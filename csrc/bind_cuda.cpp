@@ -13,19 +13,19 @@ namespace {
 void pack(const Arg& codes_arg, const Arg& idx_arg, const SpecArg& fields, int device, std::uint64_t stream) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
-  codes.require("codes", "uint8", {s.rows, s.vectors()});
+  codes.require("codes", s.code_dtype(), {s.rows, s.vectors()});
   idx.require("idx", "uint8", {s.tiles(), s.blocks(), s.block_bytes()});
   require_alignment("idx", idx, 4);
-  cuda::pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s, device, stream);
+  cuda::pack_codes(codes.data<const void>(), idx.data<std::uint8_t>(), s, device, stream);
 }
 
 void unpack(const Arg& idx_arg, const Arg& codes_arg, const SpecArg& fields, int device, std::uint64_t stream) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
-  codes.require("codes", "uint8", {s.rows, s.vectors()});
+  codes.require("codes", s.code_dtype(), {s.rows, s.vectors()});
   idx.require("idx", "uint8", {s.tiles(), s.blocks(), s.block_bytes()});
   require_alignment("idx", idx, 4);
-  cuda::unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s, device, stream);
+  cuda::unpack_codes(idx.data<const std::uint8_t>(), codes.data<void>(), s, device, stream);
 }
 
 void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, const std::optional<Arg>& sc_arg,
@@ -42,8 +42,9 @@ void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, con
 // index [rows, n] and the groups that cover its rows.
 cuda::Codes checked_codes(const TensorArg& index, std::int64_t groups, std::int64_t strips, std::int64_t k, std::int64_t group_rows) {
   if (index.shape.size() != 2) throw std::invalid_argument("index: need 2 dimensions");
-  const cuda::Codes c{index.shape[0], index.shape[1], groups, strips, k, group_rows, index.data<const std::uint8_t>()};
-  index.require("index", "uint8", {c.rows, c.n});
+  const cuda::Codes c{index.shape[0], index.shape[1], groups, strips, k, group_rows, index.data<const void>(), index.dtype == "int16"};
+  index.require("index", c.is_signed ? "int16" : "uint8", {c.rows, c.n});
+  if (c.is_signed && k != 256) throw std::invalid_argument("centroids: got another number of them, need 256 where codes have signs");
   if (c.k < 1 || c.k > 256 || c.strips < 1) throw std::invalid_argument("centroids: got another shape, need 1 to 256 of them, and a strip");
   if (group_rows < 1 || groups * group_rows < c.rows) throw std::invalid_argument("group_rows: the groups do not cover the rows");
   if (c.rows > 2147483647 || c.n > 2147483647 || groups * strips > 2147483647 || group_rows > 2147483647)
@@ -59,6 +60,7 @@ void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& s
   const std::int64_t d = shape[3];
   if (d != 1 && d != 2 && d != 4) throw std::invalid_argument("centroids: got vectors of another length, need 1, 2 or 4");
   const cuda::Codes c = checked_codes(index, shape[0], shape[1], shape[2], group_rows);
+  if (c.is_signed && d != 4) throw std::invalid_argument("centroids: got vectors of another length, need 4 where codes have signs");
   centroids.require("centroids", "float32", {shape[0], shape[1], shape[2], d});
   strip.require("strip", "int64", {c.n});
   Q.require("Q", "float32", {c.rows, c.n * d});
@@ -80,6 +82,8 @@ void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& ord
   if (sums.shape.size() != 4) throw std::invalid_argument("sums: need 4 dimensions");
   const Dims& shape = sums.shape;
   const cuda::Codes c = checked_codes(index, shape[0], shape[1], shape[2], group_rows);
+  if (c.is_signed && shape[3] != 4 && shape[3] != 16)
+    throw std::invalid_argument("sums: got vectors of another length, need 4 or 16 where codes have signs");
   sums.require("sums", "float64", {shape[0], shape[1], shape[2], shape[3]});
   values.require("values", "float32", {c.rows, c.n, shape[3]});
   order.require("order", "int64", {c.n});

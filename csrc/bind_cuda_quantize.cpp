@@ -55,7 +55,7 @@ void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, cons
   }
   without_gil([&] {
     cuda::column_block(b.columns, b.strides, W.data<const float>(), U.data<const float>(), roots.data<const float>(), start,
-                       index.data<std::uint8_t>(), E.data<float>(), device, stream);
+                       index.data<void>(), E.data<float>(), device, stream);
   });
 }
 
@@ -65,14 +65,14 @@ void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_ar
   const TensorArg R = tensor(R_arg), H = tensor(H_arg), index = tensor(index_arg), change = tensor(change_arg);
   const Block b = block(R, H, tensor(centroids_arg), tensor(strip_arg), scale_arg, group_rows, index, change, {"R", "H", "change"});
   without_gil([&] {
-    cuda::descent_block(b.columns, b.strides, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(),
+    cuda::descent_block(b.columns, b.strides, R.data<const float>(), H.data<const float>(), index.data<void>(),
                         change.data<float>(), device, stream);
   });
 }
 
 py::dict describe_columns(std::int64_t rows, std::int64_t n, std::int64_t d, std::int64_t groups, std::int64_t strips, std::int64_t k,
-                          std::int64_t group_rows) {
-  const cuda::ColumnPlan plan = cuda::column_plan({rows, n, d, groups, strips, k, group_rows, nullptr, nullptr, nullptr});
+                          std::int64_t group_rows, bool is_signed) {
+  const cuda::ColumnPlan plan = cuda::column_plan({rows, n, d, groups, strips, k, group_rows, nullptr, nullptr, nullptr, false, is_signed});
   py::dict out;
   out["text"] = plan.text();
   out["tile"] = plan.tile;
@@ -134,7 +134,7 @@ void bind_cuda_quantize(py::module_& m) {
   m.def("descent_block", &columns_descend, py::arg("R"), py::arg("H"), py::arg("centroids"), py::arg("strip"),
         py::arg("scale").none(true), py::arg("group_rows"), py::arg("index"), py::arg("change"), py::arg("device"), py::arg("stream"));
   m.def("column_plan", &describe_columns, py::arg("rows"), py::arg("n"), py::arg("d"), py::arg("groups"), py::arg("strips"), py::arg("k"),
-        py::arg("group_rows"));
+        py::arg("group_rows"), py::arg("is_signed") = false);
   m.def("fit_round", &fit_round, py::arg("x"), py::arg("metric"), py::arg("weight"), py::arg("tried"), py::arg("iterations"),
         py::arg("loss").none(true), py::arg("scratch").none(true), py::arg("device"), py::arg("stream"));
   m.def("fit_1d", &fit_1d, py::arg("x"), py::arg("metric"), py::arg("weight"), py::arg("seeds"), py::arg("rounds"), py::arg("centroids"),

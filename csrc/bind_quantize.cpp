@@ -9,7 +9,9 @@ namespace py = pybind11;
 namespace gptvq {
 namespace {
 
+// A signed code is the number of one of 256 centroids whatever it holds.
 void require_index(const TensorArg& index, const Columns& c) {
+  if (c.is_signed) return;
   const std::uint8_t* codes = index.data<const std::uint8_t>();
   std::uint8_t most = 0;
   for (std::int64_t i = 0; i < c.rows * c.n; ++i) most = std::max(most, codes[i]);
@@ -47,7 +49,7 @@ void columns_pass(const Arg& W_arg, const Arg& U_arg, const Arg& roots_arg, cons
   roots.require("roots", "float32", {c.n, c.d, c.d});
   E.require("E", "float32", {c.rows, c.n * c.d});
   without_gil([&] {
-    column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<std::uint8_t>(),
+    column_block(c, W.data<const float>(), U.data<const float>(), roots.data<const float>(), index.data<void>(),
                  E.data<float>(), threads);
   });
 }
@@ -62,7 +64,7 @@ void columns_descend(const Arg& R_arg, const Arg& H_arg, const Arg& centroids_ar
   change.require("change", "float32", {c.rows, c.n * c.d});
   require_index(index, c);
   without_gil([&] {
-    descent_block(c, R.data<const float>(), H.data<const float>(), index.data<std::uint8_t>(), change.data<float>(), threads);
+    descent_block(c, R.data<const float>(), H.data<const float>(), index.data<void>(), change.data<float>(), threads);
   });
 }
 
@@ -72,7 +74,7 @@ void columns_decode(const Arg& index_arg, const Arg& centroids_arg, const Arg& s
   const Columns c = columns(tensor(centroids_arg), index, tensor(strip_arg), scale_arg, group_rows);
   Q.require("Q", "float32", {c.rows, c.n * c.d});
   require_index(index, c);
-  without_gil([&] { decode(c, index.data<const std::uint8_t>(), Q.data<float>(), threads); });
+  without_gil([&] { decode(c, index.data<const void>(), Q.data<float>(), threads); });
 }
 
 void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& strip_arg, std::int64_t group_rows, const Arg& sums_arg,
@@ -80,14 +82,17 @@ void columns_collect(const Arg& index_arg, const Arg& values_arg, const Arg& str
   const TensorArg index = tensor(index_arg), values = tensor(values_arg), sums = tensor(sums_arg), strip = tensor(strip_arg);
   if (sums.shape.size() != 4 || index.shape.size() != 2) throw std::invalid_argument("sums, index: need 4 and 2 dimensions");
   const Dims& s = sums.shape;
-  const Columns c{index.shape[0], index.shape[1], 0, s[0], s[1], s[2], group_rows, nullptr, strip.data<const std::int64_t>(), nullptr};
+  Columns c{index.shape[0], index.shape[1], 0, s[0], s[1], s[2], group_rows, nullptr, strip.data<const std::int64_t>(), nullptr};
+  c.is_signed = is_signed(index);
+  if (c.is_signed && (s[2] != 256 || (s[3] != 4 && s[3] != 16)))
+    throw std::invalid_argument("sums: got another shape, need 256 centroids of 4 or 16 values for an index of int16");
   sums.require("sums", "float64", {s[0], s[1], s[2], s[3]});
-  index.require("index", "uint8", {c.rows, c.n});
+  index.require("index", c.is_signed ? "int16" : "uint8", {c.rows, c.n});
   values.require("values", "float32", {c.rows, c.n, s[3]});
   require_strips(strip, c);
   require_index(index, c);
   without_gil([&] {
-    collect(c, index.data<const std::uint8_t>(), values.data<const float>(), s[3], sums.data<double>(), threads);
+    collect(c, index.data<const void>(), values.data<const float>(), s[3], sums.data<double>(), threads);
   });
 }
 

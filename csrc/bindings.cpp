@@ -9,7 +9,7 @@ using namespace gptvq;
 namespace {
 
 void require_codes(const TensorArg& codes, const TensorArg& idx, const Spec& s) {
-  codes.require("codes", "uint8", {s.rows, s.vectors()});
+  codes.require("codes", s.code_dtype(), {s.rows, s.vectors()});
   idx.require("idx", "uint8", {s.tiles(), s.blocks(), s.block_bytes()});
 }
 
@@ -17,14 +17,14 @@ void pack(const Arg& codes_arg, const Arg& idx_arg, const SpecArg& fields) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   require_codes(codes, idx, s);
-  without_gil([&] { pack_codes(codes.data<const std::uint8_t>(), idx.data<std::uint8_t>(), s); });
+  without_gil([&] { pack_codes(codes.data<const void>(), idx.data<std::uint8_t>(), s); });
 }
 
 void unpack(const Arg& idx_arg, const Arg& codes_arg, const SpecArg& fields) {
   const Spec s = checked_spec(fields);
   const TensorArg codes = tensor(codes_arg), idx = tensor(idx_arg);
   require_codes(codes, idx, s);
-  without_gil([&] { unpack_codes(idx.data<const std::uint8_t>(), codes.data<std::uint8_t>(), s); });
+  without_gil([&] { unpack_codes(idx.data<const std::uint8_t>(), codes.data<void>(), s); });
 }
 
 void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, const std::optional<Arg>& sc_arg,

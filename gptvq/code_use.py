@@ -21,8 +21,8 @@ VECTORS = 1 << 18           # of a layer that are counted: more change nothing t
 class CodeUse:
     """Of one layer: `entropy` of its codes in bits, within each codebook and averaged over the vectors; `bits` stored for each.
 
-    `ranked` [K] are the shares of the vectors that take a codebook's most used, second, ... centroid; `unused` is the share of
-    centroids that none takes; `rows` of the layer's rows were counted.
+    `ranked` [2**bits] are the shares of the vectors that take a codebook's most used, second, ... code; `unused` is the share of
+    codes that none takes; `rows` of the layer's rows were counted.
     """
 
     bits: int
@@ -59,12 +59,13 @@ def first_rows(spec: QuantSpec) -> QuantSpec:
 
 
 def count(codes: Tensor, spec: QuantSpec) -> CodeUse:
-    """codes u8 [rows, vectors] -> their use."""
+    """Codes of `spec.code_dtype` [rows, vectors] -> their use."""
     by_row = torch.arange(spec.rows, dtype=torch.int32) // spec.group_rows * spec.strips
     by_column = torch.arange(spec.vectors, dtype=torch.int32) * spec.dim // spec.group_cols
     groups = spec.row_groups * spec.strips
-    place = (by_row[:, None] + by_column) * spec.codewords + codes
-    taken = torch.bincount(place.flatten(), minlength=groups * spec.codewords).view(groups, -1).float()
+    kinds = 1 << spec.code_bits
+    place = (by_row[:, None] + by_column) * kinds + codes
+    taken = torch.bincount(place.flatten(), minlength=groups * kinds).view(groups, -1).float()
     sizes = taken.sum(1, keepdim=True)
     shares = taken / sizes
     weight = (sizes / sizes.sum())[:, 0]

@@ -85,10 +85,13 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, k: int, iterations: int, star
     return ops.fit(x, metric, weight, draw(x, weight, k, starts, rows), ((min(iterations, _TRIAL_ITERATIONS), 1), (iterations, 1)))
 
 
-def compress(centroids: Tensor) -> Codebooks:
-    """Rounds to symmetric int8 with one bf16 scale per codebook -> the codebooks that are stored."""
-    gs = table_scale(centroids.abs().amax((2, 3)))
-    cb = (centroids / gs[..., None, None].to(centroids.dtype)).round().clamp(-127, 127).to(torch.int8)
+def compress(centroids: Tensor, least: int = -127) -> Codebooks:
+    """Rounds to int8 from `least` to 127 with one bf16 scale per codebook -> the codebooks that are stored."""
+    peak = centroids.abs().amax((2, 3))
+    gs = table_scale(peak)
+    cb = (centroids / gs[..., None, None].to(centroids.dtype)).round().clamp(least, 127).to(torch.int8)
+    if least > 0:
+        gs = torch.where(peak > 0, gs, torch.zeros_like(gs))            # zeros are nothing but this scale times whatever is stored
     return Codebooks(stored(cb, gs, centroids.dtype), {"cb": cb.transpose(2, 3).contiguous()}, gs)
 
 

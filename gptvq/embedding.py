@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .backends.reference_packed import bit_map
+from .backends.reference_packed import bit_map, centroid_numbers, sign_changes
 from .errors import ConfigError
 from .linear import VQLinear
 from .spec import TILE_ROWS, QuantSpec
@@ -106,7 +106,9 @@ def lookup(spec: QuantSpec, tables: tuple, rows: Tensor) -> Tensor:
     codes = _codes(idx.view(spec.tiles, spec.blocks, -1, TILE_ROWS, 4)[tile, :, :, row].flatten(2), spec)      # [n, vectors]
     strip = torch.arange(spec.vectors, device=rows.device) * spec.dim // spec.group_cols
     group = (rows // spec.group_rows)[:, None]
-    vectors = cb.transpose(2, 3)[group, strip, codes].float() * gs.float()[group, strip][..., None]
+    vectors = cb.transpose(2, 3)[group, strip, centroid_numbers(codes)].float() * gs.float()[group, strip][..., None]
+    if spec.signs:
+        vectors = vectors * sign_changes(codes, spec.dim)
     values = vectors.flatten(1)[:, : spec.cols]
     if sc is not None:
         packed = sc[tile, :, row]                                                                           # [n, pairs of blocks]
@@ -117,11 +119,11 @@ def lookup(spec: QuantSpec, tables: tuple, rows: Tensor) -> Tensor:
 
 
 def _codes(data: Tensor, spec: QuantSpec) -> Tensor:
-    """int64 [n, vectors] from the bytes of rows, u8 [n, blocks, bytes]."""
-    if spec.code_bits < 8:
+    """Codes of `spec.code_dtype` [n, vectors] from the bytes of rows, u8 [n, blocks, bytes]."""
+    if spec.code_bits != 8:
         byte, bit, weight = _places(spec.code_bits, spec.dim, data.device)
         data = ((data[:, :, byte] >> bit & 1) * weight).sum(-1)
-    return data.flatten(1)[:, : spec.vectors].long()
+    return data.flatten(1)[:, : spec.vectors].to(getattr(torch, spec.code_dtype))
 
 
 @torch.compiler.assume_constant_result
@@ -133,4 +135,4 @@ def _places(code_bits: int, dim: int, device: torch.device) -> tuple[Tensor, Ten
 @functools.lru_cache(maxsize=None)          # a CUDA graph can only be captured of what copies nothing to the device
 def _cached_places(code_bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     byte, bit = bit_map(code_bits, dim).unbind(-1)
-    return byte.to(device), bit.to(device, torch.uint8), (1 << torch.arange(code_bits, dtype=torch.uint8)).to(device)
+    return byte.to(device), bit.to(device, torch.uint8), (1 << torch.arange(code_bits, dtype=torch.int16)).to(device)

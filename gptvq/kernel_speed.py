@@ -69,6 +69,8 @@ def random_layer(preset: str, shape: tuple[int, int], generator: torch.Generator
     for name, (size, kind) in spec.buffer_shapes().items():
         if kind in ("uint8", "int8"):
             buffers[name] = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).view(DTYPES[kind])
+            if name == "cb" and spec.signs:
+                buffers[name] = buffers[name].clamp_min(spec.least_entry)
         else:
             buffers[name] = torch.full(size, 1e-3, dtype=DTYPES[kind])
     return VQLinear.from_weight(VQWeight(spec, buffers))

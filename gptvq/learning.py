@@ -81,7 +81,7 @@ class LearningLinear(nn.Module):
 
     def frozen(self) -> VQLinear:
         """The packed linear with the codebooks as they are now, rounded to int8, and the scales, rounded to float16."""
-        compressed = codebook.compress(self.table.detach() * self.unit)
+        compressed = codebook.compress(self.table.detach() * self.unit, self.spec.least_entry)
         scales = {} if self.sz is None else {"sz": self.sz.detach().to(torch.float16)}
         vq = VQWeight(self.spec, {**self.buffers_before, **compressed.tables, "gs": compressed.gs, **scales})
         return VQLinear.from_weight(vq, self.bias, self.name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import ConfigError
 from .spec import QuantSpec
-from .weight import DTYPES, SCALES, VQWeight, check_buffers, check_values, decode_tables
+from .weight import DTYPES, VQWeight, bad_values, check_buffers, check_values, decode_tables
 
 
 _FEW = 8                            # tokens up to which a call's own cost counts
@@ -141,14 +141,14 @@ class VQLinear(nn.Module):
         buffers = {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()}
         check_buffers(self.spec, buffers, where or self.name)
         if not self.gs.is_meta:
-            check_values(buffers, where or self.name)
+            check_values(self.spec, buffers, where or self.name)
 
     def extra_repr(self) -> str:
         s = self.spec
         scales = f", scale_block={s.scale_block}" if s.scale_block else ""
         svd = f", svd_rank={s.svd_rank}" if s.svd_rank else ""
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {s.dim}D "
-                f"K{s.codewords} in groups of {s.group_rows}x{s.group_cols}{scales}{svd}, {s.bits_per_value:.3f} bits per value")
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {s.form} "
+                f"in groups of {s.group_rows}x{s.group_cols}{scales}{svd}, {s.bits_per_value:.3f} bits per value")
 
     def _decode_tables(self) -> tuple:
         # Expanded codebooks and scale tables cost more than a small GEMV: kept until the buffers change.
@@ -180,8 +180,8 @@ class VQLinear(nn.Module):
             got = state_dict.get(prefix + buffer)
             if got is not None and got.dtype != DTYPES[kind]:   # copy_ would convert it silently
                 error_msgs.append(f"{prefix}{buffer}: got {got.dtype}, need {DTYPES[kind]}")
-            if got is not None and buffer in SCALES and not got.is_meta and not bool(torch.isfinite(got).all()):
-                error_msgs.append(f"{prefix}{buffer}: holds values that are not finite")
+            elif got is not None and not got.is_meta and (wrong := bad_values(self.spec, buffer, got)):
+                error_msgs.append(f"{prefix}{buffer}: {wrong}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
 

@@ -48,16 +48,20 @@ def free_bytes(device: torch.device) -> tuple[int, int] | None:
 
 
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
-    """u8 [rows, vectors], each below K -> u8 [tiles, blocks, block_bytes]; padding rows and columns hold code 0."""
-    if codes.dtype != torch.uint8 or codes.shape != (spec.rows, spec.vectors):
-        raise ConfigError(f"codes: got {codes.dtype} {tuple(codes.shape)}, need torch.uint8 {(spec.rows, spec.vectors)}")
-    if spec.code_bits < 8 and int(codes.max()) >= spec.codewords:
-        raise ConfigError(f"codes: got {int(codes.max())}, need values below the {spec.codewords} centroids")
+    """Codes of `spec.code_dtype` [rows, vectors], each below 2**code_bits -> u8 [tiles, blocks, block_bytes].
+
+    Padding rows and columns hold code 0.
+    """
+    if str(codes.dtype) != f"torch.{spec.code_dtype}" or codes.shape != (spec.rows, spec.vectors):
+        raise ConfigError(f"codes: got {codes.dtype} {tuple(codes.shape)}, need torch.{spec.code_dtype} {(spec.rows, spec.vectors)}")
+    if spec.code_bits != 8 and (int(codes.max()) >= 1 << spec.code_bits or int(codes.min()) < 0):
+        wrong = int(codes.max()) if int(codes.min()) >= 0 else int(codes.min())
+        raise ConfigError(f"codes: got {wrong}, need values from 0 to {(1 << spec.code_bits) - 1}")
     return backend(codes.device).pack_codes(codes.contiguous(), spec)
 
 
 def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
-    """u8 [tiles, blocks, block_bytes] -> u8 [rows, vectors]."""
+    """u8 [tiles, blocks, block_bytes] -> codes of `spec.code_dtype` [rows, vectors]."""
     return backend(idx.device).unpack_codes(idx.contiguous(), spec)
 
 
@@ -132,9 +136,9 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Quantizes a block of columns and propagates the errors inside it; see backends.reference.column_block."""
-    return backend(W.device).column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
+    return backend(W.device).column_block(W, U, roots, centroids, strip, scale, group_rows, stale, signed)
 
 
 def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,

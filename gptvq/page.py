@@ -179,7 +179,7 @@ def _table(report: Report, use: dict[str, CodeUse]) -> str:
     rows = []
     for layer in report.layers:
         band, codes = expected(layer.spec, report.config.recipe.method), use.get(layer.name)
-        layout = preset_of(layer.spec) or f"{layer.spec.dim}d K{layer.spec.codewords}"
+        layout = preset_of(layer.spec) or layer.spec.label
         cells = (layer.name, f"{layer.rows} x {layer.cols}", layout, f"{layer.nbytes:,}", f"{layer.bits_per_value:.3f}",
                  f"{100 * layer.error:.3f}", f"{layer.snr_db:.2f}", f"{codes.entropy:.3f} / {codes.bits}" if codes else "", f"{layer.tokens:,}",
                  f"{layer.seconds:.1f}")

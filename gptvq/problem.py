@@ -33,7 +33,7 @@ def solvable(spec: QuantSpec, free: int) -> str:
 class Problem:
     """Weights W [rows, n] and Hessian H [n, n] of a layer, n = vectors * dim (columns past the layer's are zero).
 
-    An `index` is [rows, vectors] uint8, `centroids` [row groups, strips, K, d], both in natural column order.
+    An `index` is [rows, vectors] of `spec.code_dtype`, `centroids` [row groups, strips, K, d], both in natural column order.
     Block scales live here because every decode needs them: `scale` is [rows, vectors] or None.  `rows`: of which share of a
     layer the weights are; scales and errors are those of the whole layer.  `method` as of a Recipe.
     """

@@ -116,6 +116,16 @@ def adam_codebook(problem: Problem, index: Tensor, centroids: Tensor, steps: int
     return parameter.data
 
 
+def absolute(problem: Problem, index: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same weights of a signed format by centroids without negative values: what was one changes the signs in the codes."""
+    spec = problem.spec
+    bits = 256 << torch.arange(spec.dim, device=index.device)
+    change = ((centroids < 0) * bits).sum(-1).to(index.dtype)           # [row groups, strips, K]
+    if bool(change.any()):
+        index = index ^ change[problem.group[:, None], problem.strip, index.long() & 255]
+    return index, centroids.abs()
+
+
 def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block_cols: int) -> Tensor:
     """One sweep over all indices, left to right, each to its best centroid under the true loss with the others fixed.
 

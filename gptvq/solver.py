@@ -17,7 +17,7 @@ from .errors import ConfigError, NumericalError
 from .hessian import Hessian, HessianFactor, pad
 from .problem import Problem, solvable, solving_bytes
 from .ranks import Rows
-from .refine import adam_codebook, coordinate_descent, svd_codebook, update_codebook
+from .refine import absolute, adam_codebook, coordinate_descent, svd_codebook, update_codebook
 from .spec import QuantSpec
 from .weight import VQWeight
 
@@ -167,7 +167,7 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
             for strip in range(spec.strips):
                 fit_strip(problem, centroids, strip, problem.W, natural, recipe)
     W = problem.W[:, columns]
-    index = torch.empty(spec.rows, spec.vectors, dtype=torch.uint8, device=W.device)
+    index = torch.empty(spec.rows, spec.vectors, dtype=getattr(torch, spec.code_dtype), device=W.device)
     # Two levels: errors come to the columns before `reach` at once, to all behind it together. A fit needs them everywhere.
     lazy = W.shape[1] if by_strip else max(ops.lazy_columns(W.device, W.shape[1]), recipe.block_cols)
     begun, reach, pending = 0, lazy, []
@@ -181,7 +181,7 @@ def column_pass(problem: Problem, factor: HessianFactor, order: Tensor, recipe: 
         scale = None if problem.scale is None else problem.scale[:, at]
         index[:, at], E = ops.column_block(
             W[:, cols], factor.U[cols, cols], roots[first:last], centroids, problem.strip[at], scale, spec.group_rows,
-            recipe.method == "paper")
+            recipe.method == "paper", spec.signs > 0)
         pending += [E] if reach < W.shape[1] else []
         ops.submatmul(W[:, cols.stop: reach], E, factor.U[cols, cols.stop: reach])
         if cols.stop + recipe.block_cols > reach and reach < W.shape[1]:        # the next block might go beyond it
@@ -213,10 +213,13 @@ def fit_strip(problem: Problem, centroids: Tensor, strip: int, W: Tensor, metric
     weight = x.new_ones(spec.rows, width)
     if problem.scale is not None:
         x, weight = x / problem.scale[:, at, None], problem.scale[:, at].square()
+    metric = metric[at]
+    if spec.signs:              # of absolute values, whose coupling within a vector would change its sign from one to the next
+        x, metric = x.abs(), torch.diag_embed(metric.diagonal(dim1=1, dim2=2))
     missing = spec.row_groups * spec.group_rows - spec.rows          # a last shorter group is filled with points of weight 0
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).reshape(spec.row_groups, -1, d)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)).reshape(spec.row_groups, -1)
-    centroids[:, strip] = codebook.fit(x, metric[at], weight, spec.codewords, recipe.em_iterations, recipe.em_starts,
+    centroids[:, strip] = codebook.fit(x, metric, weight, spec.codewords, recipe.em_iterations, recipe.em_starts,
                                        problem.rows)
 
 
@@ -236,7 +239,9 @@ def _refit(problem: Problem, index: Tensor, centroids: Tensor, recipe: Recipe) -
         centroids = update_codebook(problem, index, centroids, recipe.cg_iterations)
     if problem.spec.svd_rank:
         return svd_codebook(problem, index, centroids)
-    return index, codebook.compress(centroids)
+    if problem.spec.signs:
+        index, centroids = absolute(problem, index, centroids)
+    return index, codebook.compress(centroids, problem.spec.least_entry)
 
 
 class _Best:

@@ -10,7 +10,9 @@ from .errors import ConfigError
 LAYOUT_VERSION = 1
 TILE_ROWS, BLOCK_COLS = 16, 32
 #: (dim, index bits per weight) -> index bits per vector; only formats that every backend decodes are legal.
-FORMATS = {(1, 2): 2, (1, 3): 3, (1, 4): 4, (2, 2): 4, (2, 3): 6, (2, 4): 8, (4, 2): 8}
+FORMATS = {(1, 2): 2, (1, 3): 3, (1, 4): 4, (2, 2): 4, (2, 3): 6, (2, 4): 8, (4, 2): 8, (4, 3): 12}
+#: Formats whose codes hold a sign for each weight of a vector, above the number of its centroid, which holds absolute values.
+SIGNED = ((4, 3),)
 SCALE_BLOCKS = (16, 32, 64)
 
 
@@ -18,8 +20,9 @@ SCALE_BLOCKS = (16, 32, 64)
 class QuantSpec:
     """Storage format of one [rows, cols] weight; every instance is legal and has a decoder.
 
-    `group_rows` x `group_cols` weights share one codebook of 2**(dim * index_bits) int8 centroids; the last group of a
-    row or column may be smaller.  `scale_block` consecutive weights of a row share a 4-bit scale (0: no scales).
+    `group_rows` x `group_cols` weights share one codebook of int8 centroids, 2**(dim * index_bits) of them, or 256 under all changes
+    of sign (dim=4, index_bits=3); the last group of a row or column may be smaller.  `scale_block` consecutive weights of a row share
+    a 4-bit scale (0: no scales).
     `svd_rank` > 0 stores the 1D codebooks as a product of that rank.
     """
 
@@ -52,14 +55,29 @@ class QuantSpec:
 
     # ---- derived sizes
     @property
+    def signs(self) -> int:
+        """Sign bits per vector: dim in the signed formats, else 0."""
+        return self.dim if (self.dim, self.index_bits) in SIGNED else 0
+
+    @property
     def codewords(self) -> int:
-        """K: centroids per codebook."""
-        return 1 << self.code_bits
+        """K: centroids per codebook that are stored."""
+        return 1 << (self.code_bits - self.signs)
 
     @property
     def code_bits(self) -> int:
-        """Index bits per vector, log2 K."""
+        """Index bits per vector: log2 K, and the signs."""
         return FORMATS[self.dim, self.index_bits]
+
+    @property
+    def least_entry(self) -> int:
+        """Of a codebook.  Those of the signed formats hold absolute values of 1 to 127: kernels negate four bytes at a time."""
+        return 1 if self.signs else -127
+
+    @property
+    def code_dtype(self) -> str:
+        """Of unpacked codes: "uint8", or "int16" with the number of a centroid in the lowest 8 bits and the signs above."""
+        return "int16" if self.signs else "uint8"
 
     @property
     def vectors(self) -> int:
@@ -125,9 +143,14 @@ class QuantSpec:
                 + (4 / self.scale_block if self.scale_block else 0))
 
     @property
+    def form(self) -> str:
+        """For instance "2D K16", or "4D +-K256" of a signed format."""
+        return f"{self.dim}D {'+-' if self.signs else ''}K{self.codewords}"
+
+    @property
     def label(self) -> str:
         """For instance "2d K16 s64"."""
-        return f"{self.dim}d K{self.codewords}" + (f" s{self.scale_block}" if self.scale_block else "") + (
+        return self.form.replace("D", "d") + (f" s{self.scale_block}" if self.scale_block else "") + (
             f" svd{self.svd_rank}" if self.svd_rank else "")
 
     def to_dict(self) -> dict:

@@ -60,10 +60,10 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> Verified:
 def _check_scales(layer: str, spec: QuantSpec, entries: dict[str, Entry]) -> None:
     import torch
 
-    from .weight import DTYPES, SCALES, check_values
+    from .weight import DTYPES, check_values, judged
 
-    shapes = {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in spec.buffer_shapes().items() if name in SCALES}
-    check_values({name: torch.frombuffer(bytearray(entries[f"{layer}.{name}"].read()), dtype=dtype).view(shape)
+    shapes = {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in spec.buffer_shapes().items() if name in judged(spec)}
+    check_values(spec, {name: torch.frombuffer(bytearray(entries[f"{layer}.{name}"].read()), dtype=dtype).view(shape)
                   for name, (shape, dtype) in shapes.items()}, f"{entries[f'{layer}.gs'].file}: {layer}")
 
 

@@ -11,7 +11,7 @@ from .scaling import scale_table
 from .spec import QuantSpec
 
 DTYPES = {"uint8": torch.uint8, "int8": torch.int8, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SCALES = ("gs", "cb_v", "sz")           # the buffers whose values can be none; any value of the others is one
+SCALES = ("gs", "cb_v", "sz")           # the buffers whose values can be none; any value of the others is one, but see `judged`
 
 
 class VQWeight:
@@ -19,6 +19,7 @@ class VQWeight:
 
     W[i, j] = gs[g] * cb[g, j mod dim, code(i, j // dim)] * s(i, j // scale_block), g the group of (i, j), computed in
     float32 in this order; s is 1 without block scales.  Buffers (`spec.buffer_shapes()`):
+    In signed formats code() is the lower 8 bits of a code, and bit 8 + j mod dim set makes W[i, j] negative.
     idx u8 [tiles, blocks, bytes]: indices of 16 rows x 32 columns, in the order of `backends.reference.bit_map`;
     cb s8 [row groups, strips, dim, K]; gs bf16 [row groups, strips]; sc u8 [tiles, ceil(scale blocks / 2), 16]: 4-bit
     scale codes, low nibble the even block; sz f16 [scale blocks, 2]: (z, a) with s = 2**(z + a * code).
@@ -33,7 +34,7 @@ class VQWeight:
     @classmethod
     def from_parts(cls, spec: QuantSpec, codes: Tensor, tables: dict[str, Tensor], gs: Tensor,
                    scale_codes: Tensor | None = None, sz: Tensor | None = None) -> VQWeight:
-        """codes u8 [rows, vectors], tables {"cb"} or {"cb_u", "cb_v"}, scale_codes u8 [rows, scale blocks] -> packed."""
+        """Codes of `spec.code_dtype` [rows, vectors], tables {"cb"} or {"cb_u", "cb_v"}, scale_codes u8 [rows, scale blocks] -> packed."""
         buffers = {"idx": ops.pack_codes(codes, spec), **tables, "gs": gs.to(torch.bfloat16)}
         if spec.scale_block:
             buffers["sc"] = pack_scale_codes(scale_codes, spec)
@@ -50,7 +51,7 @@ class VQWeight:
         return 8 * self.nbytes / (self.spec.rows * self.spec.cols)
 
     def codes(self) -> Tensor:
-        """u8 [rows, vectors]."""
+        """Codes of `spec.code_dtype` [rows, vectors]."""
         return ops.unpack_codes(self.buffers["idx"], self.spec)
 
     def codebook(self) -> Tensor:
@@ -73,12 +74,25 @@ def check_buffers(spec: QuantSpec, buffers: dict[str, Tensor], where: str = "wei
             raise FormatError(f"{where}.{name}: got {got.dtype} {tuple(got.shape)}, need torch.{dtype} {shape}")
 
 
-def check_values(buffers: dict[str, Tensor], where: str = "weight") -> None:
-    """Raises FormatError unless whatever `buffers` (those of SCALES, in their shapes) decode to is finite; any code is below K."""
-    for name, tensor in buffers.items():
-        if name in SCALES and not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{where}.{name}: holds {int((~torch.isfinite(tensor)).sum())} values that are not finite; the file is "
-                              "damaged, copy it again")
+def judged(spec: QuantSpec) -> tuple[str, ...]:
+    """The buffers that can hold values which the format does not allow."""
+    return tuple(name for name in spec.buffer_shapes() if name in SCALES or name == "cb" and spec.signs)
+
+
+def bad_values(spec: QuantSpec, name: str, tensor: Tensor) -> str:
+    """What is wrong with the values of a buffer, as a clause, or nothing."""
+    if name in SCALES and not bool(torch.isfinite(tensor).all()):
+        return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
+    if name == "cb" and spec.signs and int(tensor.min()) < spec.least_entry:
+        return f"holds {int((tensor < spec.least_entry).sum())} values below {spec.least_entry}, which a signed format does not have"
+    return ""
+
+
+def check_values(spec: QuantSpec, buffers: dict[str, Tensor], where: str = "weight") -> None:
+    """Raises FormatError unless whatever `buffers` (those of `judged` at least, in their shapes) decode to is finite and allowed."""
+    for name in judged(spec):
+        if wrong := bad_values(spec, name, buffers[name]):
+            raise FormatError(f"{where}.{name}: {wrong}; the file is damaged, copy it again")
     largest = 127 * buffers["gs"].float().abs().max()
     if "sz" in buffers:
         largest = largest * scale_table(buffers["sz"]).max()

@@ -75,6 +75,8 @@ GENERIC = [
     Case("4d K256 scales", 24, 64, 4, 2, 24, 64, 32),
     Case("2d K16 strided", 8, 32, 2, 2, 4, 16, 0, "strided"),
     Case("2d K16 transposed scales", 8, 32, 2, 2, 4, 32, 16, "transposed"),
+    Case("4d +-K256", 20, 64, 4, 3, 24, 64),
+    Case("4d +-K256 scales, ragged block", 27, 60, 4, 3, 32, 64, 32),
     Case("2d K16 dead inputs", 8, 40, 2, 2, 8, 20, 0, "gauss", "dead inputs"),
     Case("2d K16 rank deficient", 8, 36, 2, 2, 8, 36, 0, "gauss", "rank deficient"),
 ]
@@ -97,6 +99,9 @@ DEGENERATE = [
     Case("no tokens, odd columns", 8, 31, 2, 2, 8, 32, 0, "gauss", "zeros"),
     Case("duplicate columns", 8, 32, 2, 2, 8, 32, 0, "gauss", "duplicate columns"),
     Case("one outlier", 8, 32, 2, 2, 8, 32, 16, "one outlier"),
+    Case("zeros 4d signed", 6, 32, 4, 3, 4, 32, 0, "zeros"),
+    Case("few values 4d signed, cols 50", 8, 50, 4, 3, 8, 64, 16, "few values"),
+    Case("4d signed, one row, one vector", 1, 3, 4, 3, 1, 4),
 ]
 
 

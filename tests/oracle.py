@@ -32,8 +32,14 @@ def metrics(U, d):
 
 def nearest(x, centroids, M):
     """argmin_k (x - c_k)^T M (x - c_k); the first of equals."""
-    costs = [(x - c) @ M @ (x - c) for c in centroids]
-    return int(np.argmin(costs))
+    gaps = x - centroids
+    return int(np.argmin(((gaps @ M) * gaps).sum(1)))
+
+
+def all_signs(centroids):
+    """[K, d] -> [2^d K, d], what the codes of a signed format stand for: bit i above a centroid's number negates weight i."""
+    d = centroids.shape[1]
+    return np.concatenate([centroids * [1 - 2 * (s >> i & 1) for i in range(d)] for s in range(2 ** d)])
 
 
 def e_step(points, M, centroids):
@@ -221,7 +227,8 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
     strip on the current weights. `paper`: EM weights U_jj; assignment and propagation with the diagonal of U only; scaled
     weights assigned as they were at the start of their block (of up to 128 columns; here always a whole strip).
     """
-    d, k = spec.dim, 2 ** round(spec.index_bits * spec.dim)
+    signed = (spec.dim, spec.index_bits) == (4, 3)          # 256 centroids of absolute values; the EM weighs each dimension by itself
+    d, k = spec.dim, 256 if signed else 2 ** round(spec.index_bits * spec.dim)
     vectors = math.ceil(spec.cols / d)
     n = vectors * d
     W = np.pad(W, ((0, 0), (0, n - spec.cols)))
@@ -242,7 +249,7 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
         mine = [v for v in range(vectors) if strip[v] == s]
         if spec.scale_block:
             first, last = mine[0] * d, min(mine[-1] * d + d, spec.cols)
-            codes, za = scales(current[:, first:last], spec.scale_block, 4 if spec.index_bits == 2 and not paper else 0)
+            codes, za = scales(current[:, first:last], spec.scale_block, 4 if (spec.index_bits == 2 or signed) and not paper else 0)
             for v in mine:
                 b = (v * d - first) // spec.scale_block
                 scale[:, v] = np.float32(2.0 ** (za[b, 0] + za[b, 1] * codes[:, b]))
@@ -250,12 +257,19 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
             rows = [r for r in range(spec.rows) if group[r] == g]
             points = np.array([current[r, v * d:v * d + d] / scale[r, v] for r in rows for v in mine])
             M = [scale[r, v] ** 2 * fit[v] for r in rows for v in mine]
+            if signed:
+                points, M = np.abs(points), [np.diag(np.diag(m)) for m in M]
             centroids[g, s] = em(points, M, seed(points, k), iterations)
 
     if order == "importance":
         for s in set(strip):
             fit_strip(s)
     index = np.zeros((spec.rows, vectors), int)
+
+    def table(r, v):
+        c = centroids[group[r], strip[v]]
+        return all_signs(c) if signed else c
+
     for step, v in enumerate(visit):
         if order == "sequential" and (step == 0 or strip[v] != strip[v - 1]):
             fit_strip(strip[v])
@@ -264,8 +278,8 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
         root = np.linalg.inv(diagonal[step] if paper else U[P, P])
         for r in range(spec.rows):
             s, seen = scale[r, v], at_start if paper and spec.scale_block else current
-            index[r, v] = nearest(seen[r, natural] / s, centroids[group[r], strip[v]], root @ root.T)
-            error = (current[r, natural] - s * centroids[group[r], strip[v], index[r, v]]) @ root
+            index[r, v] = nearest(seen[r, natural] / s, table(r, v), root @ root.T)
+            error = (current[r, natural] - s * table(r, v)[index[r, v]]) @ root
             current[r, later] -= error @ U[P, P.stop:]
-    tables = [[centroids[group[r], strip[v]] for v in range(vectors)] for r in range(spec.rows)]
+    tables = [[table(r, v) for v in range(vectors)] for r in range(spec.rows)]
     return index, tables, centroids, scale

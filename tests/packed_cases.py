@@ -22,14 +22,14 @@ def spec_id(spec):
 
 
 def random_codes(spec, seed=0):
-    return torch.randint(0, spec.codewords, (spec.rows, spec.vectors), dtype=torch.uint8,
+    return torch.randint(0, 1 << spec.code_bits, (spec.rows, spec.vectors), dtype=getattr(torch, spec.code_dtype),
                          generator=torch.Generator().manual_seed(seed))
 
 
 def random_tables(spec, seed=0):
     """(cb, gs, sc, scale table); the padding of sc holds random codes too, which nobody may look at."""
     g = torch.Generator().manual_seed(seed + 1)
-    cb = torch.randint(-127, 128, (spec.row_groups, spec.strips, spec.dim, spec.codewords), dtype=torch.int8, generator=g)
+    cb = torch.randint(spec.least_entry, 128, (spec.row_groups, spec.strips, spec.dim, spec.codewords), dtype=torch.int8, generator=g)
     gs = (torch.randn(spec.row_groups, spec.strips, generator=g) * 0.01).bfloat16()
     if not spec.scale_block:
         return cb, gs, None, None
@@ -40,11 +40,11 @@ def random_tables(spec, seed=0):
 def random_weight(spec, seed=0):
     """A VQWeight, with a product form of the codebooks where the spec asks for one."""
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, spec.codewords, (spec.rows, spec.vectors), generator=g, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << spec.code_bits, (spec.rows, spec.vectors), generator=g, dtype=getattr(torch, spec.code_dtype))
     tables = {}
     for name, (shape, dtype) in spec.buffer_shapes().items():
         if name in ("cb", "cb_u"):
-            tables[name] = torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
+            tables[name] = torch.randint(spec.least_entry, 128, shape, generator=g, dtype=torch.int8)
         elif name == "cb_v":
             tables[name] = torch.randn(shape, generator=g).half()
     scales = ()
@@ -62,7 +62,9 @@ def dequantized(spec, codes, cb, gs, sc=None, table=None):
     for i in range(spec.rows):
         for j in range(spec.cols):
             group = i // spec.group_rows, j // spec.group_cols
-            value = np.float32(cb[group][j % spec.dim, codes[i, j // spec.dim]]) * gs[group]
+            code = int(codes[i, j // spec.dim])
+            value = np.float32(cb[group][j % spec.dim, code % spec.codewords]) * gs[group]
+            value = -value if spec.signs and code >> 8 + j % spec.dim & 1 else value
             if sc is not None:
                 block = j // spec.scale_block
                 pair = int(sc[i // 16, block // 2, i % 16])

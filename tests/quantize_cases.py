@@ -5,6 +5,7 @@ from unittest import mock
 import torch
 
 from gptvq import solver
+from gptvq.backends.reference import all_signs
 from gptvq.config import Recipe
 from gptvq.hessian import factorize, pad
 from gptvq.problem import Problem
@@ -46,6 +47,7 @@ def _choices(i, target, metric, books, index, tolerance):
 def check_column_block(index, E, W, U, roots, centroids, strip, scale, group_rows, stale=False, tolerance=1e-5):
     """Every code is nearest given the codes before it, and E is the error that the formula says: in float64, for all rows."""
     start, left, U, roots, centroids = (t.double() for t in (W, W, U, roots, centroids))
+    centroids = all_signs(centroids) if index.dtype == torch.int16 else centroids
     left, (n, d) = left.clone(), roots.shape[:2]
     group = torch.arange(len(W)) // group_rows
     size = torch.ones(len(W), n, dtype=torch.float64) if scale is None else scale.double()
@@ -62,6 +64,7 @@ def check_column_block(index, E, W, U, roots, centroids, strip, scale, group_row
 def check_descent_block(index, change, before, R, H, centroids, strip, scale, group_rows, tolerance=1e-5):
     """The same for coordinate descent from the codes `before`."""
     R, H, centroids = (t.double() for t in (R, H, centroids))
+    centroids = all_signs(centroids) if index.dtype == torch.int16 else centroids
     R, d = R.clone(), centroids.shape[-1]
     group = torch.arange(len(R)) // group_rows
     size = torch.ones(index.shape, dtype=torch.float64) if scale is None else scale.double()

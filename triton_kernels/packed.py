@@ -1,17 +1,32 @@
 """Device functions on the packed format: indices of 16 x 32 blocks to codes, and codes to weights.
 
 Seen as 32-bit words, a row of tiles is idx [units][WORDS][16 rows]: a unit is V consecutive vectors, whose codes one row keeps in
-one word (code bits 2, 4, 8) or in the words of three planes (3, 6).  Byte j of a word holds vectors j, 4 + j, ...  See bit_map in
-gptvq/backends/reference_packed.py.  Codebooks come as one little-endian integer of DIM int8 per centroid, [groups, K].
+one word (code bits 2, 4, 8) or in the words of three planes (3, 6, 12).  Byte j of a word holds vectors j, 4 + j, ...  See bit_map in
+gptvq/backends/reference_packed.py.  Codebooks come as one little-endian integer of DIM int8 per centroid, [groups, K].  Of the 12 bits of
+a code with signs, 8 are the number of a centroid; the signs are the third word, where byte i has those of dimension i, bit v of vector v.
 """
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def codebook_of(cb, group, BITS: tl.constexpr):
+    return cb + (group << (8 if BITS == 12 else BITS))
+
+
+@triton.jit
+def negated(packed, signs):
+    """Centroids of four values 1 to 127, each negative where the lowest bit of its byte of `signs` is set: all four at a time."""
+    minus = signs & 0x01010101
+    return (packed ^ minus * 255) + minus               # -e is ~e + 1, and no byte carries since none of them is 0
+
+
+@triton.jit
 def unit_code(words, v: tl.constexpr, BITS: tl.constexpr):
-    """Code of vector v of a unit, from the tuple of its words."""
-    if BITS == 6:
+    """Code of vector v of a unit without signs, from the tuple of its words."""
+    if BITS == 12:
+        code = words[v // 4] >> 8 * (v % 4) & 255
+    elif BITS == 6:
         if v < 12:
             code = words[v // 4] >> 8 * (v % 4) & 63
         else:                                           # in the top bits of the three planes, high bits first
@@ -34,10 +49,12 @@ def component(packed, i: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def codes_of(idx, row, n, inside, units, BITS: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr):
-    """Codes [R, N] of vectors n [1, N] in rows [R, 1]; anything where not `inside`."""
+    """Codes [R, N] without signs of vectors n [1, N] in rows [R, 1]; anything where not `inside`."""
     word = idx + ((row // 16) * units + n // V) * (16 * WORDS) + row % 16
     shift, quad = 8 * (n % 4), n % V // 4
-    if BITS == 6:
+    if BITS == 12:
+        code = tl.load(word + 16 * quad, mask=inside, other=0) >> shift & 255
+    elif BITS == 6:
         low = tl.load(word + 16 * (quad % 3), mask=inside, other=0) >> shift & 63
         last = quad == 3
         high = tl.load(word, mask=inside & last, other=0) >> shift + 6 & 3
@@ -51,6 +68,13 @@ def codes_of(idx, row, n, inside, units, BITS: tl.constexpr, V: tl.constexpr, WO
     else:
         code = tl.load(word, mask=inside, other=0) >> shift + BITS * quad & (1 << BITS) - 1
     return code
+
+
+@triton.jit
+def signs_of(idx, row, n, inside, units, V: tl.constexpr, WORDS: tl.constexpr):
+    """Signs that `negated` takes, where and as codes_of."""
+    word = idx + ((row // 16) * units + n // V) * (16 * WORDS) + 32 + row % 16
+    return tl.load(word, mask=inside, other=0) >> n % V
 
 
 @triton.jit
@@ -70,9 +94,13 @@ def weight_tile(idx, cb, gs, sc, table, row, n, rows, cols, units, strips, pairs
     """
     inside = (row < rows) & (n * DIM < cols)
     code = codes_of(idx, row, n, inside, units, BITS, V, WORDS)
+    if BITS == 12:
+        signs = signs_of(idx, row, n, inside, units, V, WORDS)
     row, col = tl.minimum(row, rows - 1), tl.minimum(n * DIM, cols - 1)
     group = row // GROUP_ROWS * strips + col // GROUP_COLS
-    packed, size = tl.load(cb + (group << BITS) + code), tl.load(gs + group)
+    packed, size = tl.load(codebook_of(cb, group, BITS) + code), tl.load(gs + group)
+    if BITS == 12:
+        packed = negated(packed, signs)
     if SCALE_BLOCK > 0:
         scale = block_scale(sc, table, row, col // SCALE_BLOCK, pairs)
     parts = ()

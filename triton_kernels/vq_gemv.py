@@ -9,7 +9,7 @@ first up to version 3.6.  Hence tiles are [C, R] where ROWS_LAST, else [R, C].
 import triton
 import triton.language as tl
 
-from .packed import block_scale, component, unit_code
+from .packed import block_scale, codebook_of, component, negated, unit_code
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units
         begin = tl.minimum(unit * (V * DIM), cols - 1)
         if GROUP_OF_UNITS:
             group = codebooks + begin // GROUP_COLS
-            entries = cb + (group << BITS)
+            entries = codebook_of(cb, group, BITS)
             size = tl.load(gs + group)
         else:
             size = 1.0
@@ -70,8 +70,10 @@ def vq_gemv_kernel(x, idx, cb, gs, sc, table, bias, y, tokens, rows, cols, units
             start = tl.minimum(col, cols - 1)
             if not GROUP_OF_UNITS:
                 group = codebooks + start // GROUP_COLS
-                entries = cb + (group << BITS)
+                entries = codebook_of(cb, group, BITS)
             packed = tl.load(entries + unit_code(words, v, BITS))
+            if BITS == 12:
+                packed = negated(packed, words[2] >> v)
             for i in tl.static_range(DIM):
                 weight = component(packed, i, DIM)
                 if not GROUP_OF_UNITS:

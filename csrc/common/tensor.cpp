@@ -43,7 +43,7 @@ void Spec::check() const {
   for (const auto& size : sizes)
     if (size.value < 1 || size.value >= most) fail(size.name, size.value, "1 to 2147483647");
   if (dim != 1 && dim != 2 && dim != 4) fail("dim", dim, "1, 2 or 4");
-  if (index_bits < 2 || index_bits > (dim == 4 ? 2 : 4)) fail("index_bits", index_bits, dim == 4 ? "2" : "2, 3 or 4");
+  if (index_bits < 2 || index_bits > (dim == 4 ? 3 : 4)) fail("index_bits", index_bits, dim == 4 ? "2 or 3" : "2, 3 or 4");
   if (group_cols % dim) fail("group_cols", group_cols, "a multiple of dim");
   if (scale_block != 0 && scale_block != 16 && scale_block != 32 && scale_block != 64)
     fail("scale_block", scale_block, "0, 16, 32 or 64");

@@ -1,5 +1,6 @@
 // Tensors and specs as Python hands them over.  No header of torch is included anywhere: gptvq._C works with any torch.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -28,8 +29,10 @@ struct Spec {
   // Throws std::invalid_argument where a field is out of range or no kernel decodes the format.
   void check() const;
 
-  std::int64_t code_bits() const { return dim == 4 ? 8 : dim * index_bits; }
-  std::int64_t codewords() const { return std::int64_t{1} << code_bits(); }
+  bool is_signed() const { return dim == 4 && index_bits == 3; }         // a code is the number of one of 256 centroids, and 4 signs above
+  std::int64_t code_bits() const { return is_signed() ? 12 : dim == 4 ? 8 : dim * index_bits; }
+  std::int64_t codewords() const { return std::int64_t{1} << std::min<std::int64_t>(code_bits(), 8); }
+  const char* code_dtype() const { return is_signed() ? "int16" : "uint8"; }
   std::int64_t vectors() const { return ceil_div(cols, dim); }
   std::int64_t row_groups() const { return ceil_div(rows, group_rows); }
   std::int64_t strips() const { return ceil_div(cols, group_cols); }

@@ -1,6 +1,7 @@
 #include "cpu/dequantize.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "common/parallel.h"
@@ -44,16 +45,28 @@ class TileDecoder {
       for (int k = 0; k < Fmt::codewords; ++k)
         for (int d = 0; d < Fmt::dim; ++d) table_[k][d] = value(cb, gs, k, d);
     for (; row < row_end; ++row) {
-      const std::uint8_t* code = codes_of(row, col, width);
+      const auto* code = codes_of(row, col, width);
       const std::int64_t vectors = Spec::ceil_div(width, Fmt::dim);
       Work* line = line_.data();
       if (tabled)
-        for (std::int64_t v = 0; v < vectors; ++v) std::memcpy(line + v * Fmt::dim, table_[code[v]], sizeof table_[0]);
+        for (std::int64_t v = 0; v < vectors; ++v) std::memcpy(line + v * Fmt::dim, table_[Fmt::number(code[v])], sizeof table_[0]);
       else
         for (std::int64_t v = 0; v < vectors; ++v)
-          for (int d = 0; d < Fmt::dim; ++d) line[v * Fmt::dim + d] = value(cb, gs, code[v], d);
+          for (int d = 0; d < Fmt::dim; ++d) line[v * Fmt::dim + d] = value(cb, gs, Fmt::number(code[v]), d);
+      if constexpr (Fmt::has_signs)
+        for (std::int64_t v = 0; v < vectors; ++v)
+          for (int d = 0; d < Fmt::dim; ++d) flip_sign(line[v * Fmt::dim + d], Fmt::sign_bits(code[v]) >> d & 1);
       store(row, col, width);
     }
+  }
+
+  // The sign is the top bit in all three types.
+  static void flip_sign(Work& value, int flip) {
+    using Bits = std::conditional_t<sizeof(Work) == 4, std::uint32_t, std::uint16_t>;
+    Bits bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = static_cast<Bits>(bits ^ static_cast<Bits>(flip) << (8 * sizeof(Work) - 1));
+    std::memcpy(&value, &bits, sizeof bits);
   }
 
   static Work value(const std::int8_t* cb, float gs, int k, int d) {
@@ -61,7 +74,7 @@ class TileDecoder {
   }
 
   // Codes of columns col.. of a row, valid until the next call.
-  const std::uint8_t* codes_of(std::int64_t row, std::int64_t col, std::int64_t width) {
+  const typename Fmt::Code* codes_of(std::int64_t row, std::int64_t col, std::int64_t width) {
     const std::int64_t first = col / Spec::block_cols, last = (col + width - 1) / Spec::block_cols;
     const std::uint8_t* tile = w_.idx + row / Spec::tile_rows * s_.blocks() * s_.block_bytes();
     for (std::int64_t b = first; b <= last; ++b)
@@ -102,7 +115,7 @@ class TileDecoder {
   Out* out_;
   std::int64_t first_row_;
   Work table_[Fmt::codewords][Fmt::dim];
-  std::vector<std::uint8_t> codes_;
+  std::vector<typename Fmt::Code> codes_;
   std::vector<Work> line_;
 };
 

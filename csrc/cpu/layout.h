@@ -11,10 +11,12 @@
 //   4     plane q / 2, low or high nibble
 //   6     q < 3: plane q, bits 0+;  quad 3: bits 6+ of planes 2, 1, 0, from its low bits to its high bits
 //   8     plane q
+//   12    plane q, a byte for the number of each centroid; byte i of plane 2 has the signs of dimension i, bit v of vector v
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 #include "common/tensor.h"
 
@@ -22,16 +24,27 @@ namespace gptvq {
 
 template <int Bits, int Dim>
 struct Format {
-  static constexpr int bits = Bits, dim = Dim, codewords = 1 << Bits;
+  static constexpr bool has_signs = Bits > 8;
+  static constexpr int bits = Bits, dim = Dim, codewords = 1 << (has_signs ? 8 : Bits);
+  using Code = std::conditional_t<has_signs, std::uint16_t, std::uint8_t>;
   static constexpr int vectors = 32 / Dim, quads = vectors / 4, planes = vectors * Bits / 32;
 
   static constexpr std::uint32_t each(std::uint32_t byte) { return byte * 0x01010101u; }
 
-  // codes: `vectors` bytes.
-  static void decode_row(const std::uint8_t* block, int row, std::uint8_t* codes) {
+  static int number(Code code) { return code & (codewords - 1); }        // of its centroid
+  static int sign_bits(Code code) { return has_signs ? code >> 8 : 0; }
+
+  // codes: `vectors` of them.
+  static void decode_row(const std::uint8_t* block, int row, Code* codes) {
     std::uint32_t plane[planes], quad[quads];
     for (int p = 0; p < planes; ++p) std::memcpy(&plane[p], block + 64 * p + 4 * row, 4);
-    if constexpr (Bits == 6) {
+    if constexpr (has_signs) {
+      for (int v = 0; v < vectors; ++v) {
+        std::uint32_t code = plane[v / 4] >> 8 * (v % 4) & 255;
+        for (int i = 0; i < dim; ++i) code |= (plane[2] >> (8 * i + v) & 1) << (8 + i);
+        codes[v] = static_cast<Code>(code);
+      }
+    } else if constexpr (Bits == 6) {
       for (int q = 0; q < 3; ++q) quad[q] = plane[q] & each(63);
       quad[3] = (plane[0] >> 6 & each(3)) << 4 | (plane[1] >> 6 & each(3)) << 2 | (plane[2] >> 6 & each(3));
     } else if constexpr (Bits == 3) {
@@ -42,14 +55,19 @@ struct Format {
       constexpr int fields = 8 / Bits;
       for (int q = 0; q < quads; ++q) quad[q] = plane[q / fields] >> Bits * (q % fields) & each(codewords - 1);
     }
-    std::memcpy(codes, quad, sizeof quad);
+    if constexpr (!has_signs) std::memcpy(codes, quad, sizeof quad);
   }
 
   // Inverse of decode_row; the codes must be below `codewords`.
-  static void encode_row(const std::uint8_t* codes, int row, std::uint8_t* block) {
+  static void encode_row(const Code* codes, int row, std::uint8_t* block) {
     std::uint32_t plane[planes] = {}, quad[quads];
-    std::memcpy(quad, codes, sizeof quad);
-    if constexpr (Bits == 6) {
+    if constexpr (!has_signs) std::memcpy(quad, codes, sizeof quad);
+    if constexpr (has_signs) {
+      for (int v = 0; v < vectors; ++v) {
+        plane[v / 4] |= static_cast<std::uint32_t>(number(codes[v])) << 8 * (v % 4);
+        for (int i = 0; i < dim; ++i) plane[2] |= static_cast<std::uint32_t>(sign_bits(codes[v]) >> i & 1) << (8 * i + v);
+      }
+    } else if constexpr (Bits == 6) {
       for (int p = 0; p < 3; ++p) plane[p] = quad[p] | (quad[3] >> 2 * (2 - p) & each(3)) << 6;
     } else if constexpr (Bits == 3) {
       for (int q = 0; q < 6; ++q) plane[q / 2] |= quad[q] << 3 * (q % 2);
@@ -75,6 +93,7 @@ void with_format(const Spec& s, F&& f) {
     case 23: return f(Format<6, 2>{});
     case 24: return f(Format<8, 2>{});
     case 42: return f(Format<8, 4>{});
+    case 43: return f(Format<12, 4>{});
   }
   throw std::invalid_argument("spec: no kernel decodes dim=" + std::to_string(s.dim) + " with index_bits=" +
                               std::to_string(s.index_bits));

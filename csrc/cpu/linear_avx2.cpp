@@ -63,7 +63,8 @@ struct Avx2 {
       }
     }
     GPTVQ_INLINE Index index(Bytes code) const { return K == 256 ? code : masked(code, K > 16 ? K - 1 : 15); }
-    GPTVQ_INLINE Weights find(Index at) const {
+    GPTVQ_INLINE Weights find(Index at) const { return widened(lookup(at)); }
+    GPTVQ_INLINE Bytes lookup(Index at) const {
       const __m256i sixteen = _mm256_set1_epi8(16);
       Bytes low = K == 256 ? masked(at, 127) : at, found;
       for (int h = 0; h < 2; ++h) found.v[h] = _mm256_shuffle_epi8(entries[0], low.v[h]);
@@ -80,7 +81,7 @@ struct Avx2 {
             high.v[h] = _mm256_subs_epi8(high.v[h], sixteen);         // negative ones stay so
           }
       }
-      return widened(found);
+      return found;
     }
   };
 
@@ -104,6 +105,19 @@ struct Avx2 {
       return widened({_mm256_shuffle_epi8(entries.v[0], at.v[0]), _mm256_shuffle_epi8(entries.v[1], at.v[1])});
     }
   };
+
+  // Negated where byte I of a row's four has bit Bit + j, for its j-th weight; stored + 128, that of w is 256 - w.
+  template <int Bit, int I, class Table>
+  static GPTVQ_INLINE Weights with_signs(const Table& table, Index at, Bytes signs) {
+    const __m256i bits = _mm256_set1_epi32(0x08040201 << Bit);
+    const __m256i row = _mm256_add_epi8(_mm256_set1_epi8(I), _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    Bytes w = table.lookup(at);
+    for (int h = 0; h < 2; ++h) {
+      const __m256i negative = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(signs.v[h], row), bits), bits);
+      w.v[h] = _mm256_sub_epi8(_mm256_xor_si256(w.v[h], negative), negative);
+    }
+    return widened(w);
+  }
 
   static GPTVQ_INLINE Ints whole(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
   static GPTVQ_INLINE Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}; }

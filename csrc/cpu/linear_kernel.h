@@ -49,7 +49,8 @@ GPTVQ_INLINE void for_each(F&& f) {
 
 template <int Bits, int Dim>
 struct Codes {
-  static constexpr int bits = Bits, dim = Dim, k = 1 << Bits;
+  static constexpr bool has_signs = Bits > 8;
+  static constexpr int bits = Bits, dim = Dim, k = 1 << (has_signs ? 8 : Bits);
   static constexpr int quads = 8 / Dim, planes = Bits / Dim, bytes = planes * 64;
 
   // The codes of quad Q in the low bits of each byte, with rubbish above them.  Layout: cpu/layout.h.
@@ -57,7 +58,7 @@ struct Codes {
   static GPTVQ_INLINE typename V::Bytes quad(const typename V::Bytes* p) {
     if constexpr (Bits == 2) return V::template down<2 * (Q % 4)>(p[Q / 4]);
     else if constexpr (Bits == 4) return V::template down<4 * (Q % 2)>(p[Q / 2]);
-    else if constexpr (Bits == 8) return p[Q];
+    else if constexpr (Bits >= 8) return p[Q];
     else if constexpr (Bits == 3 && Q < 6) return V::template down<3 * (Q % 2)>(p[Q / 2]);
     else if constexpr (Bits == 3) return V::template pick<4>(V::template down<Q - 2>(p[2]), V::template down<6>(p[Q - 6]));
     else if constexpr (Q < 3) return p[Q];
@@ -66,6 +67,13 @@ struct Codes {
                                     V::template pick<0x0c>(V::template down<4>(p[1]), V::template down<6>(p[2])));
   }
 };
+
+// The weights of dimension I of quad Q.
+template <class V, class C, int Q, int I, class Table>
+GPTVQ_INLINE typename V::Weights weights_of(const Table& table, const typename V::Index& index, const typename V::Bytes* planes) {
+  if constexpr (C::has_signs) return V::template with_signs<4 * Q, I>(table, index, planes[2]);
+  else return table.find(index);
+}
 
 // The tables of a slab.  One: its rows share a codebook.  Otherwise every four rows have 16 table entries of their own: 16 / K
 // slots of K, so that four rows can belong to as many groups.
@@ -187,12 +195,13 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
           for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
             constexpr int Q = decltype(number)::value + kQuads * decltype(part)::value;
             const typename V::Index index = books.table[0].index(C::template quad<V, Q>(planes));
-            GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) {
-              const typename V::Weights w = books.table[i].find(index);
+            for_each<0, C::dim>([&](auto dimension) __attribute__((always_inline)) {
+              constexpr int i = decltype(dimension)::value;
+              const typename V::Weights w = weights_of<V, C, Q, i>(books.table[i], index, planes);
               GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
                 GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
                   V::dot(acc[t][p][(Q * C::dim + i) % Chains], w, x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
-            }
+            });
           });
         }
         scale_block.reach(a, 32 * first + 16 * decltype(part)::value);
@@ -307,6 +316,7 @@ LinearKernel kernels(int code_bits, int dim, int planes, bool one_book, bool hal
     case 26: return of(Codes<6, 2>{});
     case 28: return of(Codes<8, 2>{});
     case 48: return of(Codes<8, 4>{});
+    case 52: return of(Codes<12, 4>{});
   }
   return {nullptr, nullptr};
 }

@@ -92,6 +92,18 @@ struct Neon {
     }
   };
 
+  // Negated where byte I of a row's four has bit Bit + j, for its j-th weight.
+  template <int Bit, int I, class Table>
+  static GPTVQ_INLINE Weights with_signs(const Table& table, const Index& at, const Bytes& signs) {
+    constexpr uint8x16_t kRow = {I, I, I, I, I + 4, I + 4, I + 4, I + 4, I + 8, I + 8, I + 8, I + 8, I + 12, I + 12, I + 12, I + 12};
+    const uint8x16_t bits = vreinterpretq_u8_u32(vdupq_n_u32(0x08040201u << Bit));
+    const Weights w = table.find(at);
+    return each<Weights>([&](int h) __attribute__((always_inline)) {
+      const int8x16_t negative = vreinterpretq_s8_u8(vtstq_u8(vqtbl1q_u8(signs.v[h], kRow), bits));
+      return vsubq_s8(veorq_s8(w.v[h], negative), negative);
+    });
+  }
+
   static GPTVQ_INLINE Ints whole(int32_t v) {
     return each<Ints>([&](int) __attribute__((always_inline)) { return vdupq_n_s32(v); });
   }

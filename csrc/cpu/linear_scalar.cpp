@@ -60,6 +60,15 @@ struct Scalar {
     }
   };
 
+  // Negated where byte I of a row's four has bit Bit + j, for its j-th weight.
+  template <int Bit, int I, class Table>
+  static GPTVQ_CALL Weights with_signs(const Table& table, const Index& at, const Bytes& signs) {
+    Weights w = table.find(at);
+    for (int i = 0; i < 4 * rows; ++i)
+      if (signs.v[i / 4 * 4 + I] >> (Bit + i % 4) & 1) w.v[i] = static_cast<uint8_t>(-w.v[i]);
+    return w;
+  }
+
   static GPTVQ_INLINE Ints whole(int32_t value) {
     Ints all;
     for (int32_t& v : all.v) v = value;

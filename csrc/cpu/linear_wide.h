@@ -37,7 +37,10 @@ void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int
     for_each<0, C::quads>([&](auto number) __attribute__((always_inline)) {
       constexpr int Q = decltype(number)::value;
       const typename V::Index index = books.table[0].index(C::template quad<V, Q>(planes));
-      GPTVQ_UNROLL for (int i = 0; i < C::dim; ++i) V::put(out + (Q * C::dim + i) * 4 * V::rows, books.table[i].find(index));
+      for_each<0, C::dim>([&](auto dimension) __attribute__((always_inline)) {
+        constexpr int i = decltype(dimension)::value;
+        V::put(out + (Q * C::dim + i) * 4 * V::rows, weights_of<V, C, Q, i>(books.table[i], index, planes));
+      });
     });
   }
 }

@@ -22,30 +22,29 @@ void for_each_row(Byte* idx, const Spec& s, F&& f) {
 
 }  // namespace
 
-void pack_codes(const std::uint8_t* codes, std::uint8_t* idx, const Spec& s) {
-  const std::int64_t total = s.rows * s.vectors();
-  const std::uint8_t largest = *std::max_element(codes, codes + total);
-  if (largest >= s.codewords())
-    throw std::invalid_argument("codes: got " + std::to_string(largest) + ", need values below the " +
-                                std::to_string(s.codewords()) + " centroids");
+void pack_codes(const void* codes, std::uint8_t* idx, const Spec& s) {
   std::memset(idx, 0, static_cast<std::size_t>(s.tiles() * s.blocks() * s.block_bytes()));
   with_format(s, [&](auto format) {
     using Fmt = decltype(format);
+    const auto* from = static_cast<const typename Fmt::Code*>(codes);
+    const int largest = *std::max_element(from, from + s.rows * s.vectors());
+    if (largest >= 1 << Fmt::bits)
+      throw std::invalid_argument("codes: got " + std::to_string(largest) + ", need values below " + std::to_string(1 << Fmt::bits));
     for_each_row<Fmt>(idx, s, [&](std::int64_t row, std::int64_t first, std::int64_t count, std::uint8_t* block, int r) {
-      std::uint8_t padded[Fmt::vectors] = {};
-      std::memcpy(padded, codes + row * s.vectors() + first, static_cast<std::size_t>(count));
+      typename Fmt::Code padded[Fmt::vectors] = {};
+      std::copy_n(from + row * s.vectors() + first, count, padded);
       Fmt::encode_row(padded, r, block);
     });
   });
 }
 
-void unpack_codes(const std::uint8_t* idx, std::uint8_t* codes, const Spec& s) {
+void unpack_codes(const std::uint8_t* idx, void* codes, const Spec& s) {
   with_format(s, [&](auto format) {
     using Fmt = decltype(format);
     for_each_row<Fmt>(idx, s, [&](std::int64_t row, std::int64_t first, std::int64_t count, const std::uint8_t* block, int r) {
-      std::uint8_t padded[Fmt::vectors];
+      typename Fmt::Code padded[Fmt::vectors];
       Fmt::decode_row(block, r, padded);
-      std::memcpy(codes + row * s.vectors() + first, padded, static_cast<std::size_t>(count));
+      std::copy_n(padded, count, static_cast<typename Fmt::Code*>(codes) + row * s.vectors() + first);
     });
   });
 }

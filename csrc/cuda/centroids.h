@@ -7,7 +7,8 @@ namespace gptvq::cuda {
 // index [rows, n]; centroids [groups, strips, k, d] with d = 1, 2 or 4, aligned to its vectors; row r belongs to group r / group_rows.
 struct Codes {
   std::int64_t rows, n, groups, strips, k, group_rows;
-  const std::uint8_t* index;
+  const void* index;                // uint8 or, where codes have signs, int16: then k = 256, and d = 4 or f = 4 or 16
+  bool is_signed;
 };
 
 // Q [rows, n d] = centroids[row group, strip[j], index] * scale; scale [rows, n] or null.  Numbers out of range take the last of theirs.

@@ -7,16 +7,16 @@
 namespace gptvq::cuda {
 namespace {
 
-template <int D, bool kDescend>
+template <int D, bool kDescend, bool kSigned>
 void launch(const ColumnPlan& plan, const ColumnArgs& args, std::uint64_t stream) {
   const unsigned blocks = static_cast<unsigned>((args.rows + plan.tile - 1) / plan.tile);
-  GPTVQ_LAUNCH((column_kernel<D, kDescend>), dim3(blocks), dim3(static_cast<unsigned>(plan.threads)),
+  GPTVQ_LAUNCH((column_kernel<D, kDescend, kSigned>), dim3(blocks), dim3(static_cast<unsigned>(plan.threads)),
                static_cast<std::size_t>(plan.shared_bytes), stream, args);
 }
 
 template <bool kDescend>
 void run(const Columns& c, const ColumnStrides& strides, const float* from, const float* factor, const float* roots, const float* start,
-         std::uint8_t* index, float* result, int device, std::uint64_t stream) {
+         void* index, float* result, int device, std::uint64_t stream) {
   const ColumnPlan plan = column_plan(c);
   if (c.rows == 0 || c.n == 0) return;
   const auto size = [](std::int64_t value) { return static_cast<int>(value); };
@@ -24,7 +24,8 @@ void run(const Columns& c, const ColumnStrides& strides, const float* from, cons
                         plan.tile, plan.tile_groups, plan.per, from, factor, roots, c.centroids, c.scale, start,
                         strides.from, strides.factor, strides.scale, strides.start, c.strip, index, result};
   GPTVQ_DEVICE(device);
-  const auto kernel = c.d == 1 ? launch<1, kDescend> : c.d == 2 ? launch<2, kDescend> : launch<4, kDescend>;
+  const auto kernel = c.is_signed ? launch<4, kDescend, true> : c.d == 1 ? launch<1, kDescend, false> :
+                      c.d == 2 ? launch<2, kDescend, false> : launch<4, kDescend, false>;
   kernel(plan, args, stream);
 }
 
@@ -53,16 +54,17 @@ ColumnPlan column_plan(const Columns& c) {
     groups = static_cast<int>(g % tile == 0 ? 1 : tile % g == 0 ? tile / g : (tile - 2) / g + 2);
     if (groups * per * kTeam <= kEntries) break;
   }
-  const std::size_t bytes = c.d == 1 ? sizeof(ColumnShared<1>) : c.d == 2 ? sizeof(ColumnShared<2>) : sizeof(ColumnShared<4>);
+  const std::size_t bytes = c.is_signed ? sizeof(ColumnShared<4, true>) : c.d == 1 ? sizeof(ColumnShared<1, false>) :
+                            c.d == 2 ? sizeof(ColumnShared<2, false>) : sizeof(ColumnShared<4, false>);
   return {tile, groups, per, kBlockCols, static_cast<int>(bytes)};
 }
 
 void column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
-                  const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream) {
+                  const float* start, void* index, float* E, int device, std::uint64_t stream) {
   run<false>(c, strides, W, U, roots, start, index, E, device, stream);
 }
 
-void descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
+void descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, void* index,
                    float* change, int device, std::uint64_t stream) {
   run<true>(c, strides, R, H, nullptr, nullptr, index, change, device, stream);
 }

@@ -11,7 +11,11 @@
 // changes from all later columns.  Meanwhile the block loads what the next step reads, the rows of U or H that belong to its
 // vector and the codebooks of its strip with c^T M c beside each centroid, into the other half of shared memory: one
 // barrier a step.  Every sum has a fixed order.
+//
+// kSigned: 256 centroids, each under all 16 changes of sign (`Scores`); a code has the signs above the centroid's number.
 #pragma once
+#include <type_traits>
+
 #include "cuda/vector.cuh"
 
 namespace gptvq {
@@ -27,16 +31,68 @@ struct ColumnArgs {
   const float* start;                               // column_block: assigns these weights instead of what is left of them
   std::int64_t from_stride, factor_stride, scale_stride, start_stride;
   const std::int64_t* strip;
-  std::uint8_t* index;
+  void* index;                                      // uint8, or uint16 with signs
   float* result;
 };
 
-template <int D>
+// What to add to x^T M x for the squared distance of x from a centroid, given `pull` = -2 M x.
+template <int D, bool kSigned>
+struct Scores {
+  float square;
+
+  __device__ __forceinline__ void load(const Form<D>& form, const Vec<D>& c) { square = form.square(c); }
+  __device__ __forceinline__ void never() { square = INFINITY; }
+  __device__ __forceinline__ float least(const Vec<D>& pull, const Vec<D>& c) const { return score<D>(pull, c, square); }
+};
+
+// Of the best of a centroid's 16 changes of sign.  One and its opposite have the same square, and opposite products with the pull: the
+// better of the two has square - |product|.  So there are 8 to compare, by those that leave the last weight as it is.
+template <>
+struct alignas(16) Scores<4, true> {
+  float square[8];                                  // bit a of the number: weight a is negated
+
+  __device__ __forceinline__ void load(const Form<4>& form, const Vec<4>& c) {
+#pragma unroll
+    for (int p = 0; p < 8; ++p) square[p] = form.square(with_signs<4>(c, static_cast<unsigned>(p)));
+  }
+  __device__ __forceinline__ void never() {
+#pragma unroll
+    for (int p = 0; p < 8; ++p) square[p] = INFINITY;
+  }
+  // Always the same bits for the same arguments: every fused step is asked for by name, and no other can be.
+  static __device__ __forceinline__ void products(const Vec<4>& pull, const Vec<4>& c, float (&product)[8]) {
+    const float second = __fmul_rn(pull.v[1], c.v[1]), fourth = __fmul_rn(pull.v[3], c.v[3]);
+    const float low[2] = {fmaf(pull.v[0], c.v[0], second), fmaf(-pull.v[0], c.v[0], second)};
+    const float high[2] = {fmaf(pull.v[2], c.v[2], fourth), fmaf(-pull.v[2], c.v[2], fourth)};
+#pragma unroll
+    for (int p = 0; p < 8; ++p) product[p] = high[p / 4] + (p & 2 ? -low[1 - p % 2] : low[p % 2]);
+  }
+  __device__ __forceinline__ float least(const Vec<4>& pull, const Vec<4>& c) const {
+    float product[8];
+    products(pull, c, product);
+    float best = square[0] - fabsf(product[0]);
+#pragma unroll
+    for (int p = 1; p < 8; ++p) best = fminf(best, square[p] - fabsf(product[p]));
+    return best;
+  }
+  // The signs that reach `least`.
+  __device__ __forceinline__ unsigned signs(const Vec<4>& pull, const Vec<4>& c, float least) const {
+    float product[8];
+    products(pull, c, product);
+    unsigned found = 0;
+#pragma unroll
+    for (unsigned p = 8; p-- > 0;)
+      if (square[p] - fabsf(product[p]) == least) found = product[p] > 0 ? 15 - p : p;
+    return found;
+  }
+};
+
+template <int D, bool kSigned>
 struct ColumnShared {
   static constexpr int kVectors = kBlockCols / D;
   Vec<D> book[2][kEntries];                         // centroid l per + j of a row group is entry 8 j + l of the group's
   Vec<D> factor[2][D][kVectors];
-  float square[2][kEntries];
+  Scores<D, kSigned> scores[2][kEntries];
   float metric[kVectors][D * D], other[kVectors][D * D];      // of each vector: M, and the root or the inverse of M
   int strip[kVectors];
 };
@@ -62,8 +118,8 @@ __device__ __forceinline__ void invert(double (&A)[D][D]) {
 }
 
 // The matrices of vector i: M = L L^T and L from L = U_PP^-1, or M = H_PP and its inverse.
-template <int D, bool kDescend>
-__device__ __forceinline__ void prepare_vector(const ColumnArgs& a, ColumnShared<D>& s, int i) {
+template <int D, bool kDescend, bool kSigned>
+__device__ __forceinline__ void prepare_vector(const ColumnArgs& a, ColumnShared<D, kSigned>& s, int i) {
   const std::int64_t strip = a.strip[i];
   s.strip[i] = strip < 0 ? 0 : strip < a.strips ? static_cast<int>(strip) : a.strips - 1;
   if (kDescend) {
@@ -96,7 +152,7 @@ __device__ __forceinline__ void prepare_vector(const ColumnArgs& a, ColumnShared
 }
 
 // What a thread carries from global memory to the shared memory of the next step.
-template <int D>
+template <int D, bool kSigned>
 struct Load {
   static constexpr int kEach = kEntries / kBlockCols;
   int from[kEach];                // of its entries, from the first centroid of the tile's first group and the step's strip; -1: none
@@ -114,7 +170,7 @@ struct Load {
     }
   }
 
-  __device__ __forceinline__ void fetch(const ColumnArgs& a, const ColumnShared<D>& s, int first_group, int i) {
+  __device__ __forceinline__ void fetch(const ColumnArgs& a, const ColumnShared<D, kSigned>& s, int first_group, int i) {
     const int col = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int b = 0; b < D; ++b)
@@ -125,7 +181,7 @@ struct Load {
       if (from[e] >= 0) centroid[e] = *reinterpret_cast<const Vec<D>*>(book + from[e]);
   }
 
-  __device__ __forceinline__ void put(const ColumnArgs& a, ColumnShared<D>& s, int i) const {
+  __device__ __forceinline__ void put(const ColumnArgs& a, ColumnShared<D, kSigned>& s, int i) const {
     const int half = i & 1, col = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int b = 0; b < D; ++b) s.factor[half][b][col / D].v[col % D] = factor[b];
@@ -137,30 +193,30 @@ struct Load {
       const int entry = e * kBlockCols + col;
       if (from[e] >= 0) {
         s.book[half][entry] = centroid[e];
-        s.square[half][entry] = form.square(centroid[e]);
+        s.scores[half][entry].load(form, centroid[e]);
       } else {                    // never the least
         s.book[half][entry] = Vec<D>{};
-        s.square[half][entry] = INFINITY;
+        s.scores[half][entry].never();
       }
     }
   }
 };
 
 // Best of the lane's centroids for each of the team's rows: value, and which of the lane's.
-template <int D, bool kSame>
-__device__ __forceinline__ void scan(const ColumnShared<D>& s, int half, int per, const int (&first)[kTeamRows],
+template <int D, bool kSame, bool kSigned>
+__device__ __forceinline__ void scan(const ColumnShared<D, kSigned>& s, int half, int per, const int (&first)[kTeamRows],
                                      const Vec<D> (&pull)[kTeamRows], float (&best)[kTeamRows], int (&at)[kTeamRows]) {
 #pragma unroll 2
   for (int j = 0; j < per; ++j) {
     Vec<D> c = s.book[half][first[0] + j * kTeam];
-    float square = s.square[half][first[0] + j * kTeam];
+    Scores<D, kSigned> scores = s.scores[half][first[0] + j * kTeam];
 #pragma unroll
     for (int m = 0; m < kTeamRows; ++m) {
       if (!kSame && m > 0) {
         c = s.book[half][first[m] + j * kTeam];
-        square = s.square[half][first[m] + j * kTeam];
+        scores = s.scores[half][first[m] + j * kTeam];
       }
-      const float value = score<D>(pull[m], c, square);
+      const float value = scores.least(pull[m], c);
       const bool less = value < best[m];
       best[m] = less ? value : best[m];
       at[m] = less ? j : at[m];
@@ -181,12 +237,14 @@ __device__ __forceinline__ Vec<D> times(const Vec<D>& x, const float* M) {
 }
 
 // column_block: from = W, factor = U, result = E.  descent_block: from = R, factor = H, result = the change of Q; index in and out.
-template <int D, bool kDescend>
+template <int D, bool kDescend, bool kSigned>
 __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs a) {
+  using Code = std::conditional_t<kSigned, std::uint16_t, std::uint8_t>;
   constexpr int kSlots = kBlockCols / (kTeam * D);
   constexpr unsigned kAll = 0xffffffffu;
-  GPTVQ_DYN_SMEM(ColumnShared<D>, shared);
-  ColumnShared<D>& s = *shared;
+  using Shared = ColumnShared<D, kSigned>;
+  GPTVQ_DYN_SMEM(Shared, shared);
+  Shared& s = *shared;
   const int lane = static_cast<int>(threadIdx.x) % kTeam, team = static_cast<int>(threadIdx.x) / kTeam;
   const int first_row = static_cast<int>(blockIdx.x) * a.tile, first_group = first_row / a.group_rows;
 
@@ -208,9 +266,9 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
       }
   }
 
-  Load<D> load;
+  Load<D, kSigned> load;
   load.plan(a, first_group);
-  if (static_cast<int>(threadIdx.x) < a.n) prepare_vector<D, kDescend>(a, s, static_cast<int>(threadIdx.x));
+  if (static_cast<int>(threadIdx.x) < a.n) prepare_vector<D, kDescend, kSigned>(a, s, static_cast<int>(threadIdx.x));
   __syncthreads();
   load.fetch(a, s, first_group, 0);
   load.put(a, s, 0);
@@ -218,7 +276,7 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
   for (int slot = 0; slot * kTeam < a.n; ++slot) {
     const int mine = slot * kTeam + lane;           // the vector of this slot that the lane holds
     float size[kTeamRows], inverse[kTeamRows];
-    int code[kTeamRows];                            // at first the entry of the code that was
+    int code[kTeamRows];                            // at first the entry of the code that was, its signs above the lowest 8 bits
 #pragma unroll
     for (int m = 0; m < kTeamRows; ++m) {
       const bool exists = live[m] && mine < a.n;
@@ -226,9 +284,11 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
       inverse[m] = 1.f / size[m];
       code[m] = 0;
       if (kDescend && exists) {
-        const int before = a.index[static_cast<std::int64_t>(row[m]) * a.n + mine];
-        code[m] = before < a.k ? before : a.k - 1;
+        const int before = static_cast<Code*>(a.index)[static_cast<std::int64_t>(row[m]) * a.n + mine];
+        const int number = kSigned ? before & 255 : before;
+        code[m] = number < a.k ? number : a.k - 1;
         code[m] = code[m] % a.per * kTeam + code[m] / a.per;
+        if constexpr (kSigned) code[m] |= before & 0xf00;
       }
     }
     for (int turn = 0; turn < kTeam && slot * kTeam + turn < a.n; ++turn) {
@@ -248,7 +308,12 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
         scale[m] = a.scale ? __shfl_sync(kAll, size[m], turn, kTeam) : 1.f;
         Vec<D> y = x[m];
         if (kDescend) {
-          q[m] = s.book[half][first[m] - lane + __shfl_sync(kAll, code[m], turn, kTeam)];
+          if constexpr (kSigned) {
+            const int before = __shfl_sync(kAll, code[m], turn, kTeam);
+            q[m] = with_signs<D>(s.book[half][first[m] - lane + (before & 255)], static_cast<unsigned>(before) >> 8);
+          } else {
+            q[m] = s.book[half][first[m] - lane + __shfl_sync(kAll, code[m], turn, kTeam)];
+          }
           y = times<D>(x[m], s.other[i]);
         } else if (a.start && live[m]) {
 #pragma unroll
@@ -267,9 +332,9 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
         at[m] = 0;
       }
       if (first[0] == first[kTeamRows - 1])
-        scan<D, true>(s, half, a.per, first, pull, best, at);
+        scan<D, true, kSigned>(s, half, a.per, first, pull, best, at);
       else
-        scan<D, false>(s, half, a.per, first, pull, best, at);
+        scan<D, false, kSigned>(s, half, a.per, first, pull, best, at);
 
       Vec<D> change[kTeamRows];
 #pragma unroll
@@ -280,7 +345,13 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
         const unsigned reached = __ballot_sync(kAll, best[m] == least) >> (threadIdx.x % 32 / kTeam * kTeam) & ((1u << kTeam) - 1);
         const int winner = __ffs(static_cast<int>(reached)) - 1;
         const int j = __shfl_sync(kAll, at[m], winner, kTeam);
-        const Vec<D> c = s.book[half][first[m] - lane + j * kTeam + winner];
+        const int entry = first[m] - lane + j * kTeam + winner;
+        Vec<D> c = s.book[half][entry];
+        unsigned signs = 0;
+        if constexpr (kSigned) {
+          signs = s.scores[half][entry].signs(pull[m], c, least);
+          c = with_signs<D>(c, signs);
+        }
         if (kDescend) {
 #pragma unroll
           for (int b = 0; b < D; ++b) change[m].v[b] = (c.v[b] - q[m].v[b]) * scale[m];
@@ -291,7 +362,7 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
         }
         if (lane == turn) {
           w[m][0] = change[m];
-          code[m] = winner * a.per + j;
+          code[m] = winner * a.per + j + static_cast<int>(signs << 8);
         }
       }
 #pragma unroll
@@ -313,7 +384,7 @@ __global__ void __launch_bounds__(kBlockCols, 3) column_kernel(const ColumnArgs 
       if (live[m] && mine < a.n) {
         const std::int64_t to = static_cast<std::int64_t>(row[m]) * a.n + mine;
         reinterpret_cast<Vec<D>*>(a.result)[to] = w[m][0];
-        a.index[to] = static_cast<std::uint8_t>(code[m]);
+        static_cast<Code*>(a.index)[to] = static_cast<Code>(code[m]);
       }
 #pragma unroll
       for (int t = 0; t + 1 < kSlots; ++t) w[m][t] = w[m][t + 1];

@@ -26,10 +26,10 @@ struct ColumnStrides {
 
 // gptvq.backends.reference.column_block and descent_block on device pointers, for n d <= 128.  The rows of W, U, R, H, scale and start
 // are apart as given; all else is contiguous, centroids and results are aligned to a vector.  `start`, if not null, is assigned
-// in the place of W, which is what `stale` means.
+// in the place of W, which is what `stale` means.  An index is of uint8 or, where c.is_signed, of int16.
 void column_block(const Columns& c, const ColumnStrides& strides, const float* W, const float* U, const float* roots,
-                  const float* start, std::uint8_t* index, float* E, int device, std::uint64_t stream);
-void descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, std::uint8_t* index,
+                  const float* start, void* index, float* E, int device, std::uint64_t stream);
+void descent_block(const Columns& c, const ColumnStrides& strides, const float* R, const float* H, void* index,
                    float* change, int device, std::uint64_t stream);
 
 }  // namespace gptvq::cuda

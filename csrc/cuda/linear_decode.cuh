@@ -8,7 +8,8 @@
 //
 //   bits a weight   unit              rounds   steps a round    lookup of a code
 //   2               16, one word      4        2                1D K4, 2D K16: byte_perm on registers; 4D K256: shared memory
-//   3               32, three words   2        4                1D K8: byte_perm; 2D K64: a table of 32 banks, one word each
+//   3               32, three words   2        4                1D K8: byte_perm; 2D K64: a table of 32 banks, one word each;
+//                                                               4D K256 with signs: shared memory, and the signs from the third word
 //   4               8, one word       8        1                1D K16: byte_perm; 2D K256: shared memory
 #pragma once
 #include "cuda/platform.cuh"
@@ -22,12 +23,13 @@ enum class Lookup { registers, warp_table, cta_table };
 
 template <int Bits, int Dim>
 struct LinearFormat {
-  static constexpr int bits = Bits, dim = Dim, codewords = 1 << Bits, rate = Bits / Dim;
+  static constexpr int bits = Bits, dim = Dim, codewords = 1 << (Bits > 8 ? 8 : Bits), rate = Bits / Dim;
   static constexpr int unit = rate == 2 ? 16 : rate == 3 ? 32 : 8;
   static constexpr int words = rate == 3 ? 3 : 1;             // of a row in a unit
   static constexpr int rounds = kChunk / (4 * unit), steps = unit / 8;
   static constexpr int block_bytes = 64 * rate;
   static constexpr Lookup lookup = Bits <= 4 ? Lookup::registers : Bits == 6 ? Lookup::warp_table : Lookup::cta_table;
+  static constexpr bool by_step = lookup == Lookup::cta_table && words == 3;      // 64 registers do not hold a round's fragments too
   static constexpr int books = Dim == 1 ? 2 : 1;              // per lane: rows 2 g and 2 g + 1 may belong to different groups
   static constexpr int book_words = codewords * Dim / 4;      // of a codebook in registers
 
@@ -172,6 +174,16 @@ struct Table<F, Lookup::cta_table> {
       : table(reinterpret_cast<const unsigned char*>(entries)), bank(4 * lane) {}
   __device__ __forceinline__ std::uint32_t at(std::uint32_t shifted) const {
     return *reinterpret_cast<const std::uint32_t*>(table + ((shifted & 0x7f80) | bank));
+  }
+  // An entry with those bytes negated whose byte of `signs` has bit `v`: -w is ~w + 1, in which no byte carries, since w >= 1.
+  static __device__ __forceinline__ std::uint32_t negated(std::uint32_t entry, std::uint32_t signs, int v) {
+    const std::uint32_t mask = prmt(signs << (7 - v), 0, 0xba98);       // of each byte the top bit, eight times
+    return (entry ^ mask) + (mask & 0x01010101u);
+  }
+  // The weights of vector v of row r's unit in round i, of a format with signs.
+  __device__ __forceinline__ std::uint32_t quad(const Codes<F>& codes, int i, int r, int v) const {
+    const std::uint32_t w = codes.row(i, v / 4, r);
+    return negated(at(v % 4 ? w >> (8 * (v % 4) - 7) : w << 7), codes.row(i, 2, r), v);
   }
   __device__ __forceinline__ void decode(const Codes<F>& codes, int i, int r, std::uint32_t (&a)[F::steps][2]) const {
     const std::uint32_t w = codes.row(i, 0, r), e[4] = {at(w << 7), at(w >> 1), at(w >> 9), at(w >> 17)};

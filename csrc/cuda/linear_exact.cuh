@@ -31,10 +31,11 @@ __global__ void __launch_bounds__(32 * kExactWarps) linear_exact_kernel(ExactArg
     const int col = 32 * block + lane;
     if (col >= a.cols) break;
     const std::int64_t at = (static_cast<std::int64_t>(tile) * a.blocks + block) * Layout::block_bytes + row % 16 * 4;
-    const std::uint32_t quad = Layout::quad(reinterpret_cast<const std::uint32_t*>(a.idx + at), vector / 4);
-    const std::uint32_t code = quad >> vector % 4 * 8 & (Layout::codewords - 1);
+    const auto* words = reinterpret_cast<const std::uint32_t*>(a.idx + at);
+    const std::uint32_t code = Layout::quad(words, vector / 4) >> vector % 4 * 8 & (Layout::codewords - 1);
     const std::int64_t book = group + col / a.group_cols;
     float weight = __fmul_rn(static_cast<float>(a.cb[(book * Dim + lane % Dim) * Layout::codewords + code]), bfloat(a.gs[book]));
+    if constexpr (Layout::has_signs) weight = negated_if(Layout::signs(words) >> (8 * (lane % Dim) + vector), weight);
     if (a.sc) {
       const int of = col / a.scale_block;
       const int scale = a.sc[(static_cast<std::int64_t>(tile) * a.scale_pairs + of / 2) * 16 + row % 16] >> of % 2 * 4 & 15;

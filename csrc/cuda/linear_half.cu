@@ -21,5 +21,6 @@ template void launch_half<4, 2>(const LinearLaunch&);
 template void launch_half<6, 2>(const LinearLaunch&);
 template void launch_half<8, 2>(const LinearLaunch&);
 template void launch_half<8, 4>(const LinearLaunch&);
+template void launch_half<12, 4>(const LinearLaunch&);
 
 }  // namespace gptvq::cuda

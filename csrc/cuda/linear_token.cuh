@@ -90,7 +90,9 @@ struct LaneRows {
   // are 0, those of the rows' last block.
   __device__ __forceinline__ void block_scales(const LinearLayer& w, const Place& at, int column, float (&scale)[2]) const {
     const int of = min((at.block(w) * 32 + column) >> w.scale_shift, w.scale_blocks - 1);
-    const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(sc + (of >> 1) * 16)) >> 4 * (of & 1);
+    const std::uint8_t* pair = sc + (of >> 1) * 16;
+    if constexpr (F::by_step) pair = ahead(sc, of >> 1, 16);      // or base and offset are kept apart, in 4 registers
+    const std::uint32_t both = __ldg(reinterpret_cast<const std::uint16_t*>(pair)) >> 4 * (of & 1);
     scale[0] = __ldg(w.scale_table + 16 * of + (both & 15));
     scale[1] = __ldg(w.scale_table + 16 * of + (both >> 8 & 15));
   }
@@ -107,14 +109,26 @@ struct LaneInputs {
         step(batch.step + static_cast<std::int64_t>(token) * w.chunks * Spans<F, Grain>::count) {}
 };
 
+// The fragment of step j of round i of a chunk, in a format with LinearFormat::by_step.
+template <class F>
+__device__ __forceinline__ void decode_step(const Codes<F>& codes, const Table<F>& table, int i, int j, std::uint32_t (&a)[4]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) a[n] = table.quad(codes, i, n % 2, 2 * j + n / 2);
+}
+
 // The weights of round i of a chunk: fragments of the mma, one for each step.
 template <class F>
 __device__ __forceinline__ void decode_round(const Codes<F>& codes, const Table<F>& table, int i, std::uint32_t (&a)[F::steps][4]) {
-  std::uint32_t even[F::steps][2], odd[F::steps][2];
-  table.decode(codes, i, 0, even);
-  table.decode(codes, i, 1, odd);
+  if constexpr (F::by_step) {
 #pragma unroll
-  for (int j = 0; j < F::steps; ++j) a[j][0] = even[j][0], a[j][1] = odd[j][0], a[j][2] = even[j][1], a[j][3] = odd[j][1];
+    for (int j = 0; j < F::steps; ++j) decode_step(codes, table, i, j, a[j]);
+  } else {
+    std::uint32_t even[F::steps][2], odd[F::steps][2];
+    table.decode(codes, i, 0, even);
+    table.decode(codes, i, 1, odd);
+#pragma unroll
+    for (int j = 0; j < F::steps; ++j) a[j][0] = even[j][0], a[j][1] = odd[j][0], a[j][2] = even[j][1], a[j][3] = odd[j][1];
+  }
 }
 
 // The products of one chunk, added to the lane's sums of rows 2 g and 2 g + 1.
@@ -131,9 +145,10 @@ __device__ __forceinline__ void add_chunk(const LinearBatch& batch, const Linear
 #pragma unroll
   for (int i = 0; i < F::rounds; ++i) {
     std::uint32_t a[F::steps][4];
-    decode_round(codes, table, i, a);
+    if constexpr (!F::by_step) decode_round(codes, table, i, a);
 #pragma unroll
     for (int j = 0; j < F::steps; ++j) {
+      if constexpr (F::by_step) decode_step(codes, table, i, j, a[j]);
       const int s = i * F::steps + j;
       std::uint32_t b[2] = {x.own[S::turn(s)][0], x.own[S::turn(s)][1]};
       if constexpr (S::kinds > 1) b[0] *= mask[S::kind(s)], b[1] *= mask[S::kind(s)];      // the multiplier's pipe has nothing else to do

@@ -32,7 +32,7 @@ std::int64_t touched(std::int64_t length, std::int64_t group, std::int64_t group
 
 template <int Bits, int Dim, class Out>
 void launch_dequantize(const PackedView& w, Out* out, const Spec& s, std::uint64_t stream) {
-  constexpr std::int64_t book_bytes = (1 << Bits) * Dim, most = 48 * 1024;
+  constexpr std::int64_t book_bytes = Format<Bits, Dim>::codewords * Dim, most = 48 * 1024;
   const std::int64_t groups = touched(Spec::tile_rows, s.group_rows, s.row_groups());
   std::int64_t chunk = std::min<std::int64_t>(s.blocks(), 16);
   const auto table_bytes = [&] { return groups * touched(chunk * Spec::block_cols, s.group_cols, s.strips()) * book_bytes; };
@@ -47,7 +47,7 @@ void launch_dequantize(const PackedView& w, Out* out, const Spec& s, std::uint64
 
 }  // namespace
 
-void pack_codes(const std::uint8_t* codes, std::uint8_t* idx, const Spec& s, int device, std::uint64_t stream) {
+void pack_codes(const void* codes, std::uint8_t* idx, const Spec& s, int device, std::uint64_t stream) {
   GPTVQ_DEVICE(device);
   const CodesShape shape = codes_shape(s);
   const dim3 grid(grid_of(Spec::ceil_div(shape.total, kPackThreads), "pack_codes"));
@@ -57,7 +57,7 @@ void pack_codes(const std::uint8_t* codes, std::uint8_t* idx, const Spec& s, int
   });
 }
 
-void unpack_codes(const std::uint8_t* idx, std::uint8_t* codes, const Spec& s, int device, std::uint64_t stream) {
+void unpack_codes(const std::uint8_t* idx, void* codes, const Spec& s, int device, std::uint64_t stream) {
   GPTVQ_DEVICE(device);
   const CodesShape shape = codes_shape(s);
   const dim3 grid(grid_of(Spec::ceil_div(shape.total, kPackThreads), "unpack_codes"));

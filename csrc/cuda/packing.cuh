@@ -22,6 +22,9 @@ struct PackedView {
 struct CodesShape { int rows, vectors, blocks; long long total; };    // total: rows of blocks, padding included
 
 constexpr int kPackThreads = 256, kDequantizeWarps = 4;
+// CTAs of dequantize on a multiprocessor, where the compiler has to be told: for signs it would take 32 registers a thread, and spill.
+template <int Bits>
+constexpr int kDequantizeCtas = Bits > 8 ? 12 : 0;
 
 // Row i of all blocks, of which a thread of pack and unpack has one.
 template <class Layout>
@@ -40,43 +43,49 @@ struct BlockRow {
 };
 
 template <int Bits, int Dim>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const std::uint8_t* __restrict__ codes, std::uint8_t* __restrict__ idx,
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const void* __restrict__ codes, std::uint8_t* __restrict__ idx,
                                                             CodesShape s) {
   using Layout = DeviceLayout<Bits, Dim>;
   const long long i = static_cast<long long>(blockIdx.x) * kPackThreads + threadIdx.x;
   if (i >= s.total) return;
   const BlockRow<Layout> at(s, i);
-  const std::uint8_t* from = codes + at.codes;
-  std::uint32_t quads[Layout::quads];
+  const auto* from = static_cast<const typename Layout::Code*>(codes) + at.codes;
+  std::uint32_t quads[Layout::quads + Layout::has_signs] = {};
 #pragma unroll
   for (int q = 0; q < Layout::quads; ++q) {
-    quads[q] = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int v = at.first + 4 * q + j;
-      if (at.row < s.rows && v < s.vectors) quads[q] |= static_cast<std::uint32_t>(from[v] & (Layout::codewords - 1)) << 8 * j;
+      if (at.row >= s.rows || v >= s.vectors) continue;
+      const std::uint32_t code = from[v];
+      quads[q] |= (code & (Layout::codewords - 1)) << 8 * j;
+      if constexpr (Layout::has_signs) quads[Layout::quads] |= Layout::spread_signs(code >> 8 & 15, 4 * q + j);
     }
   }
   Layout::encode(reinterpret_cast<std::uint32_t*>(idx + at.word), [&](int q) { return quads[q]; });
 }
 
 template <int Bits, int Dim>
-__global__ void __launch_bounds__(kPackThreads) unpack_kernel(const std::uint8_t* __restrict__ idx, std::uint8_t* __restrict__ codes,
+__global__ void __launch_bounds__(kPackThreads) unpack_kernel(const std::uint8_t* __restrict__ idx, void* __restrict__ codes,
                                                               CodesShape s) {
   using Layout = DeviceLayout<Bits, Dim>;
   const long long i = static_cast<long long>(blockIdx.x) * kPackThreads + threadIdx.x;
   if (i >= s.total) return;
   const BlockRow<Layout> at(s, i);
   if (at.row >= s.rows) return;
-  const std::uint8_t* from = idx + at.word;
-  std::uint8_t* to = codes + at.codes;
+  using Code = typename Layout::Code;
+  const auto* from = reinterpret_cast<const std::uint32_t*>(idx + at.word);
+  Code* to = static_cast<Code*>(codes) + at.codes;
 #pragma unroll
   for (int q = 0; q < Layout::quads; ++q) {
-    const std::uint32_t quad = Layout::quad(reinterpret_cast<const std::uint32_t*>(from), q);
+    const std::uint32_t quad = Layout::quad(from, q);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int v = at.first + 4 * q + j;
-      if (v < s.vectors) to[v] = static_cast<std::uint8_t>(quad >> 8 * j);
+      if (v >= s.vectors) continue;
+      std::uint32_t code = quad >> 8 * j & 255;
+      if constexpr (Layout::has_signs) code |= Layout::gather_signs(Layout::signs(from), 4 * q + j) << 8;
+      to[v] = static_cast<Code>(code);
     }
   }
 }
@@ -97,8 +106,8 @@ struct DequantizePart {
 
 // tabled: the codebooks of every part fit into the dynamic shared memory that the launch has.
 template <int Bits, int Dim, class Out>
-__global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize_kernel(PackedView w, Out* __restrict__ out, int chunks,
-                                                                           int chunk_blocks, bool tabled, bool aligned) {
+__global__ void __launch_bounds__(32 * kDequantizeWarps, kDequantizeCtas<Bits>) dequantize_kernel(
+    PackedView w, Out* __restrict__ out, int chunks, int chunk_blocks, bool tabled, bool aligned) {
   using Layout = DeviceLayout<Bits, Dim>;
   constexpr int K = Layout::codewords, book_bytes = K * Dim;
   GPTVQ_DYN_SMEM(std::int8_t, table);
@@ -124,6 +133,10 @@ __global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize_kernel(Packe
     } else {
       codes[0] = Dim == 2 ? Layout::quad(words, q) : Layout::quad(words, q / 2) >> 16 * (q % 2);
     }
+    if constexpr (Layout::has_signs) {              // above both numbers
+      const std::uint32_t signs = Layout::signs(words);
+      codes[0] = (codes[0] & 0xffff) | Layout::gather_signs(signs, 2 * q) << 16 | Layout::gather_signs(signs, 2 * q + 1) << 20;
+    }
     float scale = 1;
     if (w.sc) {
       const int of = first / w.scale_block;
@@ -147,7 +160,8 @@ __global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize_kernel(Packe
       const int code = codes[v / 4] >> 8 * (v % 4) & (K - 1);
 #pragma unroll
       for (int d = 0; d < Dim; ++d) {
-        const float value = __fmul_rn(static_cast<float>(tabled ? book[code * Dim + d] : book[d * K + code]), gs);
+        float value = __fmul_rn(static_cast<float>(tabled ? book[code * Dim + d] : book[d * K + code]), gs);
+        if constexpr (Layout::has_signs) value = negated_if(codes[0] >> (16 + 4 * v + d), value);
         round_to(w.sc ? __fmul_rn(value, scale) : value, values[v * Dim + d]);
       }
     }

@@ -4,9 +4,9 @@
 
 namespace gptvq::cuda {
 
-// Bits of a code above the format's are ignored.
-void pack_codes(const std::uint8_t* codes, std::uint8_t* idx, const Spec& spec, int device, std::uint64_t stream);
-void unpack_codes(const std::uint8_t* idx, std::uint8_t* codes, const Spec& spec, int device, std::uint64_t stream);
+// Codes are of Spec::code_dtype; bits of one above the format's are ignored.
+void pack_codes(const void* codes, std::uint8_t* idx, const Spec& spec, int device, std::uint64_t stream);
+void unpack_codes(const std::uint8_t* idx, void* codes, const Spec& spec, int device, std::uint64_t stream);
 
 // out [rows, cols] = round(float(cb) * float(gs) * scale), bit for bit as on the CPU.
 void dequantize(const Packed& weight, void* out, OutType type, const Spec& spec, int device, std::uint64_t stream);

@@ -1,8 +1,11 @@
-// What the kernels of quantization share: vectors of d weights and the d x d forms on them.
+// What the kernels of quantization share: vectors of d weights and the d x d forms on them.  And how a weight changes its sign.
 #pragma once
 #include "cuda/platform.cuh"
 
 namespace gptvq {
+
+// `v`, or -v where the lowest bit of `flip` is set.
+__device__ __forceinline__ float negated_if(std::uint32_t flip, float v) { return __uint_as_float(__float_as_uint(v) ^ flip << 31); }
 
 // D floats, loaded and stored in one piece.
 template <int D>
@@ -54,6 +57,14 @@ struct Form {
     return out;
   }
 };
+
+// `c` with the weights negated whose bit of `signs` is set.
+template <int D>
+__device__ __forceinline__ Vec<D> with_signs(Vec<D> c, unsigned signs) {
+#pragma unroll
+  for (int a = 0; a < D; ++a) c.v[a] = negated_if(signs >> a, c.v[a]);
+  return c;
+}
 
 template <int D>
 __device__ __forceinline__ float score(const Vec<D>& pull, const Vec<D>& c, float square) {

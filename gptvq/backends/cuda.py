@@ -79,7 +79,7 @@ def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
-    codes = cuda_call.empty(spec.rows, spec.vectors, dtype=torch.uint8, device=idx.device)
+    codes = cuda_call.empty(spec.rows, spec.vectors, dtype=getattr(torch, spec.code_dtype), device=idx.device)
     call("unpack_codes", dense(idx, 4), codes, _spec(spec))
     return codes
 

@@ -52,13 +52,13 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False, signed: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
-        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
+        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale, signed)
     roots, centroids = dense(roots), dense(centroids, 16)
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
-        index = cuda_call.empty(len(W), len(strip[at]), dtype=torch.uint8, device=W.device)
+        index = cuda_call.empty(len(W), len(strip[at]), dtype=torch.int16 if signed else torch.uint8, device=W.device)
         E = cuda_call.empty(*left.shape, dtype=torch.float32, device=W.device)
         call("column_block", _in_rows(left), _in_rows(U[cols, cols]), roots[at], centroids, dense(strip[at]),
              None if scale is None else _in_rows(scale[:, at]), group_rows,
@@ -76,7 +76,7 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
 
     def part(at: slice, cols: slice, left: Tensor) -> tuple[Tensor, Tensor]:
         before = index[:, at]
-        codes = cuda_call.empty(*before.shape, dtype=torch.uint8, device=R.device).copy_(before)
+        codes = cuda_call.empty(*before.shape, dtype=index.dtype, device=R.device).copy_(before)
         change = cuda_call.empty(*left.shape, dtype=torch.float32, device=R.device)
         call("descent_block", _in_rows(left), _in_rows(H[cols, cols]), centroids, dense(strip[at]),
              None if scale is None else _in_rows(scale[:, at]), group_rows, codes, change)

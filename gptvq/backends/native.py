@@ -56,7 +56,7 @@ def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
-    codes = torch.empty(spec.rows, spec.vectors, dtype=torch.uint8)
+    codes = torch.empty(spec.rows, spec.vectors, dtype=getattr(torch, spec.code_dtype))
     _call(_C.unpack_codes, idx.contiguous(), codes, _spec(spec))
     return codes
 
@@ -171,10 +171,10 @@ def cross(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False, signed: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
-        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
-    index, E = torch.empty(len(W), len(roots), dtype=torch.uint8), torch.empty(W.shape)
+        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale, signed)
+    index, E = torch.empty(len(W), len(roots), dtype=torch.int16 if signed else torch.uint8), torch.empty(W.shape)
     tensors = [None if t is None else t.contiguous() for t in (W, U, roots, centroids, strip, scale)]
     _call(_C.column_block, *tensors, group_rows, stale, index, E, torch.get_num_threads())
     return index, E

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 # The operators on packed weights belong to this backend too.
-from .reference_packed import bit_map, dequantize, linear, pack_codes, prepare_linear, unpack_codes  # noqa: F401
+from .reference_packed import (  # noqa: F401
+    bit_map,
+    centroid_numbers,
+    dequantize,
+    linear,
+    pack_codes,
+    prepare_linear,
+    sign_changes,
+    unpack_codes,
+)
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
@@ -155,6 +164,12 @@ def _em_1d(x: Tensor, metric: Tensor, centroids: Tensor, iterations: int) -> Ten
     return out.to(centroids.dtype)
 
 
+def all_signs(centroids: Tensor) -> Tensor:
+    """[.., 256, d] -> [.., 2^d 256, d]: what each code of a signed format stands for."""
+    codes = torch.arange(256 << centroids.shape[-1], dtype=torch.int16, device=centroids.device)
+    return centroids[..., centroid_numbers(codes), :] * sign_changes(codes, centroids.shape[-1]).to(centroids.dtype)
+
+
 def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Tensor:
     """One vector column: x [rows, d], metric [d, d], centroids [row groups, K, d] -> index [rows]; the first of equals wins."""
     groups, k, d = centroids.shape
@@ -164,38 +179,51 @@ def assign(x: Tensor, metric: Tensor, centroids: Tensor, group_rows: int) -> Ten
 
 
 def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
-    """index [rows, n], centroids [row groups, strips, K, d], strip [n], scale [rows, n] or None -> Q [rows, n d]."""
-    group = torch.arange(len(index), device=index.device)[:, None] // group_rows
-    vectors = centroids[group, strip, index.long()]
+    """index [rows, n], centroids [row groups, strips, K, d], strip [n], scale [rows, n] or None -> Q [rows, n d].
+
+    An index of int16 is that of a signed format: the number of a centroid, K = 256, and above it a bit for each weight of the vector that
+    is its negative.
+    """
+    group, flips = torch.arange(len(index), device=index.device)[:, None] // group_rows, sign_changes(index, centroids.shape[3])
+    vectors = centroids[group, strip, centroid_numbers(index)]
+    if flips is not None:
+        vectors = vectors * flips.to(vectors.dtype)
     return (vectors if scale is None else vectors * scale.unsqueeze(-1)).reshape(len(index), -1)
 
 
 def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
-    """values [rows, n, f] summed in float64 per centroid; shape (row groups, strips, K) -> [row groups, strips, K, f]."""
-    group = torch.arange(len(index), device=index.device)[:, None] // group_rows
-    slot = ((group * shape[1] + strip) * shape[2] + index).flatten()
+    """values [rows, n, f] summed in float64 per centroid; shape (row groups, strips, K) -> [row groups, strips, K, f].
+
+    Of a signed format (see `decode`, four dimensions) f is 4 or 16, vectors or forms, which change their signs as their weights do.
+    """
+    group, flips = torch.arange(len(index), device=index.device)[:, None] // group_rows, sign_changes(index, 4)
+    if flips is not None:
+        values = values * (flips if values.shape[2] == 4 else (flips.unsqueeze(-1) * flips.unsqueeze(-2)).flatten(-2)).to(values.dtype)
+    slot = ((group * shape[1] + strip) * shape[2] + centroid_numbers(index)).flatten()
     sums = [torch.bincount(slot, v.flatten().double(), shape[0] * shape[1] * shape[2]) for v in values.unbind(-1)]
     return torch.stack(sums, -1).view(*shape, -1)
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
+                 group_rows: int, stale: bool = False, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Quantizes a block of n vectors one after the other and propagates each error to the rest of the block.
 
     W [rows, n d] current weights in visiting order; U [n d, n d] the block of the factor; roots [n, d, d] = U_PP^-1;
     centroids [row groups, strips, K, d]; strip [n]; scale [rows, n] or None.  Returns (index [rows, n], E [rows, n d])
     with E_P = (W_P - Q_P) U_PP^-1, from which the caller updates the columns after the block. `stale` reproduces a defect of
-    the published code: under block scales it assigns the weights as they were at the start of the block.
+    the published code: under block scales it assigns the weights as they were at the start of the block. `signed`: all changes of sign
+    of the centroids are tried, and the index is of int16, see `decode`.
     """
     n, d = roots.shape[:2]
     start, W, E = W, W.clone(), torch.empty_like(W)
-    index = torch.empty(len(W), n, dtype=torch.uint8, device=W.device)
+    index = torch.empty(len(W), n, dtype=torch.int16 if signed else torch.uint8, device=W.device)
+    centroids = all_signs(centroids) if signed else centroids
     group = torch.arange(len(W), device=W.device) // group_rows
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         x = W[:, at] if scale is None else (start if stale else W)[:, at] / scale[:, i, None]
         index[:, i] = assign(x, roots[i] @ roots[i].T, centroids[:, s], group_rows)
-        q = centroids[group, s, index[:, i].long()]
+        q = centroids[group, s, index[:, i].long()]                 # a code's place in `all_signs`, where they are tried
         E[:, at] = (W[:, at] - (q if scale is None else q * scale[:, i, None])) @ roots[i]
         W[:, at.stop:] -= E[:, at] @ U[at, at.stop:]
     return index, E
@@ -207,9 +235,10 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
 
     R [rows, n d] = ((W - Q) H) on the block's columns, H [n d, n d] positive definite on each vector; index [rows, n]; the
     rest as in column_block.  With all else fixed the loss of centroid c is ||c - (q + R_P H_PP^-1)||^2 in the metric H_PP.
-    Returns (new index, change of Q [rows, n d]).
+    Returns (new index, change of Q [rows, n d]).  With an index of int16 all changes of sign are tried too, see `decode`.
     """
     d, index, R = centroids.shape[-1], index.clone(), R.clone()
+    centroids = all_signs(centroids) if index.dtype is torch.int16 else centroids
     change = torch.empty_like(R)
     group = torch.arange(len(R), device=R.device) // group_rows
     for i, s in enumerate(strip.tolist()):

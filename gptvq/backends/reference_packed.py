@@ -20,7 +20,9 @@ def bit_map(code_bits: int, dim: int) -> Tensor:
     place = torch.zeros(vectors, code_bits, 2, dtype=torch.long)
     for v in range(vectors):
         for t in range(code_bits):
-            if code_bits == 8:                       # one byte per vector
+            if code_bits == 12:                      # the centroid's number; a third plane has a byte for each dimension's signs
+                byte, bit = (v, t) if t < 8 else (t, v)
+            elif code_bits == 8:                     # one byte per vector
                 byte, bit = v, t
             elif code_bits == 4:                     # plane of 8: low nibbles, then high nibbles
                 byte, bit = 4 * (v // 8) + v % 4, 4 * (v // 4 % 2) + t
@@ -37,16 +39,26 @@ def bit_map(code_bits: int, dim: int) -> Tensor:
     return place
 
 
+def sign_changes(codes: Tensor, dim: int) -> Tensor | None:
+    """1 or -1 for each weight of each vector, [.., dim], by the bits above the lowest 8 of int16 codes; None for codes without."""
+    return 1 - 2 * (codes.unsqueeze(-1) >> torch.arange(8, 8 + dim, device=codes.device) & 1) if codes.dtype is torch.int16 else None
+
+
+def centroid_numbers(codes: Tensor) -> Tensor:
+    """Which centroid each code takes, long."""
+    return codes.long() & 255 if codes.dtype is torch.int16 else codes.long()
+
+
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     place = bit_map(spec.code_bits, spec.dim)
     per_block, row_bytes = place.shape[0], spec.block_bytes // TILE_ROWS
-    padded = codes.new_zeros(spec.tiles * TILE_ROWS, spec.blocks * per_block)
+    padded = codes.new_zeros(spec.tiles * TILE_ROWS, spec.blocks * per_block, dtype=torch.int16)
     padded[: spec.rows, : spec.vectors] = codes
     padded = padded.view(spec.tiles, TILE_ROWS, spec.blocks, per_block)
-    out = codes.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, row_bytes)
+    out = codes.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, row_bytes, dtype=torch.uint8)
     for v in range(per_block):
         for t, (byte, bit) in enumerate(place[v].tolist()):
-            out[..., byte] |= (padded[..., v] >> t & 1) << bit
+            out[..., byte] |= (padded[..., v] >> t & 1).to(torch.uint8) << bit
     # [tile, row, block, plane, j] -> [tile, block, plane, row, j]
     return out.view(spec.tiles, TILE_ROWS, spec.blocks, -1, 4).permute(0, 2, 3, 1, 4).reshape(spec.tiles, spec.blocks, -1)
 
@@ -54,20 +66,22 @@ def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
 def unpack_codes(idx: Tensor, spec: QuantSpec) -> Tensor:
     place = bit_map(spec.code_bits, spec.dim)
     rows = idx.view(spec.tiles, spec.blocks, -1, TILE_ROWS, 4).permute(0, 3, 1, 2, 4).reshape(spec.tiles, TILE_ROWS, spec.blocks, -1)
-    out = idx.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, place.shape[0])
+    out = idx.new_zeros(spec.tiles, TILE_ROWS, spec.blocks, place.shape[0], dtype=getattr(torch, spec.code_dtype))
     for v in range(place.shape[0]):
         for t, (byte, bit) in enumerate(place[v].tolist()):
-            out[..., v] |= (rows[..., byte] >> bit & 1) << t
+            out[..., v] |= (rows[..., byte] >> bit & 1).to(out.dtype) << t
     return out.view(spec.tiles * TILE_ROWS, -1)[: spec.rows, : spec.vectors].contiguous()
 
 
 def dequantize(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
                dtype: torch.dtype) -> Tensor:
-    codes = unpack_codes(idx, spec).long()
+    codes = unpack_codes(idx, spec)
+    numbers, flips = centroid_numbers(codes), sign_changes(codes, spec.dim)
     row = torch.arange(spec.rows, device=idx.device)[:, None] // spec.group_rows
     col = torch.arange(spec.vectors, device=idx.device)[None] * spec.dim // spec.group_cols
     scale = gs.float()[row, col]
-    weight = torch.stack([cb[row, col, i, codes].float() * scale for i in range(spec.dim)], -1)
+    weight = torch.stack([cb[row, col, i, numbers].float() * scale for i in range(spec.dim)], -1)
+    weight = weight if flips is None else weight * flips
     weight = weight.view(spec.rows, -1)[:, : spec.cols]
     if sc is not None:
         from_col = torch.arange(spec.cols, device=idx.device) // spec.scale_block

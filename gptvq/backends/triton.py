@@ -1,7 +1,9 @@
 """Triton kernels on CUDA tensors, where the compiled CUDA kernels are missing; the same functions as backends.reference.
 
 What has no Triton kernel is PyTorch's, from the reference: products of float matrices, and packing.  So is everything that is not
-float32 while solving.  Nothing here imports Triton before the first launch.  No atomics: two runs give the same bytes.
+float32 while solving, and what works on the codes of a signed format: its 4096 candidates for each vector, 256 centroids under all changes
+of sign, would not fit a program's registers.  Nothing here imports Triton before the first launch.  No atomics: two runs give the same
+bytes.
 """
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ class _Packed:
     """A packed weight as the kernels take it: `arguments` they share, `constants` of its format."""
 
     def __init__(self, idx, cb, gs, sc, table, spec: QuantSpec):
-        words = 3 if spec.code_bits in (3, 6) else 1
+        words = 3 if spec.code_bits in (3, 6, 12) else 1
         vectors = 32 // spec.code_bits if words == 1 else BLOCK_COLS // spec.dim
         integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[spec.dim]
         self.spec = spec
@@ -177,9 +179,9 @@ def _by_block(kernel: str, given: dict, centroids: Tensor, strip: Tensor, scale:
 
 
 def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
-                 group_rows: int, stale: bool = False) -> tuple[Tensor, Tensor]:
-    if not _all_float32(W, U, roots, centroids, scale):
-        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale)
+                 group_rows: int, stale: bool = False, signed: bool = False) -> tuple[Tensor, Tensor]:
+    if signed or not _all_float32(W, U, roots, centroids, scale):
+        return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale, signed)
     index, E = torch.empty(len(W), len(roots), dtype=torch.uint8, device=W.device), torch.empty(W.shape, device=W.device)
     _by_block("column_block", {"W": W, "transposed": U.T, "roots": roots, "metric": roots @ roots.transpose(1, 2)}, centroids, strip, scale,
               index, E, group_rows, STALE=stale)
@@ -188,7 +190,7 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
 
 def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None,
                   group_rows: int) -> tuple[Tensor, Tensor]:
-    if not _all_float32(R, H, centroids, scale):
+    if index.dtype is torch.int16 or not _all_float32(R, H, centroids, scale):
         return reference.descent_block(R, H, index, centroids, strip, scale, group_rows)
     n, d = index.shape[1], centroids.shape[3]
     index, change = index.clone(memory_format=torch.contiguous_format), torch.empty(R.shape, device=R.device)
@@ -201,7 +203,7 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
 
 
 def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
-    if not _all_float32(centroids, scale):
+    if index.dtype is torch.int16 or not _all_float32(centroids, scale):
         return reference.decode(index, centroids, strip, scale, group_rows)
     (rows, n), (_, strips, k, d) = index.shape, centroids.shape
     Q = torch.empty(rows, n * d, device=index.device)
@@ -212,7 +214,7 @@ def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None
 
 
 def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape: tuple[int, int, int]) -> Tensor:
-    if not _all_float32(values):
+    if index.dtype is torch.int16 or not _all_float32(values):
         return reference.collect(index, values, strip, group_rows, shape)
     (rows, n), (groups, strips, k), size = index.shape, shape, values.shape[2]
     sums = torch.empty(*shape, size, dtype=torch.float64, device=index.device)

@@ -45,6 +45,13 @@ def test_every_kernel_file_is_built():
     assert not [name for name in FILES if f"csrc/cuda/{name}.cu" not in listed]
 
 
+def loops_of(sass):
+    """The instructions of each loop, from a jump's target to the jump."""
+    body = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    back = [(int(re.search(r"0x([0-9a-f]+)", text)[1], 16), at) for at, text in body if re.search(r"\bBRA\b.*0x", text)]
+    return [[text for at, text in body if first <= at <= last] for first, last in back if first < last]
+
+
 #: instructions of a warp for one centroid and one point: D fused steps, 1.5 for the minimum, c^T M c shared by the unit's points
 E_STEP = {"em_kernel<2, 4>": 5.5, "em_kernel<2, 8>": 4.6, "em_kernel<4, 8>": 8.0}
 
@@ -54,11 +61,22 @@ E_STEP = {"em_kernel<2, 4>": 5.5, "em_kernel<2, 8>": 4.6, "em_kernel<4, 8>": 8.0
 def test_instructions_of_the_e_step(architecture):
     found = instructions("em", architecture)
     for kernel, most in E_STEP.items():
-        body = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", found[kernel])]
-        back = [(int(re.search(r"0x([0-9a-f]+)", text)[1], 16), at) for at, text in body if re.search(r"\bBRA\b.*0x", text)]
-        loops = [[text for at, text in body if first <= at <= last] for first, last in back if first < last]
         points = int(kernel[-2])
-        e_step, = (loop for loop in loops if not any("LDG" in text for text in loop)
+        e_step, = (loop for loop in loops_of(found[kernel]) if not any("LDG" in text for text in loop)
                    and [sum(name in text for text in loop) for name in ("FMNMX", "FSETP")] == [3 * points, points])
         assert len(e_step) / (4 * points) <= most, (kernel, len(e_step))
         assert not re.search(r"ATOMS\.CAS", found[kernel])              # the sums' additions are the hardware's own
+
+
+#: instructions of a warp for one centroid and one row, whose codebook is its neighbour's: 4 fused steps, 3 for the minimum, and what two
+#: rows and two centroids share.  With signs 16 codes: 2 products, 4 fused steps, 8 sums and 8 differences, 7 minima instead of the steps.
+SCAN = {"column_kernel<4, false, false>": 10.0, "column_kernel<4, false, true>": 36.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_instructions_of_a_choice(architecture):
+    found = instructions("column_block", architecture)
+    for kernel, most in SCAN.items():
+        scan = min((loop for loop in loops_of(found[kernel]) if sum("FSETP" in text for text in loop) == 4), key=len)
+        assert len(scan) / 4 <= most, (kernel, len(scan))

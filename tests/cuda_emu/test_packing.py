@@ -46,7 +46,7 @@ def test_every_order_of_threads(machine, form):
         same_bits(ops.dequantize(*on(machine.device, (packed, *tables)), spec, torch.float16), want)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(40, 300, 4, 2, 1, 4), QuantSpec(40, 300, 4, 2, 1, 16, 16), QuantSpec(16, 160, 2, 4, 3, 2)],
+@pytest.mark.parametrize("spec", [QuantSpec(40, 300, 4, 2, 1, 4), QuantSpec(40, 300, 4, 3, 1, 16, 16), QuantSpec(16, 160, 2, 4, 3, 2)],
                          ids=spec_id)
 def test_more_codebooks_than_fit_into_shared_memory(machine, spec):
     codes, tables = random_codes(spec), random_tables(spec)
@@ -71,9 +71,12 @@ def test_codes_above_the_codebook_touch_no_other(machine):
     """ops.pack_codes refuses them; the kernel alone takes their low bits."""
     spec = QuantSpec(20, 40, 2, 3, 16, 32)
     codes = torch.randint(0, 256, (spec.rows, spec.vectors), dtype=torch.uint8)
-    with pytest.raises(ConfigError, match="need values below the 64 centroids"):
+    with pytest.raises(ConfigError, match="need values from 0 to 63"):
         ops.pack_codes(codes.to(machine.device), spec)
     assert torch.equal(cuda.pack_codes(codes.to(machine.device), spec).cpu(), reference.pack_codes(codes & 63, spec))
+    spec = QuantSpec(20, 40, 4, 3, 16, 32)
+    codes = torch.randint(-2**15, 2**15, (spec.rows, spec.vectors), dtype=torch.int16)
+    assert torch.equal(cuda.pack_codes(codes.to(machine.device), spec).cpu(), reference.pack_codes(codes & 0xfff, spec))
 
 
 def test_strided_and_shifted_tensors(machine):
@@ -137,6 +140,27 @@ def test_collect(machine, layer, f):
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-13 * n)
         results.add(got.numpy().tobytes())
     assert len(results) == 1                                  # not one bit depends on who comes first
+
+
+def test_decode_and_collect_of_codes_with_signs(machine):
+    rows, n, groups, strips, k, d, group_rows = layer = 37, 21, 2, 3, 256, 4, 24
+    _, centroids, strip, scale = codes_of(*layer)
+    index = torch.randint(0, 4096, (rows, n), dtype=torch.int16)
+    for given_scale in (None, scale):
+        for _ in machine.orders(("random",)):
+            got = ops.decode(*on(machine.device, (index, centroids, strip, given_scale)), group_rows)
+            same_bits(got, reference.decode(index, centroids, strip, given_scale, group_rows))
+    for f in (4, 16):
+        values = torch.randn(rows, n, f)
+        want = reference.collect(index, values, strip, group_rows, (groups, strips, k))
+        for _ in machine.orders():
+            got = ops.collect(*on(machine.device, (index, values, strip)), group_rows, (groups, strips, k)).cpu()
+            assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+    for change in ({"centroids": centroids[:, :, :16]}, {"centroids": centroids[..., :2]}):
+        with pytest.raises(ConfigError, match="decode: centroids: got .* need .* where codes have signs"):
+            cuda.decode(*on(machine.device, (index, change["centroids"].contiguous(), strip, None)), group_rows)
+    with pytest.raises(ConfigError, match="collect: sums: got .* need 4 or 16 where codes have signs"):
+        cuda.collect(*on(machine.device, (index, torch.randn(rows, n, 2), strip)), group_rows, (groups, strips, k))
 
 
 def test_collect_of_changed_strips_and_without_versions(machine):

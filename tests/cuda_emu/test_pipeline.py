@@ -21,6 +21,7 @@ from gptvq.solver import solve
 LAYERS = [
     Case("1d K8", 48, 64, 1, 3, 16, 32), Case("2d K16", 64, 96, 2, 2, 32, 32), Case("2d K16 scales, ragged", 40, 88, 2, 2, 16, 64, 16),
     Case("2d K64 odd columns", 64, 75, 2, 3, 64, 128), Case("4d K256", 96, 64, 4, 2, 96, 64),
+    Case("4d +-K256 scales", 96, 64, 4, 3, 96, 64, 64),
 ]
 
 
@@ -62,12 +63,13 @@ def test_packed_linear(machine, case, monkeypatch):
     assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
 
-def test_a_whole_model(machine, monkeypatch):
+@pytest.mark.parametrize("label", ["2d-2.25", "4d-3.125-s64"])
+def test_a_whole_model(machine, label, monkeypatch):
     """quantize() with its blocks on the device: the same errors, and a model that runs on either side."""
     ids, reports = torch.randint(0, 256, (4, 32)), {}
     for backend, device in (("reference", "cpu"), ("cuda", machine.device)):
         monkeypatch.setenv("GPTVQ_BACKEND", backend)
-        reports[backend] = gptvq.quantize(build("llama-bias"), None, preset("2d-2.25"), calibration=ids, device=str(device))
+        reports[backend] = gptvq.quantize(build("llama-bias"), None, preset(label), calibration=ids, device=str(device))
     ours, theirs = ([record.error for record in reports[backend].layers] for backend in ("cuda", "reference"))
     assert len(ours) == 14 and sum(ours) == pytest.approx(sum(theirs), rel=0.03)
     monkeypatch.setenv("GPTVQ_BACKEND", "reference")
@@ -101,7 +103,7 @@ class Tally(TorchDispatchMode):
 
 @pytest.mark.skipif(cuda.fit is reference.fit, reason="codebooks are fitted by the reference, which takes more")
 @pytest.mark.parametrize("rows, cols, dim, bits, group, scale", [
-    (256, 128, 2, 2, (16, 128), 0), (64, 192, 2, 2, (16, 64), 0), (128, 128, 2, 2, (16, 128), 64), (128, 128, 4, 2, (128, 128), 0),
+    (256, 128, 2, 2, (16, 128), 0), (64, 192, 2, 2, (16, 64), 0), (128, 128, 2, 2, (16, 128), 64), (128, 128, 4, 2, (128, 128), 0), (128, 128, 4, 3, (128, 128), 64),
     (128, 128, 1, 3, (16, 32), 0)])
 def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, scale, monkeypatch):
     monkeypatch.setattr(cuda_call, "empty", torch.empty)      # guards around outputs are no part of it

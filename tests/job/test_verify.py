@@ -160,8 +160,19 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
 def test_state_dicts_with_values_that_are_none():
     vq = gptvq.VQLinear.from_weight(gptvq.quantize_weight(torch.randn(16, 32), torch.eye(32), "2d-2.25"), name="layer")
     broken = {**vq.state_dict(), "gs": torch.full_like(vq.gs, float("nan"))}
-    with pytest.raises(RuntimeError, match="gs: holds values that are not finite"):
+    with pytest.raises(RuntimeError, match="gs: holds 1 values that are not finite"):
         vq.load_state_dict(broken)
     vq.gs.fill_(float("inf"))
     with pytest.raises(FormatError, match="layer.gs: holds 1 values that are not finite"):
+        vq.check()
+
+
+def test_state_dicts_of_the_signed_format_hold_absolute_values():
+    vq = gptvq.VQLinear.from_weight(gptvq.quantize_weight(torch.randn(16, 32), torch.eye(32), "4d-3.125"), name="layer")
+    vq.check()
+    broken = {**vq.state_dict(), "cb": -vq.cb}
+    with pytest.raises(RuntimeError, match="cb: holds 1024 values below 1, which a signed format does not have"):
+        vq.load_state_dict(broken)
+    vq.cb.abs_()[0, 0, 2, 7] = 0
+    with pytest.raises(FormatError, match="layer.cb: holds 1 values below 1"):
         vq.check()

@@ -55,7 +55,7 @@ def test_linear(spec, tokens, device, launched):
     prepared = triton.prepare_linear(*weight, bias.to(device), spec)
     got = prepared(x.to(device), "a16")
     assert relative(got, x.double() @ dense.T + bias) <= 2e-6
-    words = "3 words " * (spec.code_bits in (3, 6))
+    words = "3 words " * (spec.code_bits in (3, 6, 12))
     assert launched == ["vq_gemm float32 M=32" if tokens == 20 else f"vq_gemv {words}M={1 if tokens == 1 else 4}"]
 
 

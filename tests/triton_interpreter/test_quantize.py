@@ -1,7 +1,7 @@
 """Triton's quantization kernels against the reference on the shared cases, and the whole quantizer by them."""
 import pytest
 import torch
-from cases import DEGENERATE, GENERIC, ids
+from cases import DEGENERATE, GENERIC, Case, ids
 from quantize_cases import check_column_block, check_descent_block, inputs
 
 from gptvq import solver
@@ -135,6 +135,39 @@ def test_what_is_not_float32_is_the_reference(device, launched):
     for got, want in zip(run(device, "column_block", *args), reference.column_block(*args)):
         torch.testing.assert_close(got, want)
     assert launched == []
+
+
+SIGNED = Case("4d, signs, two strips, short last group", 21, 58, 4, 3, 8, 32, 16)
+
+
+@pytest.mark.parametrize("name", ["column_block", "descent_block", "decode", "collect"])
+def test_codes_with_signs_are_left_to_the_reference(name, device, launched):
+    problem, U, roots, _, index, centroids = inputs(SIGNED)
+    H, rest = problem.H + 1e-3 * torch.eye(len(problem.H)), (centroids, problem.strip, problem.scale, SIGNED.group_rows)
+    assert index.dtype == torch.int16 and len((index >> 8).unique()) > 8
+    args = {
+        "column_block": (problem.W, U, roots, *rest, False, True),
+        "descent_block": ((problem.W - reference.decode(index, *rest)) @ H, H, index, *rest),
+        "decode": (index, *rest),
+        "collect": (index, torch.randn(*index.shape, 16), problem.strip, SIGNED.group_rows, centroids.shape[:3]),
+    }[name]
+    got, want = getattr(triton, name)(*on(device, *args)), getattr(reference, name)(*on(device, *args))
+    torch.testing.assert_close(got, want)               # indices exactly
+    assert launched == []
+
+
+def test_a_signed_layer_has_the_error_of_the_reference(device, force, launched, monkeypatch):
+    case = Case("4d, signs, one codebook", 61, 32, 4, 3, 64, 32)
+    W, H = case.build(torch.float32)
+    recipe = Recipe(em_starts=1, em_iterations=1, passes=1, sweeps=1, cg_iterations=4)
+    force()
+    vq, record = solver.solve(W.to(device), Hessian.from_matrix(H.to(device)), case.spec, recipe)
+    assert {name.partition(" ")[0] for name in launched} == {"quadratic_features", "em"}
+    dense = vq.dequantize().cpu()
+    monkeypatch.setenv("GPTVQ_BACKEND", "reference")
+    assert record.error == pytest.approx(solver.solve(W, Hessian.from_matrix(H), case.spec, recipe)[1].error, rel=0.05)
+    E = (W - dense).double()
+    assert record.error == pytest.approx(float((E @ H.double() * E).sum() / (W.double() @ H.double() * W.double()).sum()), rel=1e-3)
 
 
 def test_a_layer_gets_the_same_bytes_each_time_and_the_error_of_the_reference(device, force, launched, monkeypatch):

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}       # bytes that a program may have
 QUANTIZE = "1d-3.125,2d-2.25-s64,2d-3.125,4d-2.25-s64"
 RUNS = {
-    "sm_90": (["--only", "linear", "--presets", "1d-2.125,1d-3.125,1d-4.125,2d-2.25,2d-3.125-s64,2d-4.125,4d-2.25", "--m", "1,8,64",
-               "--dtypes", "float16"],
+    "sm_90": (["--only", "linear", "--presets", "1d-2.125,1d-3.125,1d-4.125,2d-2.25,2d-3.125-s64,2d-4.125,4d-2.25,4d-3.125", "--m",
+               "1,8,64", "--dtypes", "float16"],
               ["--only", "linear", "--presets", "2d-2.25-s64", "--m", "1,2,4,16,32,64,512", "--dtypes", "float32"],
               ["--only", "linear", "--presets", "4d-2.25-s64", "--m", "1,16,32", "--dtypes", "bfloat16"],
               ["--only", "quantize", "--presets", QUANTIZE]),

@@ -25,8 +25,8 @@ def setting(case, dtype=torch.float64, seed=0):
     centroids = torch.randn(spec.row_groups, spec.strips, spec.codewords, spec.dim, generator=draw, dtype=torch.float64)
     centroids = (centroids * size).to(dtype)
     c = centroids.double().numpy()
-    tables = [[c[r // case.group_rows, v * case.dim // case.group_cols] for v in range(spec.vectors)]
-              for r in range(case.rows)]
+    each = {place: oracle.all_signs(c[place]) if spec.signs else c[place] for place in np.ndindex(c.shape[:2])}
+    tables = [[each[r // case.group_rows, v * case.dim // case.group_cols] for v in range(spec.vectors)] for r in range(case.rows)]
     scale = np.ones((spec.rows, spec.vectors)) if problem.scale is None else problem.scale.double().numpy()
     return problem, centroids, tables, scale
 
@@ -76,8 +76,8 @@ def test_assign_takes_the_nearest_centroid_in_the_metric(case):
     root = rng.standard_normal((case.dim, case.dim)) + 2 * np.eye(case.dim)
     for v in (0, case.spec.vectors - 1):
         x = problem.W.view(case.rows, -1, case.dim)[:, v].numpy() / scale[:, v, None]
-        got = reference.assign(torch.from_numpy(x), torch.from_numpy(root @ root.T), centroids[:, problem.strip[v]],
-                               case.group_rows)
+        books = reference.all_signs(centroids) if case.spec.signs else centroids
+        got = reference.assign(torch.from_numpy(x), torch.from_numpy(root @ root.T), books[:, problem.strip[v]], case.group_rows)
         assert got.tolist() == [oracle.nearest(x[r], tables[r][v], root @ root.T) for r in range(case.rows)]
 
 

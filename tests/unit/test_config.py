@@ -14,7 +14,7 @@ from gptvq.spec import FORMATS, QuantSpec
 # label: (dim, K, weights per codebook, the same with 64-column block scales)
 TABLE = {"1d-2.125": (1, 4, 256, 512), "2d-2.125": (2, 16, 2048, 4096), "4d-2.125": (4, 256, 65536, 131072),
          "1d-2.25": (1, 4, 128, 256), "2d-2.25": (2, 16, 1024, 2048), "4d-2.25": (4, 256, 32768, 65536),
-         "1d-3.125": (1, 8, 512, 1024), "2d-3.125": (2, 64, 8192, 16384),
+         "1d-3.125": (1, 8, 512, 1024), "2d-3.125": (2, 64, 8192, 16384), "4d-3.125": (4, 256, 65536, 131072),
          "1d-4.125": (1, 16, 1024, 2048), "2d-4.125": (2, 256, 32768, 65536)}
 DIVISIBLE = [(4096, 4096), (11264, 4096), (4096, 11264), (1024, 1024)]
 
@@ -27,7 +27,7 @@ def test_presets_hit_their_label(label, rows, cols):
     assert (spec.dim, spec.codewords, spec.group_rows * spec.group_cols, spec.scale_block) == (dim, k, size, 0)
     assert rows % spec.group_rows == 0 and cols % spec.group_cols == 0
     assert spec.paper_bits_per_value == float(label[3:])
-    want = oracle.bits_per_value(rows, cols, dim, k, spec.group_rows, spec.group_cols)
+    want = oracle.bits_per_value(rows, cols, dim, k, spec.group_rows, spec.group_cols) + spec.signs / dim
     assert spec.bits_per_value == pytest.approx(want, 1e-12)
     assert spec.bits_per_value == pytest.approx(float(label[3:]) + 16 / size, 1e-12)
 
@@ -38,7 +38,7 @@ def test_presets_with_scales(label, rows, cols):
     dim, k, _, size = TABLE[label]
     spec = VQConfig.preset(label + "-s64").spec(rows, cols)
     assert (spec.dim, spec.codewords, spec.group_rows * spec.group_cols, spec.scale_block) == (dim, k, size, 64)
-    want = oracle.bits_per_value(rows, cols, dim, k, spec.group_rows, spec.group_cols, 64)
+    want = oracle.bits_per_value(rows, cols, dim, k, spec.group_rows, spec.group_cols, 64) + spec.signs / dim
     assert spec.bits_per_value == pytest.approx(want, 1e-12)
     assert spec.paper_bits_per_value == pytest.approx(want - 16 / size - 32 / (rows * 64), 1e-12)
     assert abs(spec.paper_bits_per_value - float(label[3:])) <= 0.0625
@@ -124,7 +124,7 @@ def test_unknown_keys_are_refused_by_name(values, named):
 # ---- refusals
 
 @pytest.mark.parametrize("values, named", [
-    ({"dim": 3}, "dim=3"), ({"dim": 4, "index_bits": 3}, "index_bits=3"), ({"index_bits": 8}, "index_bits=8"),
+    ({"dim": 3}, "dim=3"), ({"dim": 4, "index_bits": 4}, "index_bits=4"), ({"index_bits": 8}, "index_bits=8"),
     ({"dim": 2.0}, "2.0"), ({"dim": [2]}, "dim must"), ({"scale_block": 16.0}, "16.0"),
     ({"dim": 1, "svd_rank": "2"}, "svd_rank must"),
     ({"index_bits": "2"}, "'2'"),
@@ -200,4 +200,4 @@ def test_rules_that_match_nothing_or_everything_are_errors():
 
 def test_every_format_has_a_whole_number_of_bytes_per_block():
     assert {f: QuantSpec(16, 32, *f, 16, 32).block_bytes for f in FORMATS} == {
-        (1, 2): 128, (1, 3): 192, (1, 4): 256, (2, 2): 128, (2, 3): 192, (2, 4): 256, (4, 2): 128}
+        (1, 2): 128, (1, 3): 192, (1, 4): 256, (2, 2): 128, (2, 3): 192, (2, 4): 256, (4, 2): 128, (4, 3): 192}

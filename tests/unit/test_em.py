@@ -176,3 +176,12 @@ def test_more_starts_find_better_codebooks_and_leave_the_callers_random_numbers_
     loss = [float(reference.distortion(x, everywhere, codebook.fit(x, metric[0], weight, k, 60, starts)).sum()) for starts in (1, 8, 8)]
     assert loss[1] < loss[0] and loss[1] == loss[2]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_int8_codebooks_of_absolute_values():
+    centroids = torch.rand(2, 1, 256, 4, dtype=torch.float64) * 3
+    centroids[0, 0, 5], centroids[1] = 0, 0
+    books = codebook.compress(centroids, least=1)
+    assert books.tables["cb"].min() == 1 and books.tables["cb"].max() == 127
+    assert (books.centroids[0] - centroids[0]).abs().max() <= float(books.gs[0, 0]) * (1 + 1e-6)
+    assert not books.gs[1].any() and not books.centroids[1].any()

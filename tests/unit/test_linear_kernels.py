@@ -124,11 +124,12 @@ def test_zeros_and_very_small_and_large_inputs(activations, isa):
 @each_activation
 @pytest.mark.parametrize("form", sorted(FORMATS), ids=form_id)
 def test_largest_products_do_not_saturate(form, activations, isa):
-    """All centroids -128, which no checkpoint of ours holds, times the largest activations of either sign."""
+    """All centroids -128, which no checkpoint of ours holds, or +-127, times the largest activations of either sign."""
     for group_rows, scale in ((16, 64), (4, 0), (1, 16)):
         spec = QuantSpec(35, 600, *form, group_rows, 320, scale)
         shape = (spec.row_groups, spec.strips)
-        layer = Layer(spec, isa, bias=False, cb=torch.full((*shape, spec.dim, spec.codewords), -128, dtype=torch.int8),
+        value = 127 if spec.signs else -128
+        layer = Layer(spec, isa, bias=False, cb=torch.full((*shape, spec.dim, spec.codewords), value, dtype=torch.int8),
                       gs=torch.full(shape, 0.5).bfloat16())
         for x in (torch.ones(4, 600), -torch.ones(4, 600), torch.tensor([1.0, -1.0]).repeat(4, 300)):
             want, terms = layer.oracle(x, activations)

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(not native.serves(torch.device("cpu")), reason="
 @pytest.mark.parametrize("case", GENERIC + DEGENERATE, ids=ids)
 def test_column_block(case, stale):
     problem, U, roots, _, _, centroids = inputs(case)
-    args = problem.W, U, roots, centroids, problem.strip, problem.scale, case.group_rows, stale
+    args = problem.W, U, roots, centroids, problem.strip, problem.scale, case.group_rows, stale, case.spec.signs > 0
     (index, E), (want_index, want_E) = native.column_block(*args), reference.column_block(*args)
     if case in GENERIC:
         same = rows_alike(index, want_index)
         torch.testing.assert_close(E[same], want_E[same], rtol=1e-3, atol=1e-4 * float(want_E.abs().max()))
-    assert int(index.max()) < case.spec.codewords
+    assert int(index.max()) < 1 << case.spec.code_bits
     assert float(E.square().sum()) == pytest.approx(float(want_E.square().sum()), rel=0.05, abs=1e-6)
 
 
@@ -44,7 +44,7 @@ def test_descent_block(case):
 @pytest.mark.parametrize("rounds", [((1, 1),), ((2, 1),), ((40, 1),), ((2, 2), (3, 1), (20, 1))], ids=str)
 def test_fit(case, rounds):
     problem, _, _, metric, _, _ = inputs(case)
-    d, k = case.dim, case.spec.codewords
+    d, k = case.dim, min(case.spec.codewords, problem.W.numel())
     x = problem.W.reshape(1, -1, d).repeat(2, 1, 1)
     x[1] = x[1].flip(0) * 1.5
     weight = torch.ones(x.shape[:2])
@@ -115,9 +115,10 @@ def test_decode_and_collect(case):
     spec = case.spec
     args = index, centroids, problem.strip, problem.scale, spec.group_rows
     assert torch.equal(native.decode(*args), reference.decode(*args))
-    values = torch.randn(spec.rows, spec.vectors, 3, generator=torch.Generator().manual_seed(1))
-    args = index, values, problem.strip, spec.group_rows, (spec.row_groups, spec.strips, spec.codewords)
-    torch.testing.assert_close(native.collect(*args), reference.collect(*args), rtol=1e-12, atol=1e-12)
+    for size in (4, 16) if spec.signs else (3,):
+        values = torch.randn(spec.rows, spec.vectors, size, generator=torch.Generator().manual_seed(1))
+        args = index, values, problem.strip, spec.group_rows, (spec.row_groups, spec.strips, spec.codewords)
+        torch.testing.assert_close(native.collect(*args), reference.collect(*args), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [GENERIC[3], GENERIC[6], GENERIC[8]], ids=ids)

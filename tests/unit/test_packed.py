@@ -41,6 +41,9 @@ HAND = {
     (2, 4): (list(range(240, 256)), ["f0 f1 f2 f3", "f4 f5 f6 f7", "f8 f9 fa fb", "fc fd fe ff"]),
     # One byte per four columns.
     (4, 2): ([7, 77, 177, 255, 0, 1, 128, 129], ["07 4d b1 ff", "00 01 80 81"]),
+    # The same, and bit v of byte i of the last plane negates column 4 v + i: signs 1, 8, 15, 0, 6, 1, 0, 10.
+    (4, 3): ([7 + 0x100, 77 + 0x800, 177 + 0xf00, 255, 0x600, 1 + 0x100, 128, 129 + 0xa00],
+             ["07 4d b1 ff", "00 01 80 81", "25 94 14 86"]),
 }
 
 
@@ -50,8 +53,8 @@ def test_bytes_by_hand(form, backend):
     """Row 19, columns 32..63 of a 33 x 70 weight: tile 1, block 1, bytes 12..15 of each plane; all else is code 0."""
     row_codes, planes = HAND[form]
     spec = QuantSpec(33, 70, *form, 16, 64)
-    codes = torch.zeros(33, spec.vectors, dtype=torch.uint8)
-    codes[19, 32 // spec.dim : 64 // spec.dim] = torch.tensor(row_codes, dtype=torch.uint8)
+    codes = torch.zeros(33, spec.vectors, dtype=getattr(torch, spec.code_dtype))
+    codes[19, 32 // spec.dim : 64 // spec.dim] = torch.tensor(row_codes, dtype=codes.dtype)
     want = torch.zeros(3, 3, len(planes), 64, dtype=torch.uint8)
     for p, plane in enumerate(planes):
         want[1, 1, p, 12:16] = torch.tensor(list(bytes.fromhex(plane)), dtype=torch.uint8)
@@ -89,7 +92,7 @@ def test_unpacking_arbitrary_bytes_gives_legal_codes(spec, seed):
     shape = spec.tiles, spec.blocks, spec.block_bytes
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     codes = native.unpack_codes(noise, spec)
-    assert int(codes.max()) < spec.codewords and torch.equal(codes, reference.unpack_codes(noise, spec))
+    assert 0 <= int(codes.min()) and int(codes.max()) < 1 << spec.code_bits and torch.equal(codes, reference.unpack_codes(noise, spec))
     if spec.rows % 16 == 0 and spec.cols % 32 == 0:
         assert torch.equal(native.pack_codes(codes, spec), noise)
 

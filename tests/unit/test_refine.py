@@ -18,7 +18,7 @@ def setting(case, dtype=torch.float64, seed=0):
     problem = Problem(W, pad(H, spec.vectors * spec.dim), spec)
     problem.rescale(problem.W, 0, spec.cols)
     draw = torch.Generator().manual_seed(seed)
-    index = torch.randint(spec.codewords, (spec.rows, spec.vectors), generator=draw).to(torch.uint8)
+    index = torch.randint(1 << spec.code_bits, (spec.rows, spec.vectors), generator=draw).to(getattr(torch, spec.code_dtype))
     size = problem.W.square().mean().sqrt() if problem.scale is None else 0.6
     centroids = (torch.randn(spec.row_groups, spec.strips, spec.codewords, spec.dim, generator=draw, dtype=torch.float64)
                  * size).to(dtype)
@@ -28,7 +28,8 @@ def setting(case, dtype=torch.float64, seed=0):
 
 def tables_of(centroids, spec):
     c = centroids.double().numpy()
-    return [[c[r // spec.group_rows, v * spec.dim // spec.group_cols] for v in range(spec.vectors)]
+    tables = {place: oracle.all_signs(c[place]) if spec.signs else c[place] for place in np.ndindex(c.shape[:2])}
+    return [[tables[r // spec.group_rows, v * spec.dim // spec.group_cols] for v in range(spec.vectors)]
             for r in range(spec.rows)]
 
 
@@ -58,7 +59,7 @@ def test_gradient_and_curvature_equal_finite_differences(case):
     def loss(c):
         return error(problem, index, c, scale) * problem.power
 
-    g, s, k = rng.integers(case.spec.row_groups), rng.integers(case.spec.strips), int(index[0, 0])
+    g, s, k = rng.integers(case.spec.row_groups), rng.integers(case.spec.strips), int(index[0, 0]) % case.spec.codewords
     for i in range(case.dim):
         step = torch.zeros_like(centroids)
         step[g, s, k, i] = 0.1
@@ -133,7 +134,7 @@ def test_sweeps_never_raise_the_loss(case, dtype, slack):
     errors = [problem.error(index, centroids)]
     for _ in range(3):
         index = refine.coordinate_descent(problem, index, centroids, 16)
-        assert 0 <= int(index.min()) and int(index.max()) < case.spec.codewords
+        assert 0 <= int(index.min()) and int(index.max()) < 1 << case.spec.code_bits
         errors.append(problem.error(index, centroids))
     if problem.power > 0:
         assert all(after <= before * (1 + slack) for before, after in zip(errors, errors[1:]))
@@ -190,3 +191,12 @@ def test_svd_codebooks_decode_to_what_they_store():
         cut = (left[:, :rank] * s[:rank]) @ right[:rank] * table.abs().amax(1, keepdim=True)
         assert reached[rank] < 0.95 * problem.error(moved, cut.view(8, 2, 4, 1))
     assert reached[1] > reached[2] > reached[3] > 0.999 * problem.error(index, centroids)
+
+
+def test_absolute_values_stand_for_the_same_weights():
+    case = Case("absolute", 12, 32, 4, 3, 6, 16)
+    problem, index, centroids, _ = setting(case)
+    assert (centroids < 0).any()
+    changed, absolute_ones = refine.absolute(problem, index, centroids)
+    assert changed.dtype == index.dtype and (absolute_ones >= 0).all() and torch.equal(changed & 255, index & 255)
+    assert torch.equal(problem.decode(changed, absolute_ones), problem.decode(index, centroids))

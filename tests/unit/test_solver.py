@@ -34,7 +34,7 @@ def checked(W, H, spec, recipe=Recipe(), name="weight"):
     assert set(record.stages) == ({"pass 1"} | {f"pass {i + 1}" for i in range(recipe.passes)}
                                   | {f"sweep {i + 1}" for i in range(recipe.sweeps)})
     assert record.error == min(record.stages.values()) and math.isfinite(record.error) and record.error >= 0
-    assert int(vq.codes().max()) < spec.codewords and vq.nbytes == spec.nbytes == record.nbytes
+    assert int(vq.codes().max()) < 1 << spec.code_bits and vq.nbytes == spec.nbytes == record.nbytes
     Q = vq.dequantize()
     assert Q.shape == W.shape and Q.dtype == torch.float32 and torch.isfinite(Q).all()
     if W.any():
