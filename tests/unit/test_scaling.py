@@ -100,7 +100,8 @@ def test_a_share_of_the_rows_gives_the_same_bytes():
         assert torch.equal(sz, whole[1]) and torch.equal(codes, whole[0][first:last])
 
 
-@pytest.mark.parametrize("preset, method, norm", [("2d-2.25-s64", "gptvq", 4), ("4d-2.125-s64", "gptvq", 4), ("4d-3.125-s64", "gptvq", 4), ("2d-3.125-s64", "gptvq", 0),
-                                                  ("1d-4.125-s64", "gptvq", 0), ("2d-2.25-s64", "paper", 0)])
+@pytest.mark.parametrize("preset, method, norm", [
+    ("2d-2.25-s64", "gptvq", 4), ("4d-2.125-s64", "gptvq", 4), ("4d-3.125-s64", "gptvq", 4), ("2d-3.125-s64", "gptvq", 0),
+    ("1d-4.125-s64", "gptvq", 0), ("2d-2.25-s64", "paper", 0), ("4d-3.125-s64", "paper", 0)])
 def test_norm_of_a_format(preset, method, norm):
     assert scale_norm(VQConfig.preset(preset).spec(64, 64), method) == norm
