@@ -54,7 +54,8 @@ def test_fit(case, rounds):
     got, want = native.fit(x, metric, weight, seeds, rounds), reference.fit(x, metric, weight, seeds, rounds)
     double = [t.double() for t in (x, metric.repeat(case.rows, 1, 1) * weight[..., None, None])]
     loss = [reference.distortion(*double, c.double()) for c in (got, want, seeds[0])]
-    scale = 1e-5 * reference.distortion(*double, torch.zeros(2, 1, d, dtype=torch.float64)) + 1e-9
+    few = x.shape[1] < 2 * k                    # nearly every point has a centroid to itself: rounding decides which moves first
+    scale = (1e-4 if few else 1e-5) * reference.distortion(*double, torch.zeros(2, 1, d, dtype=torch.float64)) + 1e-9
     assert (loss[0] <= loss[1] * (1 if rounds == ((1, 1),) else 1.05) + scale).all()
     assert (loss[0] <= loss[2] * (1 + 1e-4) + scale).all() or len(rounds) > 1
     if case in GENERIC and rounds == ((1, 1),):
