@@ -167,7 +167,7 @@ def test_large_layers_are_counted_in_part(packed, monkeypatch):
 
 
 def test_bands_are_those_of_the_result_files():
-    files = ("quality-layers", "quality-layers-4d-2.125-s64", "quality-layers-gptvq")
+    files = ("quality-layers", "quality-layers-4d-2.125-s64", "quality-layers-signed", "quality-layers-gptvq")
     rows = [row for file in files for row in json.loads((ROOT / f"bench/results/{file}.json").read_text())["rows"]]
     latest = {(row["method"], row["preset"], row["layer"]): row for row in rows if row["method"] in BANDS and row.get("shape")}
     found = {}
