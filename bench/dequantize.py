@@ -15,7 +15,7 @@ from . import runner
 from .contenders import random_weight
 from .layers import describe_format
 
-PRESETS = ["1d-2.25", "1d-3.125", "2d-2.25", "2d-2.25-s64", "2d-3.125", "2d-4.125", "4d-2.25"]
+PRESETS = ["1d-2.25", "1d-3.125", "2d-2.25", "2d-2.25-s64", "2d-3.125", "2d-4.125", "4d-2.25", "4d-3.125"]
 EXAMPLE = """example:
   python -m bench.dequantize --json bench/results/dequantize.json
 

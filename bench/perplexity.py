@@ -43,7 +43,7 @@ def measure(args, source: str, methods: list[str], presets: list[str]) -> Iterat
             report = quantize(source, None, config, calibration=args.calibration, samples=args.samples,
                               sequence_length=args.sequence_length, device=args.device, dtype=args.dtype, progress=LayerLog())
             model, tokens = report.model, read_tokens(args.text, report.tokenizer, "--text")
-            row = {"format": f"{config.dim}D K{2 ** (config.dim * config.index_bits)}", "bits_per_value": report.bits_per_value,
+            row = {"format": config.spec(4096, 4096).form, "bits_per_value": report.bits_per_value,
                    "linear_bytes": report.packed_bytes, "mean_error": report.mean_error, "calibration": report.calibration,
                    "stages": report.stages, "warnings": report.warnings, "quantize_seconds": report.seconds}
             del report

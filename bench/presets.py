@@ -113,8 +113,7 @@ def speed(packed: Decode, dense: Decode, prompt: list[int], tokens: int, repeats
 
 
 def format_of(preset: str) -> str:
-    config = VQConfig.preset(preset)
-    return f"{config.dim}D K{2 ** (config.dim * config.index_bits)}"
+    return VQConfig.preset(preset).spec(4096, 4096).form
 
 
 def show(rows: list[dict]) -> str:

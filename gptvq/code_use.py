@@ -1,4 +1,4 @@
-"""How the centroids of a packed checkpoint are used, from its files alone."""
+"""How the codes of a packed checkpoint are used, from its files alone."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, ops
+from .backends.reference_packed import centroid_numbers
 from .errors import FormatError
 from .spec import TILE_ROWS, QuantSpec
 from .weight import DTYPES
@@ -21,8 +22,9 @@ VECTORS = 1 << 18           # of a layer that are counted: more change nothing t
 class CodeUse:
     """Of one layer: `entropy` of its codes in bits, within each codebook and averaged over the vectors; `bits` stored for each.
 
-    `ranked` [2**bits] are the shares of the vectors that take a codebook's most used, second, ... code; `unused` is the share of
-    codes that none takes; `rows` of the layer's rows were counted.
+    In signed formats the entropy is that of the centroids' numbers and of each sign by itself, added up.  `ranked` [K] are the shares of
+    the vectors that take a codebook's most used, second, ... centroid; `unused` is the share of centroids that none takes; `rows` of the
+    layer's rows were counted.
     """
 
     bits: int
@@ -63,12 +65,14 @@ def count(codes: Tensor, spec: QuantSpec) -> CodeUse:
     by_row = torch.arange(spec.rows, dtype=torch.int32) // spec.group_rows * spec.strips
     by_column = torch.arange(spec.vectors, dtype=torch.int32) * spec.dim // spec.group_cols
     groups = spec.row_groups * spec.strips
-    kinds = 1 << spec.code_bits
-    place = (by_row[:, None] + by_column) * kinds + codes
-    taken = torch.bincount(place.flatten(), minlength=groups * kinds).view(groups, -1).float()
+    group = (by_row[:, None] + by_column).flatten()
+    taken = torch.bincount(group * spec.codewords + centroid_numbers(codes).flatten(), minlength=groups * spec.codewords).view(groups, -1).float()
     sizes = taken.sum(1, keepdim=True)
     shares = taken / sizes
     weight = (sizes / sizes.sum())[:, 0]
     entropy = torch.special.entr(shares).sum(1) @ weight / math.log(2)
+    for i in range(spec.signs):
+        negative = (torch.bincount(group, (codes >> 8 + i & 1).flatten().float(), groups) / sizes[:, 0]).float()
+        entropy += (torch.special.entr(negative) + torch.special.entr(1 - negative)) @ weight / math.log(2)
     ranked = (shares.sort(1, descending=True).values * weight[:, None]).sum(0)
     return CodeUse(spec.code_bits, float(entropy), float((taken == 0).float().mean()), ranked.tolist(), spec.rows)

@@ -135,4 +135,5 @@ def _places(code_bits: int, dim: int, device: torch.device) -> tuple[Tensor, Ten
 @functools.lru_cache(maxsize=None)          # a CUDA graph can only be captured of what copies nothing to the device
 def _cached_places(code_bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     byte, bit = bit_map(code_bits, dim).unbind(-1)
-    return byte.to(device), bit.to(device, torch.uint8), (1 << torch.arange(code_bits, dtype=torch.int16)).to(device)
+    weight = 1 << torch.arange(code_bits, dtype=torch.uint8 if code_bits <= 8 else torch.int16)
+    return byte.to(device), bit.to(device, torch.uint8), weight.to(device)

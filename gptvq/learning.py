@@ -79,6 +79,12 @@ class LearningLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    @torch.no_grad()
+    def keep_signs(self) -> None:
+        """Of a signed format: entries that a step took below the least become the least, since their signs are in the indices."""
+        if self.spec.signs:
+            self.table.clamp_min_(self.spec.least_entry / 127)
+
     def frozen(self) -> VQLinear:
         """The packed linear with the codebooks as they are now, rounded to int8, and the scales, rounded to float16."""
         compressed = codebook.compress(self.table.detach() * self.unit, self.spec.least_entry)
@@ -134,6 +140,8 @@ class Learning:
             master.grad, p.grad = None if p.grad is None else p.grad.float(), None
         nn.utils.clip_grad_norm_(self._all, 1.0)
         self._optimizer.step()
+        for learner in self.learners.values():
+            learner.keep_signs()
         self._plan.step()
         self._optimizer.zero_grad()
         with torch.no_grad():

@@ -111,7 +111,7 @@ def _errors(report: Report) -> str:
 def _remedy(layer: LayerRecord) -> str:
     better = larger(layer.spec)
     if better is None:
-        return "<p>These have 4 bits already; a rule <code>--rule 'LAYER=keep'</code> leaves one dense.</p>"
+        return "<p>No preset of these dimensions has more bits; a rule <code>--rule 'LAYER=keep'</code> leaves one dense.</p>"
     return (f"<p>More calibration text may help; a rule such as <code>--rule '{escape(layer.name)}={better}'</code> gives a layer one "
             "bit more.</p>")
 
@@ -128,7 +128,7 @@ def _codes(report: Report, use: dict[str, CodeUse]) -> str:
     for bits in sorted({use[layer.name].bits for layer in layers}):
         same = [use[layer.name].ranked for layer in layers if use[layer.name].bits == bits]
         mean = [statistics.fmean(values) for values in zip(*same)]
-        charts.append(columns(f"{1 << bits} centroids", mean, 1 / len(mean), "centroid, by use", "share of vectors"))
+        charts.append(columns(f"{len(mean)} centroids" + (", signs aside" if len(mean) < 1 << bits else ""), mean, 1 / len(mean), "centroid, by use", "share of vectors"))
     unused = statistics.fmean(use[layer.name].unused for layer in layers)
     cut = sum(use[layer.name].rows < layer.rows for layer in layers)
     counted = f" Of {cut} large layers only the first rows were counted." if cut else ""

@@ -137,7 +137,7 @@ class QuantSpec:
 
     @property
     def paper_bits_per_value(self) -> float:
-        """The paper's count, log2(K)/d + K d 8 / l + 4 / N_s, for comparison with published tables."""
+        """The paper's count, log2(K)/d + K d 8 / l + 4 / N_s, and a bit per weight for signs, for comparison with published tables."""
         table = self.svd_rank or self.codewords * self.dim
         return (self.index_bits + table * 8 / (self.group_rows * self.group_cols)
                 + (4 / self.scale_block if self.scale_block else 0))

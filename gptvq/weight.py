@@ -18,8 +18,8 @@ class VQWeight:
     """Packed codes, int8 codebooks, codebook scales and block scales of one [rows, cols] weight.
 
     W[i, j] = gs[g] * cb[g, j mod dim, code(i, j // dim)] * s(i, j // scale_block), g the group of (i, j), computed in
-    float32 in this order; s is 1 without block scales.  Buffers (`spec.buffer_shapes()`):
-    In signed formats code() is the lower 8 bits of a code, and bit 8 + j mod dim set makes W[i, j] negative.
+    float32 in this order; s is 1 without block scales.  In signed formats code() is the lower 8 bits of a code, and where bit
+    8 + j mod dim is set W[i, j] is negative.  Buffers (`spec.buffer_shapes()`):
     idx u8 [tiles, blocks, bytes]: indices of 16 rows x 32 columns, in the order of `backends.reference.bit_map`;
     cb s8 [row groups, strips, dim, K]; gs bf16 [row groups, strips]; sc u8 [tiles, ceil(scale blocks / 2), 16]: 4-bit
     scale codes, low nibble the even block; sz f16 [scale blocks, 2]: (z, a) with s = 2**(z + a * code).
@@ -83,7 +83,7 @@ def bad_values(spec: QuantSpec, name: str, tensor: Tensor) -> str:
     """What is wrong with the values of a buffer, as a clause, or nothing."""
     if name in SCALES and not bool(torch.isfinite(tensor).all()):
         return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
-    if name == "cb" and spec.signs and int(tensor.min()) < spec.least_entry:
+    if name == "cb" and spec.signs and bool((tensor < spec.least_entry).any()):
         return f"holds {int((tensor < spec.least_entry).sum())} values below {spec.least_entry}, which a signed format does not have"
     return ""
 

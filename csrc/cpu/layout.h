@@ -58,7 +58,7 @@ struct Format {
     if constexpr (!has_signs) std::memcpy(codes, quad, sizeof quad);
   }
 
-  // Inverse of decode_row; the codes must be below `codewords`.
+  // Inverse of decode_row; the codes must be below 1 << Bits.
   static void encode_row(const Code* codes, int row, std::uint8_t* block) {
     std::uint32_t plane[planes] = {}, quad[quads];
     if constexpr (!has_signs) std::memcpy(quad, codes, sizeof quad);

@@ -109,7 +109,7 @@ struct Avx2 {
   // Negated where byte I of a row's four has bit Bit + j, for its j-th weight; stored + 128, that of w is 256 - w.
   template <int Bit, int I, class Table>
   static GPTVQ_INLINE Weights with_signs(const Table& table, Index at, Bytes signs) {
-    const __m256i bits = _mm256_set1_epi32(0x08040201 << Bit);
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(0x08040201u << Bit));
     const __m256i row = _mm256_add_epi8(_mm256_set1_epi8(I), _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
     Bytes w = table.lookup(at);
     for (int h = 0; h < 2; ++h) {

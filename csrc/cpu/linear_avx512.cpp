@@ -83,7 +83,7 @@ struct Avx512 {
   template <int Bit, int I, class Table>
   static GPTVQ_INLINE Weights with_signs(const Table& table, Index at, Bytes signs) {
     const __m512i of_row = _mm512_shuffle_epi8(signs, _mm512_add_epi8(_mm512_set1_epi8(I), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)));
-    const __mmask64 negative = _mm512_test_epi8_mask(of_row, _mm512_set1_epi32(0x08040201 << Bit));
+    const __mmask64 negative = _mm512_test_epi8_mask(of_row, _mm512_set1_epi32(static_cast<int>(0x08040201u << Bit)));
     const Weights w = table.find(at);
     return _mm512_mask_sub_epi8(w, negative, _mm512_setzero_si512(), w);
   }

@@ -197,10 +197,12 @@ def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape
     Of a signed format (see `decode`, four dimensions) f is 4 or 16, vectors or forms, which change their signs as their weights do.
     """
     group, flips = torch.arange(len(index), device=index.device)[:, None] // group_rows, sign_changes(index, 4)
-    if flips is not None:
-        values = values * (flips if values.shape[2] == 4 else (flips.unsqueeze(-1) * flips.unsqueeze(-2)).flatten(-2)).to(values.dtype)
     slot = ((group * shape[1] + strip) * shape[2] + centroid_numbers(index)).flatten()
-    sums = [torch.bincount(slot, v.flatten().double(), shape[0] * shape[1] * shape[2]) for v in values.unbind(-1)]
+    sums = []
+    for i, v in enumerate(values.unbind(-1)):
+        if flips is not None:
+            v = v * (flips[..., i] if values.shape[2] == 4 else flips[..., i // 4] * flips[..., i % 4])
+        sums.append(torch.bincount(slot, v.flatten().double(), shape[0] * shape[1] * shape[2]))
     return torch.stack(sums, -1).view(*shape, -1)
 
 
@@ -212,18 +214,18 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
     centroids [row groups, strips, K, d]; strip [n]; scale [rows, n] or None.  Returns (index [rows, n], E [rows, n d])
     with E_P = (W_P - Q_P) U_PP^-1, from which the caller updates the columns after the block. `stale` reproduces a defect of
     the published code: under block scales it assigns the weights as they were at the start of the block. `signed`: all changes of sign
-    of the centroids are tried, and the index is of int16, see `decode`.
+    of the centroids are tried, and the index is of int16, see `decode`; which of equals wins there is up to a backend.
     """
     n, d = roots.shape[:2]
     start, W, E = W, W.clone(), torch.empty_like(W)
     index = torch.empty(len(W), n, dtype=torch.int16 if signed else torch.uint8, device=W.device)
-    centroids = all_signs(centroids) if signed else centroids
     group = torch.arange(len(W), device=W.device) // group_rows
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         x = W[:, at] if scale is None else (start if stale else W)[:, at] / scale[:, i, None]
-        index[:, i] = assign(x, roots[i] @ roots[i].T, centroids[:, s], group_rows)
-        q = centroids[group, s, index[:, i].long()]                 # a code's place in `all_signs`, where they are tried
+        books = all_signs(centroids[:, s]) if signed else centroids[:, s]
+        index[:, i] = assign(x, roots[i] @ roots[i].T, books, group_rows)
+        q = books[group, index[:, i].long()]
         E[:, at] = (W[:, at] - (q if scale is None else q * scale[:, i, None])) @ roots[i]
         W[:, at.stop:] -= E[:, at] @ U[at, at.stop:]
     return index, E
@@ -238,16 +240,16 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
     Returns (new index, change of Q [rows, n d]).  With an index of int16 all changes of sign are tried too, see `decode`.
     """
     d, index, R = centroids.shape[-1], index.clone(), R.clone()
-    centroids = all_signs(centroids) if index.dtype is torch.int16 else centroids
     change = torch.empty_like(R)
     group = torch.arange(len(R), device=R.device) // group_rows
     for i, s in enumerate(strip.tolist()):
         at = slice(i * d, i * d + d)
         size = 1 if scale is None else scale[:, i, None]
-        q = centroids[group, s, index[:, i].long()] * size
+        books = all_signs(centroids[:, s]) if index.dtype is torch.int16 else centroids[:, s]
+        q = books[group, index[:, i].long()] * size
         target = q + solve_small(H[at, at].expand(len(R), d, d), R[:, at])
-        index[:, i] = assign(target / size, H[at, at], centroids[:, s], group_rows)
-        change[:, at] = centroids[group, s, index[:, i].long()] * size - q
+        index[:, i] = assign(target / size, H[at, at], books, group_rows)
+        change[:, at] = books[group, index[:, i].long()] * size - q
         R -= change[:, at] @ H[at]
     return index, change
 

@@ -40,8 +40,11 @@ def bit_map(code_bits: int, dim: int) -> Tensor:
 
 
 def sign_changes(codes: Tensor, dim: int) -> Tensor | None:
-    """1 or -1 for each weight of each vector, [.., dim], by the bits above the lowest 8 of int16 codes; None for codes without."""
-    return 1 - 2 * (codes.unsqueeze(-1) >> torch.arange(8, 8 + dim, device=codes.device) & 1) if codes.dtype is torch.int16 else None
+    """int8 1 or -1 for each weight of each vector, [.., dim], by the bits above the lowest 8 of int16 codes; None for codes without."""
+    if codes.dtype is not torch.int16:
+        return None
+    bits = codes.unsqueeze(-1) >> torch.arange(8, 8 + dim, dtype=torch.int16, device=codes.device) & 1
+    return 1 - 2 * bits.to(torch.int8)
 
 
 def centroid_numbers(codes: Tensor) -> Tensor:

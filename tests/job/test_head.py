@@ -251,7 +251,7 @@ def test_settings(ids):
     assert report.layers[-1].spec.label == "1d K8"
 
 
-@pytest.mark.parametrize("label", ["2d-2.25", "2d-3.125-s64", "4d-2.125-s64", "1d-2.125"])
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-3.125-s64", "4d-2.125-s64", "4d-3.125-s64", "1d-2.125"])
 @pytest.mark.parametrize("rows", [1000, 1024])
 def test_in_parts_it_is_as_good_and_its_scales_are_those_of_the_whole(label, rows):
     generator = torch.Generator().manual_seed(1)

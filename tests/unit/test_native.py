@@ -160,9 +160,9 @@ def test_code_beyond_the_codebook_is_refused():
     spec = QuantSpec(5, 8, 2, 3, 4, 8)
     codes = random_codes(spec)
     codes[4, 3] = 64
-    with pytest.raises(ConfigError, match="codes: got 64, need values"):
+    with pytest.raises(ConfigError, match="codes: got 64, need values below 64"):
         native.pack_codes(codes, spec)
-    with pytest.raises(ConfigError, match="codes: got 64, need values"):
+    with pytest.raises(ConfigError, match="codes: got 64, need values from 0 to 63"):
         ops.pack_codes(codes, spec)
 
 

@@ -11,7 +11,7 @@ from gptvq.weight import VQWeight
 from packed_cases import random_weight
 
 SPECS = [QuantSpec(64, 96, 2, 2, 16, 32), QuantSpec(48, 128, 2, 3, 16, 64, 16), QuantSpec(40, 64, 4, 2, 40, 64), QuantSpec(33, 70, 1, 3, 4, 32),
-         QuantSpec(32, 64, 1, 2, 8, 32, 0, 2), QuantSpec(64, 192, 2, 2, 64, 64, 64)]
+         QuantSpec(32, 64, 1, 2, 8, 32, 0, 2), QuantSpec(64, 192, 2, 2, 64, 64, 64), QuantSpec(40, 64, 4, 3, 20, 32, 16)]
 
 
 def cut(vq, rows, cols):

@@ -139,18 +139,24 @@ def test_a_new_report_takes_the_old_page_away(tmp_path):
 
 
 # ---- numbers
-@pytest.mark.parametrize("spec", [QuantSpec(40, 50, 2, 2, 16, 32), QuantSpec(33, 21, 1, 3, 5, 8), QuantSpec(16, 36, 4, 2, 16, 36)])
+@pytest.mark.parametrize("spec", [QuantSpec(40, 50, 2, 2, 16, 32), QuantSpec(33, 21, 1, 3, 5, 8), QuantSpec(16, 36, 4, 2, 16, 36),
+                                  QuantSpec(20, 36, 4, 3, 10, 36)])
 def test_use_against_a_plain_count(spec):
     torch.manual_seed(1)
-    codes = torch.randint(0, spec.codewords, (spec.rows, spec.vectors), dtype=torch.uint8) // 2
-    groups = {}
+    codes = torch.randint(0, spec.codewords, (spec.rows, spec.vectors)) // 2
+    signs = (torch.rand(spec.rows, spec.vectors, spec.signs) < 0.3).long()
+    groups, negative = {}, {}
     for i in range(spec.rows):
         for v in range(spec.vectors):
             groups.setdefault((i // spec.group_rows, v * spec.dim // spec.group_cols), []).append(int(codes[i, v]))
+            negative.setdefault((i // spec.group_rows, v * spec.dim // spec.group_cols), []).append(signs[i, v].tolist())
     shares_ = [np.bincount(g, minlength=spec.codewords) / len(g) for g in groups.values()]
     weight = np.array([len(g) for g in groups.values()]) / codes.numel()
     entropy = sum(w * -sum(p * math.log2(p) for p in s if p) for w, s in zip(weight, shares_))
-    use = count(codes, spec)
+    for w, each in zip(weight, negative.values()):
+        entropy -= w * sum(p * math.log2(p) for share in np.mean(each, 0) for p in (share, 1 - share) if p)
+    codes += (signs << torch.arange(8, 8 + spec.signs)).sum(-1)
+    use = count(codes.to(getattr(torch, spec.code_dtype)), spec)
     assert use.entropy == pytest.approx(entropy, abs=1e-5) and use.bits == spec.code_bits and use.rows == spec.rows
     assert use.unused == pytest.approx(np.mean([(s == 0).mean() for s in shares_]))
     assert use.ranked == pytest.approx(sum(w * np.sort(s)[::-1] for w, s in zip(weight, shares_)).tolist(), abs=1e-6)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import gptvq
-from gptvq.learning import LearningLinear
+from gptvq.backends.reference import all_signs
+from gptvq.learning import Learning, LearningLinear
 from gptvq.linear import VQLinear
 from gptvq.tune import tune
 from gptvq.weight import unpack_scale_codes
@@ -20,7 +21,7 @@ def packed_layer(label, rows=40, cols=80):
     return VQLinear.from_weight(vq, torch.randn(rows), "layer")
 
 
-@pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25", "2d-2.25-s64", "4d-2.25", "2d-3.125"])
+@pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25", "2d-2.25-s64", "4d-2.25", "2d-3.125", "4d-3.125-s64"])
 def test_gradients_against_plain_indexing(label):
     layer = packed_layer(label)
     learner, x, spec = LearningLinear(layer), torch.randn(5, 80), layer.spec
@@ -30,7 +31,8 @@ def test_gradients_against_plain_indexing(label):
     table = learner.table.detach().double().requires_grad_()
     sz = None if learner.sz is None else learner.sz.detach().double().requires_grad_()
     group = torch.arange(spec.rows)[:, None] // spec.group_rows
-    W = (table * learner.unit.double())[group, learner.strip, learner.index.long()]
+    books = all_signs(table) if spec.signs else table
+    W = (books * learner.unit.double())[group, learner.strip, learner.index.long()]
     if sz is not None:
         codes = unpack_scale_codes(layer.sc, spec)
         scale = torch.stack([2 ** (sz[b, 0] + sz[b, 1] * codes[:, b]) for b in range(spec.scale_blocks)], 1)
@@ -42,12 +44,28 @@ def test_gradients_against_plain_indexing(label):
         torch.testing.assert_close(learner.sz.grad.double(), sz.grad, rtol=1e-5, atol=1e-5 * float(sz.grad.abs().max()))
 
 
-@pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25-s64", "4d-2.25"])
+@pytest.mark.parametrize("label", ["1d-2.25", "2d-2.25-s64", "4d-2.25", "4d-3.125"])
 def test_nothing_learnt_changes_nothing(label):
     layer = packed_layer(label)
     back = LearningLinear(layer).frozen()
     torch.testing.assert_close(back.dequantize(), layer.dequantize(), rtol=0, atol=float(layer.dequantize().abs().max()) / 250)
     assert torch.equal(back.idx, layer.idx) and torch.equal(back.bias, layer.bias)
+
+
+def test_signs_stay_in_the_indices():
+    """An entry of the signed format that a step takes below its least stays positive, and what is stored is what learnt."""
+    layer = packed_layer("4d-3.125")
+    model = torch.nn.Sequential(layer)
+    with Learning(model, {"0": layer}, steps=20, rate=0.05) as learning:
+        learner = learning.learners["0"]
+        for _ in range(20):
+            learning.step(learner.weight.abs().sum() + model(torch.randn(4, 80)).square().mean(), "loss")
+        assert float(learner.table.detach().min()) == pytest.approx(1 / 127)
+        learnt = learner.weight.detach()
+    packed = model[0]
+    assert isinstance(packed, VQLinear) and int(packed.cb.min()) >= 1 and torch.equal(packed.idx, layer.idx)
+    assert (packed.dequantize() - learnt).abs().max() <= 0.51 * float(packed.gs.float().max())
+    packed.check()
 
 
 def divergence(model, dense):
