@@ -88,7 +88,7 @@ def test_the_model_gets_nearer_to_the_dense_one(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("label", ["2d-2.25", "2d-2.25-s64", "4d-2.25"])
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-2.25-s64", "4d-2.25", "4d-3.125-s64"])
 def test_on_a_gpu(label):
     """Gradients of codebooks and scales by its kernels are the CPU's, and a model gets nearer to the dense one."""
     layer, x = packed_layer(label), torch.randn(5, 80)
