@@ -75,7 +75,7 @@ GENERIC = [
     Case("4d K256 scales", 24, 64, 4, 2, 24, 64, 32),
     Case("2d K16 strided", 8, 32, 2, 2, 4, 16, 0, "strided"),
     Case("2d K16 transposed scales", 8, 32, 2, 2, 4, 32, 16, "transposed"),
-    Case("4d +-K256", 20, 64, 4, 3, 24, 64),
+    Case("4d +-K256", 28, 64, 4, 3, 32, 64),
     Case("4d +-K256 scales, ragged block", 27, 60, 4, 3, 32, 64, 32),
     Case("2d K16 dead inputs", 8, 40, 2, 2, 8, 20, 0, "gauss", "dead inputs"),
     Case("2d K16 rank deficient", 8, 36, 2, 2, 8, 36, 0, "gauss", "rank deficient"),
