@@ -221,8 +221,8 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
 
 template <class V, class C, bool One, int Planes, bool Halves, int Tokens>
 void some_tokens(const LinearArgs& a, int64_t first, int64_t last, int64_t token) {
-  constexpr int kBusy = Tokens * Planes;                    // enough sums under way to hide the latency of the dot
-  constexpr int kChains = kBusy >= V::chains ? 1 : kBusy * 2 >= V::chains ? 2 : 4;
+  constexpr int kBusy = Tokens * Planes;                    // enough sums under way to hide the latency of the dot; long look-ups do, too
+  constexpr int kChains = kBusy >= V::chains || C::k == 256 ? 1 : kBusy * 2 >= V::chains ? 2 : 4;
   for (int64_t row = first * 16; row < last * 16; row += V::rows) slab<V, C, One, Planes, Halves, Tokens, kChains>(a, row, token);
 }
 
