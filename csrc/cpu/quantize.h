@@ -4,8 +4,8 @@
 
 namespace gptvq {
 
-// A block of n vector columns of d weights, and the codebooks they are quantized with.  All arrays are contiguous float32, and an
-// index of bytes.
+// A block of n vector columns of d weights, and the codebooks they are quantized with.  All arrays are contiguous float32, but for
+// an index, which is of bytes unless it is signed.
 struct Columns {
   std::int64_t rows, n, d, groups, strips, k, group_rows;
   const float* centroids;           // [groups, strips, k, d]
