@@ -27,10 +27,8 @@ class Variant:
     def problem(self, W: Tensor, H: Tensor) -> Problem:
         return Problem(W, H, self.spec)
 
-    def between(self, best: solver._Best) -> None:
+    def between(self, best: solver.Best) -> None:
         """Behind every stage."""
-
-    column_pass = staticmethod(solver.column_pass)
 
     def error(self, layer: layers.Layer, recipe: Recipe) -> dict[str, float]:
         """{side: error}."""
@@ -39,18 +37,8 @@ class Variant:
         order = solver._visiting_order(made, recipe)
         columns = (order[:, None] * spec.dim + torch.arange(spec.dim)).flatten()
         factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, made.W.dtype, recipe.shrink)
-        index, centroids = self.column_pass(made, factor, order, recipe, None)
-        best = solver._Best(made, spec)
-        best.offer("pass 1", *solver._refit(made, index, centroids, recipe))
-        for i in range(2, recipe.passes + 1):
+        for best in solver.stages(made, factor, order, recipe):
             self.between(best)
-            index, _ = self.column_pass(made, factor, order, recipe, best.codebooks.centroids)
-            best.offer(f"pass {i}", *solver._refit(made, index, best.codebooks.centroids, recipe))
-        for i in range(1, recipe.sweeps + 1):
-            self.between(best)
-            index = solver.coordinate_descent(made, best.index, best.codebooks.centroids, recipe.block_cols)
-            best.offer(f"sweep {i}", *solver._refit(made, index, best.codebooks.centroids, recipe))
-        self.between(best)
         Q = made.decode(best.index, best.codebooks.centroids)[:, : spec.cols]
         return {side: layer.error(Q, side) for side in layers.SIDES}
 
@@ -73,7 +61,7 @@ class Search(Variant):
     def between(self, best):
         made, spec = best.problem, self.spec
         ones = ops.decode(best.index, best.codebooks.centroids, made.strip, None, spec.group_rows)
-        R = ops.matmul(made.W - made.decode(best.index, best.codebooks.centroids), made.H)
+        R = best.pull.clone()
         for b in range(spec.scale_blocks):
             at = slice(b * spec.scale_block, min((b + 1) * spec.scale_block, len(made.H)))
             C, now = ones[:, at], made.scale[:, at.start // spec.dim]
@@ -83,7 +71,7 @@ class Search(Variant):
             scale = scale_table(sz[None])[0][codes.long()]
             R -= ((scale - now)[:, None] * C) @ made.H[at]
             made.sz[b], made.scale_codes[:, b], made.scale[:, at.start // spec.dim: at.stop // spec.dim] = sz, codes, scale[:, None]
-        best.error = made.error(best.index, best.codebooks.centroids)
+        best.error, best.pull = made.measure(best.index, best.codebooks.centroids)
 
 
 def _nearest_grid(sz: Tensor, codes: Tensor, wish: Tensor, curve: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +136,7 @@ class Wide(Variant):
             super().__init__(QuantSpec(spec.rows, spec.cols, 4, 3, spec.rows, spec.cols, spec.scale_block))
 
     def error(self, layer, recipe):
-        with self.formats, self.without_kernels:
+        with self.formats, self.without_kernels, mock.patch.object(solver, "column_pass", self.column_pass):
             return super().error(layer, recipe)
 
     def column_pass(self, made, factor, order, recipe, centroids):

@@ -38,7 +38,7 @@ class Recipe:
     em_starts: int = 8              # seedings tried for each codebook
     passes: int = 3                 # full quantisation passes; codebooks are fixed after the first
     sweeps: int = 2                 # coordinate-descent sweeps over all indices
-    cg_iterations: int = 4          # of each codebook update
+    cg_iterations: int = 4          # of a codebook update; half of it between the first stage and the last
     block_cols: int = 128           # lazy-update block
     compensate: float = 1.0         # share of the quantized model's drift so far that a layer makes up for; 0: none, its own weight
     ridge: float = 0.3              # as `shrink`, where a layer makes up for drift

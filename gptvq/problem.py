@@ -13,7 +13,7 @@ from .spec import QuantSpec
 def solving_bytes(rows: int, spec: QuantSpec) -> int:
     """Most memory that solving `rows` rows of a layer takes beside its Hessian's sum: factorization, or the codebook update."""
     n = spec.vectors * spec.dim
-    return 4 * max(9 * n * n + 2 * rows * n, 6 * n * n + (8 + spec.dim) * rows * n)
+    return 4 * max(9 * n * n + 2 * rows * n, 6 * n * n + (9 + spec.dim) * rows * n)
 
 
 def working_bytes(specs: list[QuantSpec]) -> int:
@@ -25,7 +25,7 @@ def working_bytes(specs: list[QuantSpec]) -> int:
 def solvable(spec: QuantSpec, free: int) -> str:
     """What fits into `free` bytes of a GPU, as advice."""
     n = spec.vectors * spec.dim
-    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 6 * n * n) // ((8 + spec.dim) * n))
+    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 6 * n * n) // ((9 + spec.dim) * n))
     smaller = f"{rows} rows of {spec.cols} columns would fit" if rows > 0 else f"no layer of {spec.cols} columns would fit"
     return f"{smaller}; free memory, use a larger GPU, or device='cpu'"
 
@@ -75,7 +75,11 @@ class Problem:
 
     def gradient(self, index: Tensor, residual: Tensor) -> Tensor:
         """Half the descent direction of the loss in the centroids, collect((W - Q) H s), as float64 [.., K, d]."""
-        pull = ops.matmul_split(residual, self.H).view(self.spec.rows, self.spec.vectors, self.spec.dim)
+        return self.gather(index, ops.matmul_split(residual, self.H))
+
+    def gather(self, index: Tensor, pull: Tensor) -> Tensor:
+        """The same from pull = (W - Q) H [rows, n]."""
+        pull = pull.view(self.spec.rows, self.spec.vectors, self.spec.dim)
         return self.collect(index, pull if self.scale is None else pull * self.scale.unsqueeze(-1))
 
     def curvature(self, index: Tensor) -> Tensor:
@@ -87,11 +91,20 @@ class Problem:
 
     def error(self, index: Tensor, centroids: Tensor) -> float:
         """Relative layer error tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
-        loss = float(weight_loss(self.W - self.decode(index, centroids), self.H, self.rows))
-        return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf")
+        return self.measure(index, centroids)[0]
 
+    def measure(self, index: Tensor, centroids: Tensor) -> tuple[float, Tensor]:
+        """(the error, (W - Q) H [rows, n])."""
+        residual = self.W - self.decode(index, centroids)
+        pull = ops.matmul(residual, self.H)
+        loss = float(_loss(residual, pull, self.rows))
+        return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf"), pull
 
 
 def weight_loss(W: Tensor, H: Tensor, rows: Rows) -> Tensor:
     """tr(W H W^T) of the layer as a float64 scalar, W the rows of a share."""
-    return rows.join((ops.matmul(W, H).double() * W).sum(1)).sum()      # row by row: the same for any number of threads and shares
+    return _loss(W, ops.matmul(W, H), rows)
+
+
+def _loss(W: Tensor, WH: Tensor, rows: Rows) -> Tensor:
+    return rows.join((WH.double() * W).sum(1)).sum()                    # row by row: the same for any number of threads and shares

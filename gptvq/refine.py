@@ -39,11 +39,11 @@ def conjugate_gradient(apply: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, 
     return x
 
 
-def update_codebook(problem: Problem, index: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+def update_codebook(problem: Problem, index: Tensor, centroids: Tensor, iterations: int, pull: Tensor | None = None) -> Tensor:
     """The centroids of least loss for fixed codes, by preconditioned conjugate gradient from `centroids`.
 
     The loss is quadratic in the centroids and row groups do not interact. Preconditioner: the d x d diagonal blocks.
-    Centroids without vectors keep their values.
+    Centroids without vectors keep their values.  pull: (W - Q) H of these codes and centroids, where it is known.
     """
     block = problem.curvature(index)
     size = block.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -52,7 +52,7 @@ def update_codebook(problem: Problem, index: Tensor, centroids: Tensor, iteratio
     inverse = torch.linalg.inv(torch.where(used[..., None, None], block + 1e-6 * size[..., None, None] * eye, eye))
     x = conjugate_gradient(
         lambda p: problem.gradient(index, problem.decode(index, p.to(centroids.dtype))), centroids.double(),
-        problem.gradient(index, problem.W - problem.decode(index, centroids)),
+        problem.gradient(index, problem.W - problem.decode(index, centroids)) if pull is None else problem.gather(index, pull),
         lambda r: (inverse @ r.unsqueeze(-1)).squeeze(-1) * used.unsqueeze(-1), iterations, (1, 2, 3))
     return x.to(centroids.dtype)
 
@@ -126,17 +126,19 @@ def absolute(problem: Problem, index: Tensor, centroids: Tensor) -> tuple[Tensor
     return index, centroids.abs()
 
 
-def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block_cols: int) -> Tensor:
+def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block_cols: int, pull: Tensor) -> tuple[Tensor, Tensor]:
     """One sweep over all indices, left to right, each to its best centroid under the true loss with the others fixed.
 
-    R = (W - Q) H is kept up to date: within a block by the kernel, for all other columns by one product per block.
+    pull: (W - Q) H; it is kept up to date, within a block by the kernel, for all other columns by one product per block
+    -> (the indices, their (W - Q) H).
     """
     spec, d = problem.spec, problem.spec.dim
     index = index.clone()
     # A dead input would make H_PP singular; its weights then simply follow their neighbours in the vector.
+    ridge = 1e-6 * problem.H.diagonal().mean()
     H = problem.H.clone()
-    H.diagonal().add_(1e-6 * problem.H.diagonal().mean())
-    R = ops.matmul(problem.W - problem.decode(index, centroids), H)
+    H.diagonal().add_(ridge)
+    R = pull.addcmul(problem.W - problem.decode(index, centroids), ridge)
     for first in range(0, spec.vectors, block_cols // d):
         at = slice(first, min(first + block_cols // d, spec.vectors))
         cols = slice(at.start * d, at.stop * d)
@@ -144,4 +146,4 @@ def coordinate_descent(problem: Problem, index: Tensor, centroids: Tensor, block
         index[:, at], change = ops.descent_block(
             R[:, cols], H[cols, cols], index[:, at], centroids, problem.strip[at], scale, spec.group_rows)
         ops.submatmul(R, change, H[cols])
-    return index
+    return index, R.addcmul_(problem.W - problem.decode(index, centroids), ridge, value=-1)

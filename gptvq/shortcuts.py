@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .model import Block, dense_weight, identity
 if TYPE_CHECKING:
     from .drift import Stage
 
-_WIDEST = 2             # times the width of the hidden states: wider inputs would take more room than computing them again is worth
+_MOVED = 2              # times the width of the hidden states: what is worth moving to where they are and back, not to compute it again
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -50,18 +51,23 @@ class Shortcuts:
 
         A stage of one linear gives one where the module around it returns that linear's output, takes no objects that it could change
         (such as caches) and changes no tensor that it is given, no linear called before belongs to a later stage, and what the linear
-        reads is contiguous: products of other tensors need not be the same to the bit once those have been stored.
+        reads is contiguous: products of other tensors need not be the same to the bit once those have been stored.  What is kept takes
+        no more room than what the stages before are compared with, which is gone by then, and one list of hidden states.
         """
         if not len(hidden):
             return cls(block)
         example = hidden[0].to(device)
         earlier: set[str] = set()
         watched: list[tuple[_Watched, set[str]]] = []
+        room, most, taken = example.shape[-1], math.inf if hidden[0].device == device else _MOVED * example.shape[-1], 0
         for stage in stages:
             name, around = stage.names[0], stage.names[0].rpartition(".")[0]
-            if stage.aligned and len(stage.names) == 1 and around.startswith(block.name + "."):
-                if dense_weight(linears[name]).shape[1] <= _WIDEST * example.shape[-1]:
+            if stage.aligned:
+                rows, cols = dense_weight(linears[name]).shape
+                if len(stage.names) == 1 and around.startswith(block.name + ".") and taken + cols <= min(room, most):
                     watched.append((_Watched(name, block.module.get_submodule(around[len(block.name) + 1:]), linears), set(earlier)))
+                    taken += cols
+                room += rows if stage.summed else cols
             earlier |= set(stage.names)
         with contextlib.ExitStack() as hooks:
             for one, _ in watched:

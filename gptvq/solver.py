@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -98,16 +99,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     if factor.repair not in ("", "float64"):
         problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), rows.spec, rows, recipe.method)
 
-    index, centroids = column_pass(problem, factor, order, recipe, None)
-    best = _Best(problem, spec)
-    best.offer("pass 1", *_refit(problem, index, centroids, recipe))
-    for i in range(2, recipe.passes + 1):
-        index, _ = column_pass(problem, factor, order, recipe, best.codebooks.centroids)
-        best.offer(f"pass {i}", *_refit(problem, index, best.codebooks.centroids, recipe))
-    for i in range(1, recipe.sweeps + 1):
-        index = coordinate_descent(problem, best.index, best.codebooks.centroids, recipe.block_cols)
-        best.offer(f"sweep {i}", *_refit(problem, index, best.codebooks.centroids, recipe))
-
+    *_, best = stages(problem, factor, order, recipe)
     if not math.isfinite(best.error):
         raise NumericalError(f"{name}: the layer error is not finite; check the weights' range ({float(weight.abs().max()):.3g}) "
                              "and the calibration activations, or use dtype float64")
@@ -121,6 +113,24 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     repair = "inputs of zeros: unweighted" if factor.unweighted and hessian.tokens else factor.repair
     return vq, LayerRecord(name, spec, best.error, best.stages, "; ".join(filter(None, [*hessian.repairs(), repair])), factor.damp,
                            hessian.tokens, time.perf_counter() - start, digest.hexdigest(), hessian.dropped, hessian.dead())
+
+
+def stages(problem: Problem, factor: HessianFactor, order: Tensor, recipe: Recipe) -> Iterator[Best]:
+    """The passes, then the sweeps, each from the best state so far, which is given after every one of them.
+
+    The updates between the first stage and the last take half the iterations: what they leave is for the next.
+    """
+    best, last = Best(problem), recipe.passes + recipe.sweeps
+    for stage in range(1, last + 1):
+        iterations, pull = recipe.cg_iterations if stage in (1, last) else (recipe.cg_iterations + 1) // 2, None
+        centroids = best.codebooks.centroids if best.codebooks else None
+        if stage <= recipe.passes:
+            index, centroids = column_pass(problem, factor, order, recipe, centroids)
+        else:
+            index, pull = coordinate_descent(problem, best.index, centroids, recipe.block_cols, best.pull)
+        best.offer(f"pass {stage}" if stage <= recipe.passes else f"sweep {stage - recipe.passes}",
+                   *_refit(problem, index, centroids, recipe.method, iterations, pull))
+        yield best
 
 
 def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str, rows: Rows) -> Problem:
@@ -231,12 +241,13 @@ def _blocks(spec: QuantSpec, recipe: Recipe) -> list[tuple[int, int]]:
             for start in range(0, spec.vectors, reach) for a in range(start, min(start + reach, spec.vectors), size)]
 
 
-def _refit(problem: Problem, index: Tensor, centroids: Tensor, recipe: Recipe) -> tuple[Tensor, Codebooks]:
+def _refit(problem: Problem, index: Tensor, centroids: Tensor, method: str, iterations: int,
+           pull: Tensor | None) -> tuple[Tensor, Codebooks]:
     """The codebook update for these codes, then the stored form -> (index, codebooks); an SVD form renumbers the index."""
-    if recipe.method == "paper":
+    if method == "paper":
         centroids = adam_codebook(problem, index, centroids)
     else:
-        centroids = update_codebook(problem, index, centroids, recipe.cg_iterations)
+        centroids = update_codebook(problem, index, centroids, iterations, pull)
     if problem.spec.svd_rank:
         return svd_codebook(problem, index, centroids)
     if problem.spec.signs:
@@ -244,15 +255,17 @@ def _refit(problem: Problem, index: Tensor, centroids: Tensor, recipe: Recipe) -
     return index, codebook.compress(centroids, problem.spec.least_entry)
 
 
-class _Best:
-    """The best state seen, and the error after every stage."""
+class Best:
+    """The best state seen, its (W - Q) H, and the error after every stage."""
 
-    def __init__(self, problem: Problem, spec: QuantSpec):
+    def __init__(self, problem: Problem):
         self.problem, self.error, self.stages = problem, math.inf, {}
         self.index: Tensor | None = None
         self.codebooks: Codebooks | None = None
+        self.pull: Tensor | None = None
 
     def offer(self, stage: str, index: Tensor, codebooks: Codebooks) -> None:
-        error = self.stages[stage] = self.problem.error(index, codebooks.centroids)
+        error, pull = self.problem.measure(index, codebooks.centroids)
+        self.stages[stage] = error
         if self.index is None or error < self.error:
-            self.index, self.codebooks, self.error = index, codebooks, error
+            self.index, self.codebooks, self.error, self.pull = index, codebooks, error, pull

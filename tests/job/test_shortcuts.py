@@ -106,16 +106,13 @@ def test_where_there_are_any(name, ends, ids):
     assert [part.linear for part in found(name, ids)._parts.values()] == ends
 
 
-def test_where_there_are_none(ids, monkeypatch):
+def test_where_there_are_none(ids):
     block, own, hidden = opened("llama", ids)
     names = list(own)
     q, k, v, o = (Stage((name,), aligned=True, summed=name.endswith("o_proj")) for name in names[:4])
     assert list(found("llama", ids, [q, k, v, o])._parts) == list(o.names)
     assert not found("llama", ids, [q, k, o, v])._parts                                       # v may still change
     assert not found("llama", ids, [q, k, v, Stage(o.names)])._parts                          # not one call with a row per token
-    monkeypatch.setattr("gptvq.shortcuts._WIDEST", 0.5)
-    assert not found("llama", ids)._parts
-    monkeypatch.undo()
 
     attention = block.module.self_attn
     for change in (lambda out: (out[0] * 1, None), lambda out: (out[0], out[0]), lambda out: (out[0].mul_(1), None)):
@@ -138,6 +135,20 @@ def test_where_there_are_none(ids, monkeypatch):
     assert not Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts                 # it changes what others may read
     del attention.forward
     assert Shortcuts.find(block, [q, k, v, o], own, [hidden], CPU)._parts
+
+
+@pytest.mark.parametrize("times, here, elsewhere", [(1, 2, 2), (3, 2, 1), (4, 1, 1)])
+def test_what_is_kept_takes_no_more_room_than_there_is(times, here, elsewhere, ids):
+    """Hidden states beside the block's device are slow to reach: less is worth keeping there."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=64 * times, num_hidden_layers=1,
+                                                                   num_attention_heads=4, num_key_value_heads=2))
+    block = find_blocks(model, ids[:1])[0]
+    record_calls(model, [block], ids[:1], CPU)
+    own, hidden = linears(block.module, block.name), [torch.randn(1, ids.shape[1], 64)]
+    stages = find_stages(block, own, hidden[0])
+    for device, ends in ((CPU, here), (torch.device("cpu", 0), elsewhere)):         # two devices by their names
+        kept = [part.linear for part in Shortcuts.find(block, stages, own, hidden, device)._parts.values()]
+        assert kept == ["o_proj", "down_proj"][:ends]
 
 
 def test_what_a_run_replaces(ids):

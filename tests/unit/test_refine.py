@@ -40,6 +40,10 @@ def error(problem, index, centroids, scale):
     return oracle.loss(W, Q, H) / oracle.loss(W, 0 * W, H)
 
 
+def sweep(problem, index, centroids, block_cols=16):
+    return refine.coordinate_descent(problem, index, centroids, block_cols, problem.measure(index, centroids)[1])
+
+
 @pytest.mark.parametrize("case", GENERIC, ids=ids)
 def test_decode_and_error(case):
     problem, index, centroids, scale = setting(case)
@@ -94,6 +98,8 @@ def test_update_reaches_the_least_squares_optimum(case):
     for iterations, near in ((30, 0.01), (400, 1e-5)):
         got = error(problem, index, refine.update_codebook(problem, index, centroids, iterations), scale)
         assert want - 1e-9 <= got <= want + near * (before - want)
+    known = refine.update_codebook(problem, index, centroids, 30, problem.measure(index, centroids)[1])
+    torch.testing.assert_close(known, refine.update_codebook(problem, index, centroids, 30))
     single = setting(case, torch.float32)[0]
     got = error(problem, index, refine.update_codebook(single, index, centroids.float(), 400), scale)
     assert got <= want + 1e-3 * (before - want)
@@ -123,8 +129,9 @@ def test_sweep_equals_brute_force_over_all_centroids(case):
     want = oracle.coordinate_descent(problem.W.numpy(), (problem.H + ridge).numpy(), index.numpy(),
                                      tables_of(centroids, case.spec), case.dim, scale)
     for block_cols in (8, 128):
-        got = refine.coordinate_descent(problem, index, centroids, block_cols)
+        got, pull = sweep(problem, index, centroids, block_cols)
         np.testing.assert_array_equal(got.numpy(), want)
+        torch.testing.assert_close(pull, problem.measure(got, centroids)[1])
 
 
 @pytest.mark.parametrize("dtype, slack", [(torch.float64, 1e-5), (torch.float32, 1e-4)], ids=str)
@@ -133,7 +140,7 @@ def test_sweeps_never_raise_the_loss(case, dtype, slack):
     problem, index, centroids, scale = setting(case, dtype)
     errors = [problem.error(index, centroids)]
     for _ in range(3):
-        index = refine.coordinate_descent(problem, index, centroids, 16)
+        index = sweep(problem, index, centroids)[0]
         assert 0 <= int(index.min()) and int(index.max()) < 1 << case.spec.code_bits
         errors.append(problem.error(index, centroids))
     if problem.power > 0:
@@ -147,8 +154,7 @@ def test_refinement_does_not_depend_on_the_units_of_the_hessian(exponent):
         problem, index, centroids, _ = setting(case, torch.float32)
         scaled = Problem(problem.W[:, :case.cols], problem.H * 2.0 ** exponent, case.spec)
         scaled.scale = problem.scale
-        assert torch.equal(refine.coordinate_descent(scaled, index, centroids, 16),
-                           refine.coordinate_descent(problem, index, centroids, 16))
+        assert torch.equal(sweep(scaled, index, centroids)[0], sweep(problem, index, centroids)[0])
         torch.testing.assert_close(refine.update_codebook(scaled, index, centroids, 20),
                                    refine.update_codebook(problem, index, centroids, 20))
 
