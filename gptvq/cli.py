@@ -102,10 +102,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--calibration", metavar="FILE", help="default: the first half of the texts in pydoc_data.topics")
     p.add_argument("--text", metavar="FILE", help="text for the perplexity; default: the second half")
     p.add_argument("--out", default="gptvq-demo", metavar="DIR", help="where the checkpoints go, default ./%(default)s")
-    p.add_argument("--samples", type=positive, default=24, metavar="N", help="calibration sequences, default %(default)s")
+    p.add_argument("--samples", type=positive, default=18, metavar="N", help="calibration sequences, default %(default)s")
     p.add_argument("--sequence-length", type=positive, default=1024, metavar="N",
                    help="tokens per sequence and window, default %(default)s")
-    p.add_argument("--max-windows", type=positive, default=16, metavar="N", help="evaluation windows, default %(default)s")
+    p.add_argument("--max-windows", type=positive, default=12, metavar="N", help="evaluation windows, default %(default)s")
     return top
 
 
