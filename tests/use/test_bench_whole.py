@@ -57,12 +57,24 @@ def test_rows_are_not_measured_twice(options, measured, tmp_path, capsys, monkey
     assert bench(quality, "--table", out) == 0 and capsys.readouterr().out == printed
     assert bench(quality, "--table", out, "--methods", "rtn,paper") == 0
     assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["rtn", "paper"]
+    assert bench(quality, "--table", out, "--methods", "dense,gptvq", "--sizes") == 0
+    sizes = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = {row["method"]: row for row in runner.load(out)["rows"]}
+    assert [line[0] for line in sizes] == ["dense", "2d-2.25"] and sizes[0][7] == "-" != sizes[1][7]
+    assert sizes[1][5] == f"{rows['gptvq']['text_perplexity'] / rows['dense']['text_perplexity']:.2f}"
     chart = tmp_path / "quality.png"
     code, drawn = bench(quality, "--table", out, "--plot", chart), importlib.util.find_spec("matplotlib") is not None
     assert drawn or "pip install matplotlib" in capsys.readouterr().err
     assert code == (not drawn) and (not drawn or chart.read_bytes()[:4] == b"\x89PNG")
     assert bench(quality, *options, "--windows", "2", "--methods", "rtn", "--json", out) == 1
     assert "max_windows differ" in capsys.readouterr().err
+
+
+def test_a_packed_head(options, measured, tmp_path):
+    out = tmp_path / "head.json"
+    assert bench(quality, *options, "--methods", "dense,gptvq+head", "--json", out) == 0
+    without, (_, row) = next(r for r in runner.load(measured)["rows"] if r["method"] == "gptvq"), check_file(out, "quality")
+    assert row["linear_bytes"] > without["linear_bytes"] and row["error_heldout"] == pytest.approx(without["error_heldout"], rel=0.5)
 
 
 def test_rotated_outputs_are_not_compared(options, tmp_path):
