@@ -28,7 +28,7 @@ def add(commands, command, placement) -> None:
     target = p.add_mutually_exclusive_group()
     target.add_argument("--target-size", type=nbytes, metavar="SIZE", help="choose presets for this size of all tensors, like 90MB")
     target.add_argument("--target-bpv", type=float, metavar="BITS", help="choose presets for so many bits per quantized weight, like 2.5")
-    p.add_argument("--presets", type=lambda text: text.split(","), metavar="A,B,..", help="to choose from, default the -s64 ones of 2D")
+    p.add_argument("--presets", type=lambda text: text.split(","), metavar="A,B,..", help="to choose from, default five with block scales, 2D and 4D")
     p.add_argument("--disk", metavar="FOLDER", help="a folder on the disk that the run will write to, to time its journal there; default "
                    "the one for temporary files")
     p.add_argument("--out", metavar="FILE", help="write the configuration here, for `gptvq quantize --config`")

@@ -23,7 +23,7 @@ from .solver import solve
 from .spec import QuantSpec
 from .stream import BlockStream
 
-CANDIDATES = ("2d-2.25-s64", "2d-3.125-s64", "2d-4.125-s64")
+CANDIDATES = ("2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64", "4d-3.125-s64", "2d-4.125-s64")
 #: Short, for errors whose ratios between presets and layers are those of the whole recipe.
 PROXY = Recipe(em_iterations=10, em_starts=1, passes=1, sweeps=0, cg_iterations=2, compensate=0)
 _MOST_CELLS = 100_000_000           # layers x sizes up to which the best choice is computed exactly
