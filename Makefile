@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help demo test clean
 
 help:
-	@echo 'make demo   quantize SmolLM2-135M to 3.125 and 2.25 bits per weight, measure it, let it talk'
+	@echo 'make demo   quantize SmolLM2-135M to 3.1 and 2.2 bits per weight, measure it, let it talk'
 	@echo 'make test   run all tests'
 	@echo 'make clean  remove .venv and everything built'
 

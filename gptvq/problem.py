@@ -13,7 +13,7 @@ from .spec import QuantSpec
 def solving_bytes(rows: int, spec: QuantSpec) -> int:
     """Most memory that solving `rows` rows of a layer takes beside its Hessian's sum: factorization, or the codebook update."""
     n = spec.vectors * spec.dim
-    return 4 * max(9 * n * n + 2 * rows * n, 6 * n * n + (9 + spec.dim) * rows * n)
+    return 4 * max(9 * n * n + 2 * rows * n, 6 * n * n + (10 + spec.dim) * rows * n)
 
 
 def working_bytes(specs: list[QuantSpec]) -> int:
@@ -25,7 +25,7 @@ def working_bytes(specs: list[QuantSpec]) -> int:
 def solvable(spec: QuantSpec, free: int) -> str:
     """What fits into `free` bytes of a GPU, as advice."""
     n = spec.vectors * spec.dim
-    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 6 * n * n) // ((9 + spec.dim) * n))
+    rows = min((free // 4 - 9 * n * n) // (2 * n), (free // 4 - 6 * n * n) // ((10 + spec.dim) * n))
     smaller = f"{rows} rows of {spec.cols} columns would fit" if rows > 0 else f"no layer of {spec.cols} columns would fit"
     return f"{smaller}; free memory, use a larger GPU, or device='cpu'"
 
@@ -107,4 +107,4 @@ def weight_loss(W: Tensor, H: Tensor, rows: Rows) -> Tensor:
 
 
 def _loss(W: Tensor, WH: Tensor, rows: Rows) -> Tensor:
-    return rows.join((WH.double() * W).sum(1)).sum()                    # row by row: the same for any number of threads and shares
+    return rows.join(WH.double().mul_(W).sum(1)).sum()                  # row by row: the same for any number of threads and shares

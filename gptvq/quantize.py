@@ -54,7 +54,7 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     check: text or ids on which the saved model is compared with the dense one; "auto" is calibration text that was not used,
     None does without.  strict: whatever would be a warning or a repair in the report is an error.
     Memory: of a folder's model one block at a time; two hidden states of every calibration token (the dense model's and the
-    quantized one's) and, for the block at hand, about four more, in files where they are large.  `Recipe(compensate=0)`
+    quantized one's) and, for the block at hand, about five more, in files where they are large.  `Recipe(compensate=0)`
     needs only one; `Recipe(token_weights="loss")` needs the whole model, and `Recipe(distill=1)` a block, with the activations of one
     sample.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
     Where torch.distributed is initialized, all its processes make this call with the same arguments and share the work; `out` is
@@ -206,7 +206,6 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
             packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
             run.report.layers.append(record)
             stream.model.set_submodule(full, packed[full].to_dense(linears.pop(full).weight.dtype))
-
         progress.stage("running the quantized block")
         with run.timed("forward"):
             before, hidden, sound = hidden, activations.new("hidden", index), []
@@ -215,6 +214,7 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
                 sound.append(torch.isfinite(out).all())
                 hidden.append(out.to(state.device))
             _require_finite(block, hidden, sound, samples.first)
+            del before, shortcuts                               # the next block's lists need the room
         for full, linear in packed.items():
             stream.model.set_submodule(full, linear)
         block.to(home)
@@ -222,8 +222,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         if run.journal is not None:
             progress.stage("writing the journal")
             with run.timed("journal"):
-                streams = {"hidden": hidden, **({"dense": dense} if recipe.compensate else {})}
-                run.commit(index, block, {kind: activations.whole(kind, index, states) for kind, states in streams.items()})
+                run.commit(index, block, {kind: activations.whole(kind, index, states) for kind, states in
+                                          (("hidden", hidden), ("dense", dense))[: 2 if recipe.compensate else 1]})
             stream.release(block)
         trim_memory()
     return hidden, samples

@@ -58,24 +58,29 @@ class Shortcuts:
             return cls(block)
         example = hidden[0].to(device)
         earlier: set[str] = set()
-        watched: list[tuple[_Watched, set[str]]] = []
-        room, most, taken = example.shape[-1], math.inf if hidden[0].device == device else _MOVED * example.shape[-1], 0
+        watched: list[tuple[_Watched, set[str], int]] = []
+        width = room = example.shape[-1]
+        most = math.inf if hidden[0].device == example.device else _MOVED * width
         for stage in stages:
             name, around = stage.names[0], stage.names[0].rpartition(".")[0]
             if stage.aligned:
                 rows, cols = dense_weight(linears[name]).shape
-                if len(stage.names) == 1 and around.startswith(block.name + ".") and taken + cols <= min(room, most):
-                    watched.append((_Watched(name, block.module.get_submodule(around[len(block.name) + 1:]), linears), set(earlier)))
-                    taken += cols
+                if len(stage.names) == 1 and around.startswith(block.name + ".") and cols <= min(room, most):
+                    watched.append((_Watched(name, block.module.get_submodule(around[len(block.name) + 1:]), linears), set(earlier), room))
                 room += rows if stage.summed else cols
             earlier |= set(stage.names)
         with contextlib.ExitStack() as hooks:
-            for one, _ in watched:
+            for one, *_ in watched:
                 hooks.enter_context(one)
             if watched:
                 block(example)
-        return cls(block, {one.name: _Part(one.module, one.name.rpartition(".")[2], one.length, new())
-                           for one, solved in watched if one.length is not None and set(one.before) <= solved})
+        parts, taken = {}, 0
+        for one, solved, room in watched:
+            cols = dense_weight(linears[one.name]).shape[1]
+            if one.length is not None and set(one.before) <= solved and taken + cols <= min(room, most):
+                parts[one.name] = _Part(one.module, one.name.rpartition(".")[2], one.length, new())
+                taken += cols
+        return cls(block, parts)
 
     def keep(self, name: str, x: Tensor) -> None:
         """x: what the linear `name` reads of the next sample, and of that one from now on for good."""

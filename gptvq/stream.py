@@ -31,8 +31,8 @@ from .storage import TensorList, digest
 from .weight import VQWeight
 
 _COMMITTED = 4      # lists of hidden states in the journal at one time: both streams, before and behind a block
-_STREAMS = 6        # .. and what is compared within it, or kept once it has been
-_IN_FILES = 8       # .. where all of them are in files: both streams, before and behind a block, and twice two that shortcuts keep
+_STREAMS = 7        # of both streams, before a block and the dense one behind it, and of what is compared within it, or kept once it has been
+_IN_FILES = 8       # .. where all of them are in files: both streams, before and behind a block, and what is compared or kept
 
 
 class BlockStream:
@@ -282,9 +282,9 @@ def states_on_disk(samples: int, nbytes: int) -> tuple[bool, int]:
 
 
 def states_on_device(samples: int, nbytes: int, device: torch.device) -> bool:
-    """Whether a run has its hidden states on a GPU: a third of what is free there holds them, nbytes each."""
+    """Whether a run has its hidden states on a GPU: two fifths of what is free there hold them, nbytes each."""
     free = ops.free_bytes(device)
-    return free is not None and _STREAMS * samples * nbytes < free[0] / 3
+    return free is not None and _STREAMS * samples * nbytes < 0.4 * free[0]
 
 
 def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:

@@ -104,7 +104,7 @@ class Tally(TorchDispatchMode):
 @pytest.mark.skipif(cuda.fit is reference.fit, reason="codebooks are fitted by the reference, which takes more")
 @pytest.mark.parametrize("rows, cols, dim, bits, group, scale", [
     (256, 128, 2, 2, (16, 128), 0), (64, 192, 2, 2, (16, 64), 0), (128, 128, 2, 2, (16, 128), 64), (128, 128, 4, 2, (128, 128), 0), (128, 128, 4, 3, (128, 128), 64),
-    (128, 128, 1, 3, (16, 32), 0)])
+    (128, 128, 1, 3, (16, 32), 0), (512, 128, 1, 3, (16, 64), 64)])
 def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, scale, monkeypatch):
     monkeypatch.setattr(cuda_call, "empty", torch.empty)      # guards around outputs are no part of it
     case = Case(f"{rows} x {cols}", rows, cols, dim, bits, *group, scale)
@@ -119,8 +119,8 @@ def test_memory_of_solving_is_predicted(machine, rows, cols, dim, bits, group, s
 def test_too_little_memory_is_said_before(machine, monkeypatch):
     case = LAYERS[1]
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (360_000, 1_000_000))
-    with pytest.raises(BackendUnavailable, match="weight: solving 64 x 96 weights: needs 0.000467 GB on c.*, where 0.00036 of 0.001 GB are "
-                                                 "free; 36 rows of 96 columns would fit"):
+    with pytest.raises(BackendUnavailable, match="weight: solving 64 x 96 weights: needs 0.000516 GB on c.*, where 0.00036 of 0.001 GB are "
+                                                 "free; 30 rows of 96 columns would fit"):
         solved(case, Recipe(), machine.device, monkeypatch, "cuda")
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (10_000, 1_000_000))
     with pytest.raises(BackendUnavailable, match="no layer of 96 columns would fit; free memory"):

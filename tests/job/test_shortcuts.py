@@ -1,5 +1,8 @@
 """What runs of a block leave out: the result is the same to the byte, attention is computed twice instead of five times."""
 import copy
+import gc
+import sys
+import types
 
 import pytest
 import torch
@@ -144,11 +147,48 @@ def test_what_is_kept_takes_no_more_room_than_there_is(times, here, elsewhere, i
                                                                    num_attention_heads=4, num_key_value_heads=2))
     block = find_blocks(model, ids[:1])[0]
     record_calls(model, [block], ids[:1], CPU)
-    own, hidden = linears(block.module, block.name), [torch.randn(1, ids.shape[1], 64)]
-    stages = find_stages(block, own, hidden[0])
-    for device, ends in ((CPU, here), (torch.device("cpu", 0), elsewhere)):         # two devices by their names
-        kept = [part.linear for part in Shortcuts.find(block, stages, own, hidden, device)._parts.values()]
+    own, hidden = linears(block.module, block.name), torch.randn(1, ids.shape[1], 64)
+    stages = find_stages(block, own, hidden)
+    away = types.SimpleNamespace(device=torch.device("meta"), to=lambda device: hidden)
+    for state, ends in ((hidden, here), (away, elsewhere)):
+        kept = [part.linear for part in Shortcuts.find(block, stages, own, [state], CPU)._parts.values()]
         assert kept == ["o_proj", "down_proj"][:ends]
+
+
+def test_linears_that_give_no_shortcut_take_no_room(ids):
+    """Phi-3's q, k and v are one linear, and gate and up, each alone in its stage."""
+    settings = transformers.Phi3Config(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=1, num_attention_heads=4,
+                                       num_key_value_heads=2, pad_token_id=0)
+    model = transformers.Phi3ForCausalLM(settings)
+    block = find_blocks(model, ids[:1])[0]
+    record_calls(model, [block], ids[:1], CPU)
+    own, hidden = linears(block.module, block.name), torch.randn(1, ids.shape[1], 64)
+    kept = Shortcuts.find(block, find_stages(block, own, hidden), own, [hidden], CPU)._parts.values()
+    assert [part.linear for part in kept] == ["o_proj", "down_proj"]
+
+
+def test_lists_of_hidden_states(ids, monkeypatch):
+    """As many as `gptvq plan` and the choice of where they live count on."""
+    from gptvq import quantize as entry
+    from gptvq import stream
+
+    module = sys.modules["gptvq.quantize"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+                                                                   num_attention_heads=4, num_key_value_heads=2))
+    most = []
+
+    def lists():
+        """Hidden states' storages that live, in lists of all samples."""
+        gc.collect()
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
+                 if type(t) is torch.Tensor and t.ndim == 3 and t.shape[:2] == (1, ids.shape[1]) and t.shape[2] in (64, 192)}
+        most.append(sum(found.values()) / (4 * 64 * ids.numel()))
+
+    for name in ("run_dense", "collect", "_require_finite"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real, **kwargs: (real(*args, **kwargs), lists())[0])
+    entry(model, None, config(), calibration=ids, device="cpu", check=None)
+    assert 6 < max(most) < stream._STREAMS + 0.5
 
 
 def test_what_a_run_replaces(ids):

@@ -62,6 +62,7 @@ def test_rows_are_not_measured_twice(options, measured, tmp_path, capsys, monkey
     rows = {row["method"]: row for row in runner.load(out)["rows"]}
     assert [line[0] for line in sizes] == ["dense", "2d-2.25"] and sizes[0][7] == "-" != sizes[1][7]
     assert sizes[1][5] == f"{rows['gptvq']['text_perplexity'] / rows['dense']['text_perplexity']:.2f}"
+    assert bench(quality, "--table", out, "--methods", "gptvq", "--sizes") == 1 and "need one" in capsys.readouterr().err
     chart = tmp_path / "quality.png"
     code, drawn = bench(quality, "--table", out, "--plot", chart), importlib.util.find_spec("matplotlib") is not None
     assert drawn or "pip install matplotlib" in capsys.readouterr().err
