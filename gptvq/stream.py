@@ -284,7 +284,7 @@ def states_on_disk(samples: int, nbytes: int) -> tuple[bool, int]:
 def states_on_device(samples: int, nbytes: int, device: torch.device) -> bool:
     """Whether a run has its hidden states on a GPU: two fifths of what is free there hold them, nbytes each."""
     free = ops.free_bytes(device)
-    return free is not None and _STREAMS * samples * nbytes < 0.4 * free[0]
+    return free is not None and 5 * _STREAMS * samples * nbytes < 2 * free[0]
 
 
 def packed_weight(record: LayerRecord, read: Callable[[str], Tensor]) -> VQWeight:

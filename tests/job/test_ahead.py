@@ -105,15 +105,17 @@ def test_errors_of_the_thread_are_raised_where_the_block_is_taken(folder, monkey
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupt_leaves_no_thread(folder, ids, forced, error, monkeypatch):
-    begun = threading.Event()
+    begun, seen = threading.Event(), threading.Event()
 
     def slow(self, name, meta):
         begun.set()
+        seen.wait(20)
         threading.Event().wait(0.05)
         return torch.zeros(meta.shape, dtype=meta.dtype)
 
     def interrupted(*args):
         assert begun.wait(20) and reading()
+        seen.set()
         raise error
 
     monkeypatch.setattr(ReadAhead, "_read", slow)

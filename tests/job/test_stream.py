@@ -145,7 +145,7 @@ def test_hidden_states_live_on_a_gpu_that_has_the_room(monkeypatch):
     gpu, samples, state = torch.device("cuda"), Samples(10), torch.ones(1, 8, 16)
     nbytes = 4 * state.numel()
     monkeypatch.setattr(stream.ops, "free_bytes", lambda device: None if device.type == "cpu" else (free, 0))
-    for free, home in ((18 * 10 * nbytes, "cpu"), (18 * 10 * nbytes + 3, "cuda")):
+    for free, home in ((175 * nbytes, "cpu"), (175 * nbytes + 1, "cuda")):
         assert stream.Activations(None, samples, nbytes, gpu).home.type == home
         assert stream.Activations(None, samples, nbytes, torch.device("cpu")).home.type == "cpu"
     found = stream.Activations(None, samples, nbytes, torch.device("cpu"))
