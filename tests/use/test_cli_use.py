@@ -90,8 +90,8 @@ def test_refusals(talker, my_model):
 def test_chat_command(packed, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("tear\n\n/reset\n/what\ntear\n/exit\nnever read\n"))
     assert cli.main(["chat", str(packed), "--max-new-tokens", "8", "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == lines[-1] and lines[1] == "(forgotten)" and "Ctrl-C" in lines[2]
+    answer, rest = capsys.readouterr().out.split("(forgotten)\n")         # a random model's answer may break lines anywhere
+    assert len(answer) > 1 and rest.endswith(answer) and "Ctrl-C" in rest.removesuffix(answer)
 
 
 # ---- eval
