@@ -54,7 +54,7 @@ def sizes(rows: list[dict]) -> str:
     def ratio(key: str):
         return lambda line: f"{statistics.mean(row[key] for row in line) / dense[key]:.2f}"
 
-    def mean(key: str, digits: int):
+    def mean(key: str, digits: int):                        # a KeyError, which the table shows as "-", where no row has it
         return lambda line: f"{statistics.mean([row[key] for row in line if key in row] or [line[0][key]]):.{digits}f}"
 
     return runner.table(sorted(lines.values(), key=lambda line: -line[0]["bits_per_value"]), {

@@ -107,4 +107,5 @@ def weight_loss(W: Tensor, H: Tensor, rows: Rows) -> Tensor:
 
 
 def _loss(W: Tensor, WH: Tensor, rows: Rows) -> Tensor:
-    return rows.join(WH.to(torch.float64, copy=True).mul_(W).sum(1)).sum()    # row by row: the same for any number of threads and shares
+    # A copy, as WH goes on to the next stage.  Row by row: the same for any number of threads and shares.
+    return rows.join(WH.to(torch.float64, copy=True).mul_(W).sum(1)).sum()

@@ -65,7 +65,7 @@ class Shortcuts:
             name, around = stage.names[0], stage.names[0].rpartition(".")[0]
             if stage.aligned:
                 rows, cols = dense_weight(linears[name]).shape
-                if len(stage.names) == 1 and around.startswith(block.name + ".") and cols <= min(room, most):
+                if len(stage.names) == 1 and around.startswith(block.name + "."):
                     watched.append((_Watched(name, block.module.get_submodule(around[len(block.name) + 1:]), linears), set(earlier), room))
                 room += rows if stage.summed else cols
             earlier |= set(stage.names)

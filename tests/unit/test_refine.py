@@ -5,7 +5,8 @@ import pytest
 import torch
 from cases import DEGENERATE, GENERIC, Case, ids
 
-from gptvq import refine
+from gptvq import refine, solver
+from gptvq.config import Recipe
 from gptvq.hessian import pad
 from gptvq.problem import Problem
 from gptvq.spec import QuantSpec
@@ -157,6 +158,19 @@ def test_refinement_does_not_depend_on_the_units_of_the_hessian(exponent):
         assert torch.equal(sweep(scaled, index, centroids)[0], sweep(problem, index, centroids)[0])
         torch.testing.assert_close(refine.update_codebook(scaled, index, centroids, 20),
                                    refine.update_codebook(problem, index, centroids, 20))
+
+
+def test_updates_between_the_first_stage_and_the_last_take_half_the_steps(monkeypatch):
+    """And those behind a sweep start from the product that it kept."""
+    real, seen = solver.update_codebook, []
+    monkeypatch.setattr(solver, "update_codebook", lambda problem, index, centroids, iterations, pull: (
+        seen.append((iterations, pull is not None)), real(problem, index, centroids, iterations, pull))[1])
+    for recipe, want in ((Recipe(), [(4, False), (2, False), (2, False), (2, True), (4, True)]),
+                         (Recipe(passes=1, sweeps=2, cg_iterations=3), [(3, False), (2, True), (3, True)]),
+                         (Recipe(passes=1, sweeps=0), [(4, False)])):
+        seen.clear()
+        solver.solve(*GENERIC[0].build(), GENERIC[0].spec, recipe)
+        assert seen == want
 
 
 def test_adam_is_the_published_update():
