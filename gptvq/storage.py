@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
+#: Bytes.  A cache line: packed indices that are used where the file is mapped are read a line at a time.
+ALIGNMENT = 64
 _NAMES = {name: code for code, (name, _) in DTYPES.items()}
 
 
@@ -81,7 +83,7 @@ class TensorFile(DurableFile):
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _NAMES[str(dtype)[6:]], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self.write(len(text).to_bytes(8, "little") + text)
 
     def append(self, tensor: Tensor) -> None:
@@ -150,8 +152,8 @@ class TensorList:
 
 
 def by_alignment(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the order in which a file's tensors are all aligned: wide dtypes first, then by name."""
-    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    """In the order in which a file's tensors are aligned: those of whole lines (packed indices always are) first, then wide dtypes."""
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, -item[1].element_size(), item[0])))
 
 
 def layout_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:

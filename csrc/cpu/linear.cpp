@@ -71,7 +71,7 @@ void to_floats(const void* x, OutType type, std::int64_t count, float* out) {
 struct Scratch {
   std::vector<std::int8_t> bytes;
   std::vector<float> floats;
-  std::vector<std::int32_t> sums;
+  std::vector<LinearSpan> spans;
 };
 
 Scratch& scratch() {
@@ -152,7 +152,7 @@ struct LinearRun {
 
   static bool same_activations(const LinearArgs& a, const LinearArgs& b, const Spec& s, const Spec& t) {
     return s.dim == t.dim && a.spans == b.spans && a.strip_blocks == b.strip_blocks && a.span_blocks == b.span_blocks &&
-           (s.scale_block == 16) == (t.scale_block == 16);
+           s.scale_block == t.scale_block;
   }
 
   static LinearKernel kernel_of(const Linear& l, int planes) {
@@ -185,10 +185,8 @@ struct LinearRun {
     shared.tokens = tokens;
     shared.hi = at_least(memory.bytes, 2 * tokens * width);
     shared.lo = shared.hi + tokens * width;
-    shared.step = at_least(memory.floats, tokens * (shared.spans + width));
-    shared.hi_sum = at_least(memory.sums, 2 * tokens * shared.spans);
-    shared.lo_sum = shared.hi_sum + tokens * shared.spans;
-    float* rows = shared.step + tokens * shared.spans;
+    shared.span = at_least(memory.spans, tokens * shared.spans);
+    float* rows = at_least(memory.floats, tokens * width);
     const LinearKernel kernel = kernel_of(*layers[first], planes);
     const std::int64_t item = type == OutType::float32 ? 4 : 2;
     parallel_for(tokens, tokens * width < 1 << 15 ? 1 : threads, [&](std::int64_t token) {
@@ -213,7 +211,7 @@ struct LinearRun {
       const Part& part = parts[static_cast<std::size_t>(p)];
       const Linear& layer = *layers[part.layer];
       LinearArgs a = layer.args_;
-      a.tokens = tokens, a.hi = shared.hi, a.lo = shared.lo, a.step = shared.step, a.hi_sum = shared.hi_sum, a.lo_sum = shared.lo_sum;
+      a.tokens = tokens, a.hi = shared.hi, a.lo = shared.lo, a.span = shared.span;
       a.y = y[part.layer];
       a.y_stride = a.rows;
       a.type = static_cast<int>(type);

@@ -4,6 +4,15 @@
 
 namespace gptvq {
 
+// Columns of one token that share an activation step, and where the block scales of their weights are.
+struct LinearSpan {
+  float step;
+  int32_t hi_sum, lo_sum;       // -128 * sum of the integers: what weights stored with an offset of 128 add too much
+  int32_t codes;                // bytes from a tile's first pair of scale codes to that of the span
+  int64_t shift;                // of its code in the pair: 0 or 4 bits
+  int64_t table;                // floats from the first table of scales to that of the span
+};
+
 struct LinearArgs {
   // Packed weight, shapes as in gptvq.weight.VQWeight.
   const uint8_t* idx;
@@ -19,11 +28,10 @@ struct LinearArgs {
   uint8_t row_group[16];        // row of a tile -> its group, below groups_per_tile
   uint8_t slot_group[16];       // with 16 table entries per 4 rows: 16 / K codebooks each -> their groups
 
-  // Activations, [tokens, blocks * 32] in the kernels' order or in teams (linear_wide.h), and per span of columns [tokens, spans].
+  // Activations, [tokens, blocks * 32] in the kernels' order or in teams (linear_wide.h), and their spans [tokens, spans].
   int64_t tokens;
   int8_t *hi, *lo;              // one after the other: kernels of 16-bit activations take them as one array
-  float* step;
-  int32_t *hi_sum, *lo_sum;     // -128 * sum: what weights stored with an offset of 128 add too much
+  LinearSpan* span;
   int64_t spans, span_blocks;
 
   // y [tokens, y_stride] of `type`: 0 float32, 1 float16, 2 bfloat16; bias float32 [rows] or null
@@ -37,7 +45,7 @@ struct LinearArgs {
 struct LinearKernel {
   // y of the tiles [first, last); scratch of linear_scratch(tokens) floats, aligned to 64 bytes.
   void (*tiles)(const LinearArgs&, int64_t first, int64_t last, float* scratch);
-  // Activations of one token, x float32 [blocks * 32] with zeros past the layer's columns, into hi, lo, step and the sums.
+  // Activations of one token, x float32 [blocks * 32] with zeros past the layer's columns, into hi, lo and span.
   void (*quantize)(const LinearArgs&, const float* x, int64_t token);
 };
 

@@ -147,14 +147,13 @@ struct Avx2 {
     return portable_group_scale<Avx2>(a, row, strip);
   }
 
-  static GPTVQ_INLINE Floats block_scale(const LinearArgs& a, int64_t row, int64_t block) {
-    const uint8_t* pair = a.sc + (row / 16 * ((a.scale_blocks + 1) / 2) + block / 2) * 16;
-    const float* table = a.scale_table + block * 16;        // vpermps reads the low 3 bits alone, the blend the top one
+  static GPTVQ_INLINE Floats block_scale(const uint8_t* pair, const LinearSpan& span, const float* table) {
+    // vpermps reads the low 3 bits alone, the blend the top one.
     const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
     Floats scale;
     for (int h = 0; h < 2; ++h) {
       const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pair + 8 * h)));
-      const __m256i code = _mm256_srl_epi32(both, _mm_cvtsi32_si128(static_cast<int>(block % 2 * 4)));
+      const __m256i code = _mm256_srl_epi32(both, _mm_loadu_si64(&span.shift));
       scale.v[h] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code),
                                     _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
     }
@@ -182,7 +181,7 @@ struct Avx2 {
 
   // The four of a quad in the order 0, 2, 1, 3: those of even bytes, then those of odd ones.
   template <int Dim, int Planes>
-  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, int32_t* sums) {
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, Ints* sums) {
     const __m128i order = Dim == 1   ? _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)
                           : Dim == 2 ? _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15)
                                      : _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
@@ -196,9 +195,13 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), Dim == 4 ? _mm_unpacklo_epi16(eight[0], eight[1]) : eight[0]);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), Dim == 4 ? _mm_unpackhi_epi16(eight[0], eight[1]) : eight[1]);
     const __m128i one = _mm_set1_epi16(1);
-    __m128i sum = _mm_add_epi32(_mm_madd_epi16(eight[0], one), _mm_madd_epi16(eight[1], one));
+    const __m128i sum = _mm_add_epi32(_mm_madd_epi16(eight[0], one), _mm_madd_epi16(eight[1], one));
+    sums[0].v[0] = _mm256_add_epi32(sums[0].v[0], _mm256_zextsi128_si256(sum));
+  }
+  static GPTVQ_INLINE int32_t sum_of(const Ints& sums) {          // of what `sixteen` adds to
+    __m128i sum = _mm256_castsi256_si128(sums.v[0]);
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-    sums[0] += _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 1);
+    return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 1);
   }
 };
 

@@ -57,8 +57,8 @@ struct Avx512 {
     GPTVQ_INLINE Index index(Bytes code) const { return code; }
     GPTVQ_INLINE Bytes find(Index at) const {
       const __mmask64 upper = _mm512_movepi8_mask(at);
-      const __m512i low = _mm512_maskz_permutex2var_epi8(_knot_mask64(upper), entries[0], at, entries[1]);
-      return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(entries[2], at, entries[3]));
+      return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(entries[0], at, entries[1]),
+                                    _mm512_permutex2var_epi8(entries[2], at, entries[3]));
     }
   };
 
@@ -119,11 +119,9 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_permutexvar_epi32(of_row, all), 16));
   }
 
-  static GPTVQ_INLINE Floats block_scale(const LinearArgs& a, int64_t row, int64_t block) {
-    const int64_t pairs = (a.scale_blocks + 1) / 2;
-    const __m128i pair = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.sc + (row / 16 * pairs + block / 2) * 16));
-    const __m512i code = _mm512_srli_epi32(_mm512_cvtepu8_epi32(pair), static_cast<unsigned>(block % 2 * 4));
-    return _mm512_permutexvar_ps(code, _mm512_loadu_ps(a.scale_table + block * 16));      // reads the low 4 bits alone
+  static GPTVQ_INLINE Floats block_scale(const uint8_t* pair, const LinearSpan& span, const float* table) {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pair)));
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(both, _mm_loadu_si64(&span.shift)), _mm512_loadu_ps(table));     // by the low 4 bits
   }
 
   static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) {
@@ -154,7 +152,7 @@ struct Avx512 {
   }
 
   template <int Dim, int Planes>
-  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, int32_t* sums) {
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, Ints* sums) {
     const __m128i order = Dim == 1   ? _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
                           : Dim == 2 ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
                                      : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -165,17 +163,18 @@ struct Avx512 {
     if constexpr (Planes == 1) {
       const __m512i v = _mm512_cvtps_epi32(scaled);
       put(hi, v);
-      sums[0] += _mm512_reduce_add_epi32(v);
+      sums[0] = add(sums[0], v);
     } else {
       const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(whole, _mm512_set1_ps(1.f / 254.f)));
       const __m512i low = _mm512_cvtps_epi32(_mm512_fnmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(254.f), whole));
       put(hi, high);
       put(lo, low);
-      sums[0] += _mm512_reduce_add_epi32(high);
-      sums[1] += _mm512_reduce_add_epi32(low);
+      sums[0] = add(sums[0], high);
+      sums[1] = add(sums[1], low);
     }
   }
+  static GPTVQ_INLINE int32_t sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
 };
 
 }  // namespace

@@ -26,6 +26,7 @@ namespace {
 
 using gptvq::LinearArgs;
 using gptvq::LinearKernel;
+using gptvq::LinearSpan;
 
 }  // namespace
 
@@ -112,27 +113,14 @@ GPTVQ_INLINE typename V::Floats total(const typename V::Ints* chain) {
   return V::real(sum);
 }
 
-// The block of columns with one scale in which a span lies.
-template <bool Halves>
-struct ScaleBlock {
-  int64_t block = 0, end;
-
-  GPTVQ_INLINE explicit ScaleBlock(const LinearArgs& a) : end(a.scale_block) {}
-
-  // Moves to the span from column `col` on, the next one or the one after: no division in the kernel.
-  GPTVQ_INLINE void reach(const LinearArgs& a, int64_t col) {
-    if (col < end || (Halves && block + 1 == a.scale_blocks)) return;       // past the columns activations are 0
-    ++block;
-    end += a.scale_block;
-  }
-
-  template <class V>
-  GPTVQ_INLINE typename V::Floats times(const LinearArgs& a, typename V::Floats group_scale, int64_t row) const {
-    if (!a.sc) return group_scale;
-    __builtin_prefetch(a.sc + ((row / 16 + 1) * ((a.scale_blocks + 1) / 2) + block / 2) * 16);       // of the next tile
-    return V::mul(group_scale, V::block_scale(a, row, block));
-  }
-};
+// The scales of a slab's rows in the columns of a span.
+template <class V>
+GPTVQ_INLINE typename V::Floats scales_of(const LinearArgs& a, int64_t row, const LinearSpan& span) {
+  const int64_t tile = (a.scale_blocks + 1) / 2 * 16;
+  const uint8_t* pair = a.sc + row / 16 * tile + row % 16 + span.codes;
+  __builtin_prefetch(pair + tile);
+  return V::block_scale(pair, span, a.scale_table + span.table);
+}
 
 // Bytes between what is read and what is asked for.  The processor's own guesses end with a page, and memory answers after
 // thousands of cycles' worth of bytes; a third of the first cache is room enough for what waits.
@@ -156,41 +144,40 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
   using Floats = typename V::Floats;
   using Activation = typename V::Activation;
   constexpr int kParts = Halves ? 2 : 1, kQuads = C::quads / kParts;
-  Floats sum[Tokens];
-  GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) sum[t] = V::full(0.f);
-
   const uint8_t* from = a.idx + row / 16 * a.blocks * C::bytes + row % 16 * 4;
   const int64_t line = a.blocks * 32;
   const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line,
                             reinterpret_cast<const Activation*>(a.lo) + token * line};
+  const LinearSpan* span = a.span + token * a.spans;
 
   Books<V, C, One> books;
   books.start(a, row);
   const int8_t* next_books = a.cb + (row / 16 + 1) * 16 / a.group_rows * a.strips * C::dim * C::k;
-  ScaleBlock<Halves> scale_block(a);
-  int64_t span = token * a.spans;
-  for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
-    const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
+  Floats sum[Tokens];
+  GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) sum[t] = V::full(0.f);
+  for (int64_t strip = 0, left = a.blocks; strip < a.strips; ++strip, left -= a.strip_blocks) {
     ask_for_next_tile<C>(a, next_books, row, strip);
     books.load(a, strip);
-    const Floats group_scale = V::template group_scale<One>(a, row, strip);
-    while (b < strip_end) {
-      const int64_t first = b, span_end = b + a.span_blocks < strip_end ? b + a.span_blocks : strip_end;
+    Floats of_strip[Tokens];
+    GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) of_strip[t] = V::full(0.f);
+    for (int64_t in_strip = left < a.strip_blocks ? left : a.strip_blocks; in_strip > 0; in_strip -= a.span_blocks) {
       for_each<0, kParts>([&](auto part) __attribute__((always_inline)) {
         Ints acc[Tokens][Planes][Chains];
         GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
           GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
             GPTVQ_UNROLL for (int c = 0; c < Chains; ++c) acc[t][p][c] = V::whole(0);
           if constexpr (V::offset) {
-            acc[t][0][0] = V::whole(a.hi_sum[span + t * a.spans]);
-            if constexpr (Planes == 2) acc[t][1][0] = V::whole(a.lo_sum[span + t * a.spans]);
+            acc[t][0][0] = V::whole(span[t * a.spans].hi_sum);
+            if constexpr (Planes == 2) acc[t][1][0] = V::whole(span[t * a.spans].lo_sum);
           }
         }
-        for (int64_t at = first; at < span_end; ++at) {
+        int64_t blocks = in_strip < a.span_blocks ? in_strip : a.span_blocks;
+        do {
+          asm("" : "+r"(x[1]));           // GCC 12 keeps each distance between hi and lo in a register of its own otherwise
           typename V::Bytes planes[C::planes];
           GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
-            planes[p] = V::load(from + at * C::bytes + 64 * p);
-            __builtin_prefetch(from + at * C::bytes + 64 * p + kAhead);
+            planes[p] = V::load(from + 64 * p);
+            __builtin_prefetch(from + 64 * p + kAhead);
           }
           for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
             constexpr int Q = decltype(number)::value + kQuads * decltype(part)::value;
@@ -200,21 +187,24 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
               const typename V::Weights w = weights_of<V, C, Q, i>(books.table[i], index, planes);
               GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
                 GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
-                  V::dot(acc[t][p][(Q * C::dim + i) % Chains], w, x[p] + t * line + at * 32 + (Q * C::dim + i) * 4);
+                  V::dot(acc[t][p][(Q * C::dim + i) % Chains], w, x[p] + t * line + (Q * C::dim + i) * 4);
             });
           });
-        }
-        scale_block.reach(a, 32 * first + 16 * decltype(part)::value);
-        const Floats scale = scale_block.template times<V>(a, group_scale, row);
+          if constexpr (decltype(part)::value == kParts - 1) from += C::bytes, x[0] += 32, x[1] += 32;
+        } while (--blocks);
+        Floats scale;
+        if (a.sc) scale = scales_of<V>(a, row, *span);
         GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
           Floats found = total<V, Chains>(acc[t][0]);
           if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[t][1]));
-          sum[t] = V::fma(V::mul(found, V::full(a.step[span + t * a.spans])), scale, sum[t]);
+          const Floats step = V::full(span[t * a.spans].step);
+          of_strip[t] = a.sc ? V::fma(V::mul(found, step), scale, of_strip[t]) : V::fma(found, step, of_strip[t]);
         }
         ++span;
       });
-      b = span_end;
     }
+    const Floats group_scale = V::template group_scale<One>(a, row, strip);
+    GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) sum[t] = V::fma(of_strip[t], group_scale, sum[t]);
   }
   GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) V::store(a, row, token + t, sum[t]);
 }
@@ -257,7 +247,8 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
   using Activation = typename V::Activation;
   Activation* hi = reinterpret_cast<Activation*>(a.hi) + token * a.blocks * 32;
   Activation* lo = reinterpret_cast<Activation*>(a.lo) + token * a.blocks * 32;
-  int64_t span = token * a.spans;
+  LinearSpan* span = a.span + token * a.spans;
+  int64_t scale_block = 0, scale_end = a.scale_block;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
     while (b < strip_end) {
@@ -270,7 +261,7 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
         memcpy(&peak, &peak_bits, 4);
         const bool finite = peak_bits < 0x7f800000u, zero = peak < kTiny;
         const float inverse = finite && !zero ? kLimit / peak : 0.f;
-        int32_t sums[2] = {0, 0};
+        typename V::Ints sums[2] = {V::whole(0), V::whole(0)};
         for (int64_t c = from; c < to; c += 16) {
           if constexpr (V::wide_tokens > 0)
             if (a.tokens > V::tokens) {
@@ -281,9 +272,11 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
             }
           V::template sixteen<Dim, Planes>(x + c, inverse, finite, hi + c, lo + c, sums);
         }
-        a.step[span] = !finite ? NAN : zero ? 0.f : peak / kLimit;
-        a.hi_sum[span] = -128 * sums[0];
-        if (Planes == 2) a.lo_sum[span] = -128 * sums[1];
+        // The next block's scale or the same one, without a division; past the columns activations are 0.
+        if (a.sc && from >= scale_end && scale_block + 1 < a.scale_blocks) ++scale_block, scale_end += a.scale_block;
+        *span = {!finite ? NAN : zero ? 0.f : peak / kLimit, 0, 0, static_cast<int32_t>(scale_block / 2 * 16), scale_block % 2 * 4, scale_block * 16};
+        if constexpr (V::offset) span->hi_sum = -128 * V::sum_of(sums[0]);
+        if constexpr (V::offset && Planes == 2) span->lo_sum = -128 * V::sum_of(sums[1]);
       }
       b = span_end;
     }

@@ -142,10 +142,10 @@ struct Neon {
   }
 
   // The 16 floats of a block are the 64 bytes of one tbl: 4 code + 0..3 for each row.
-  static GPTVQ_INLINE Floats block_scale(const LinearArgs& a, int64_t row, int64_t block) {
-    const uint8x16_t pair = vld1q_u8(a.sc + (row / 16 * ((a.scale_blocks + 1) / 2) + block / 2) * 16);
-    const uint8x16_t first = vshlq_n_u8(block % 2 ? vshrq_n_u8(pair, 4) : vandq_u8(pair, vdupq_n_u8(15)), 2);
-    const auto* bytes = reinterpret_cast<const uint8_t*>(a.scale_table + block * 16);
+  static GPTVQ_INLINE Floats block_scale(const uint8_t* pair, const LinearSpan& span, const float* of_codes) {
+    const uint8x16_t both = vld1q_u8(pair);
+    const uint8x16_t first = vshlq_n_u8(span.shift ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15)), 2);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(of_codes);
     const uint8x16x4_t table = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
     const uint8x16_t lanes = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3}, inside = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
     return each<Floats>([&](int h) __attribute__((always_inline)) {
@@ -173,7 +173,7 @@ struct Neon {
   }
 
   template <int Dim, int Planes>
-  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, int32_t*) {
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int8_t* hi, int8_t* lo, Ints*) {
     constexpr uint8x16_t kInOrder = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     constexpr uint8x16_t kOrder = Dim == 1   ? kInOrder
                                   : Dim == 2 ? uint8x16_t{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15}

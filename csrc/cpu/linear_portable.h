@@ -19,11 +19,9 @@ GPTVQ_INLINE typename V::Floats portable_group_scale(const LinearArgs& a, int64_
 }
 
 template <class V>
-GPTVQ_INLINE typename V::Floats portable_block_scale(const LinearArgs& a, int64_t row, int64_t block) {
-  const uint8_t* pair = a.sc + (row / 16 * ((a.scale_blocks + 1) / 2) + block / 2) * 16 + row % 16;
-  const float* table = a.scale_table + block * 16;
+GPTVQ_INLINE typename V::Floats portable_block_scale(const uint8_t* pair, const LinearSpan& span, const float* table) {
   float scale[V::rows];
-  for (int r = 0; r < V::rows; ++r) scale[r] = table[pair[r] >> block % 2 * 4 & 15];
+  for (int r = 0; r < V::rows; ++r) scale[r] = table[pair[r] >> span.shift & 15];
   return V::floats(scale);
 }
 

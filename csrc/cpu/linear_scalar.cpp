@@ -111,13 +111,13 @@ struct Scalar {
   static GPTVQ_INLINE Floats group_scale(const LinearArgs& a, int64_t row, int64_t strip) {
     return portable_group_scale<Scalar>(a, row, strip);
   }
-  static GPTVQ_INLINE Floats block_scale(const LinearArgs& a, int64_t row, int64_t block) {
-    return portable_block_scale<Scalar>(a, row, block);
+  static GPTVQ_INLINE Floats block_scale(const uint8_t* pair, const LinearSpan& span, const float* table) {
+    return portable_block_scale<Scalar>(pair, span, table);
   }
   static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) { portable_store(a, row, token, v.v, rows); }
   static GPTVQ_INLINE uint32_t peak(const float* x, int64_t count) { return portable_peak(x, count); }
   template <int Dim, int Planes>
-  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, int32_t*) {
+  static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, Ints*) {
     portable_sixteen<Dim, Planes, int16_t>(x, inverse, finite, to, to);
   }
   static GPTVQ_INLINE Floats floats(const float* p) {

@@ -48,13 +48,13 @@ void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int
 // Adds one span to the sums [Tokens][slabs][rows] of a team: `dots` dots of looked-up weights, whose slabs lie `apart` bytes from
 // each other, against its activations x [dots][Tokens][Planes][4].  The sums must stay in registers: hence no loops but for_each.
 template <class V, int Planes, int Tokens>
-void add_span(const LinearArgs& a, const uint8_t* weights, int64_t apart, int64_t dots, const int8_t* x, int64_t span, int64_t token,
+void add_span(const LinearArgs& a, const uint8_t* weights, int64_t apart, int64_t dots, const int8_t* x, const LinearSpan* span,
               const float* scales, float* sums) {
   constexpr int kSlabs = V::wide_slabs, kSums = Tokens * Planes;
   typename V::Ints acc[kSlabs][kSums];
   for_each<0, kSums>([&](auto n) __attribute__((always_inline)) {
     constexpr int t = decltype(n)::value / Planes, p = decltype(n)::value % Planes;
-    const typename V::Ints from = V::whole(V::offset ? (p ? a.lo_sum : a.hi_sum)[(token + t) * a.spans + span] : 0);
+    const typename V::Ints from = V::whole(!V::offset ? 0 : p ? span[t * a.spans].lo_sum : span[t * a.spans].hi_sum);
     for_each<0, kSlabs>([&](auto s) __attribute__((always_inline)) { acc[decltype(s)::value][t * Planes + p] = from; });
   });
   for (int64_t d = 0; d < dots; ++d, weights += 4 * V::rows, x += 4 * kSums) {
@@ -71,19 +71,19 @@ void add_span(const LinearArgs& a, const uint8_t* weights, int64_t apart, int64_
     constexpr int t = decltype(n)::value / kSlabs, s = decltype(n)::value % kSlabs;
     typename V::Floats found = V::real(acc[s][t * Planes]);
     if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), V::real(acc[s][t * Planes + 1]));
-    found = V::mul(found, V::full(a.step[(token + t) * a.spans + span]));
+    found = V::mul(found, V::full(span[t * a.spans].step));
     float* to = sums + (t * kSlabs + s) * V::rows;
     V::put(to, V::fma(found, V::floats(scales + s * V::rows), V::floats(to)));
   });
 }
 
-// The same for all teams: Tokens each, and a last smaller one.
+// The same for all teams from `token` on: Tokens each, and a last smaller one.  `span`: that of the first token of all.
 template <class V, int Planes, int Tokens>
-void add_span_to_all(const LinearArgs& a, const uint8_t* weights, int64_t apart, int64_t dots, int64_t col, int64_t span, int64_t token,
-                     const float* scales, float* sums) {
+void add_span_to_all(const LinearArgs& a, const uint8_t* weights, int64_t apart, int64_t dots, int64_t col, const LinearSpan* span,
+                     int64_t token, const float* scales, float* sums) {
   for (; token + Tokens <= a.tokens; token += Tokens)
-    add_span<V, Planes, Tokens>(a, weights, apart, dots, a.hi + (token * a.blocks * 32 + Tokens * col) * Planes, span, token, scales,
-                                sums + token * V::wide_slabs * V::rows);
+    add_span<V, Planes, Tokens>(a, weights, apart, dots, a.hi + (token * a.blocks * 32 + Tokens * col) * Planes,
+                                span + token * a.spans, scales, sums + token * V::wide_slabs * V::rows);
   if constexpr (Tokens > 1)
     if (token < a.tokens) add_span_to_all<V, Planes, Tokens - 1>(a, weights, apart, dots, col, span, token, scales, sums);
 }
@@ -98,8 +98,7 @@ void many_tokens(const LinearArgs& a, int64_t row, int64_t rows_end, float* sums
   int64_t rows[kSlabs];
   for (int s = 0; s < kSlabs; ++s) rows[s] = row + s * V::rows < rows_end ? row + s * V::rows : row;
   memset(sums, 0, static_cast<size_t>(a.tokens * kSlabs * V::rows) * sizeof(float));
-  ScaleBlock<Halves> scale_block(a);
-  int64_t span = 0;
+  const LinearSpan* span = a.span;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
     while (b < strip_end) {
@@ -113,8 +112,8 @@ void many_tokens(const LinearArgs& a, int64_t row, int64_t rows_end, float* sums
         const int64_t span_end = b + a.span_blocks < chunk_end ? b + a.span_blocks : chunk_end;
         for (int part = 0; part < (Halves ? 2 : 1); ++part, ++span) {
           const int64_t col = 32 * b + 16 * part, dots = Halves ? 4 : 8 * (span_end - b);
-          scale_block.reach(a, col);
-          for (int s = 0; s < kSlabs; ++s) V::put(scales + s * V::rows, scale_block.template times<V>(a, group_scale[s], rows[s]));
+          for (int s = 0; s < kSlabs; ++s)
+            V::put(scales + s * V::rows, a.sc ? V::mul(group_scale[s], scales_of<V>(a, rows[s], *span)) : group_scale[s]);
           add_span_to_all<V, Planes, team_size<V, Planes>>(a, weights + (col - 32 * chunk) * V::rows, kApart, dots, col, span, 0, scales,
                                                            sums);
         }

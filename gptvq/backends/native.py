@@ -126,6 +126,8 @@ def _output(x: Tensor, rows: int) -> Tensor:
     if x.ndim == 3:
         samples, tokens, _ = x.shape
         return x.new_empty(samples, tokens, rows)
+    if x.ndim == 2:
+        return x.new_empty(x.shape[0], rows)
     return x.new_empty(*x.shape[:-1], rows)
 
 

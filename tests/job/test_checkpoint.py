@@ -145,6 +145,12 @@ def test_shards(packed, tmp_path, monkeypatch, ids):
     refused(folder, "'../elsewhere.safetensors'", "plain name")
 
 
+def test_indices_lie_on_cache_lines(packed):
+    """As loaded, from the mapped file: a load of 64 bytes would touch two lines otherwise."""
+    buffers = {name: tensor for name, tensor in gptvq.load(packed, device="cpu").named_buffers() if name.endswith(".idx")}
+    assert len(buffers) == 14 and {tensor.data_ptr() % 64 for tensor in buffers.values()} == {0}
+
+
 def test_dtype_and_device_are_checked(packed):
     for arguments in (dict(dtype="int8"), dict(device="toaster")):
         with pytest.raises(ConfigError, match=next(iter(arguments))):
