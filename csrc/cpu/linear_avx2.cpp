@@ -1,5 +1,5 @@
 // AVX2 and FMA, Haswell and later: a tile is two registers, a lookup in 16 entries one vpshufb.  There is no dot product of bytes but
-// for vpmaddubsw, which saturates; that of 16-bit numbers takes both planes of an activation at once.
+// for vpmaddubsw, which saturates; that of 16-bit numbers takes both planes of an activation at once.  256 centroids: linear_avx2_rows.h.
 #include "cpu/linear_kernel.h"
 
 #if defined(__x86_64__) && defined(__AVX2__) && defined(__FMA__)
@@ -10,6 +10,7 @@ namespace {
 struct Avx2 {
   static constexpr int rows = 16, tokens = 4, wide_tokens = 0, chains = 1;
   static constexpr bool offset = true;                      // unsigned bytes are cheaper to widen
+  static constexpr bool finds_256 = false;
   struct Bytes { __m256i v[2]; };                           // rows 0..7, rows 8..15
   struct Weights { __m256i even[2], odd[2]; };              // of each row's four, 16 bits each
   struct Ints { __m256i v[2]; };
@@ -47,7 +48,7 @@ struct Avx2 {
   // the register's before, the XOR over all registers with the index lowered by 16 each time is the entry looked for.
   template <int K, bool One>
   struct Table {
-    static constexpr int kRegisters = K > 16 ? K / 16 : 1, kChain = kRegisters < 8 ? kRegisters : 8;
+    static constexpr int kRegisters = K > 16 ? K / 16 : 1;
     __m256i entries[kRegisters];
 
     GPTVQ_INLINE void load(const int8_t* p) {
@@ -57,31 +58,19 @@ struct Avx2 {
         entries[0] = biased(twice(repeated));
       } else {
         for (int i = 0; i < kRegisters; ++i)
-          entries[i] = i % kChain ? _mm256_xor_si256(twice(p + 16 * i), twice(p + 16 * i - 16)) : biased(twice(p + 16 * i));
-        if constexpr (K == 256)      // the upper half's chain corrects what the lower half's finds with the top bit cut off
-          for (int i = 8; i < 16; ++i) entries[i] = _mm256_xor_si256(entries[i], entries[i - 8]);
+          entries[i] = i ? _mm256_xor_si256(twice(p + 16 * i), twice(p + 16 * i - 16)) : biased(twice(p + 16 * i));
       }
     }
-    GPTVQ_INLINE Index index(Bytes code) const { return K == 256 ? code : masked(code, K > 16 ? K - 1 : 15); }
-    GPTVQ_INLINE Weights find(Index at) const { return widened(lookup(at)); }
-    GPTVQ_INLINE Bytes lookup(Index at) const {
-      const __m256i sixteen = _mm256_set1_epi8(16);
-      Bytes low = K == 256 ? masked(at, 127) : at, found;
-      for (int h = 0; h < 2; ++h) found.v[h] = _mm256_shuffle_epi8(entries[0], low.v[h]);
-      GPTVQ_UNROLL for (int i = 1; i < kChain; ++i)
+    GPTVQ_INLINE Index index(Bytes code) const { return masked(code, K > 16 ? K - 1 : 15); }
+    GPTVQ_INLINE Weights find(Index at) const {
+      Bytes found;
+      for (int h = 0; h < 2; ++h) found.v[h] = _mm256_shuffle_epi8(entries[0], at.v[h]);
+      GPTVQ_UNROLL for (int i = 1; i < kRegisters; ++i)
         for (int h = 0; h < 2; ++h) {
-          low.v[h] = _mm256_sub_epi8(low.v[h], sixteen);
-          found.v[h] = _mm256_xor_si256(found.v[h], _mm256_shuffle_epi8(entries[i], low.v[h]));
+          at.v[h] = _mm256_sub_epi8(at.v[h], _mm256_set1_epi8(16));
+          found.v[h] = _mm256_xor_si256(found.v[h], _mm256_shuffle_epi8(entries[i], at.v[h]));
         }
-      if constexpr (K == 256) {
-        Bytes high = {biased(at.v[0]), biased(at.v[1])};
-        GPTVQ_UNROLL for (int i = 8; i < 16; ++i)
-          for (int h = 0; h < 2; ++h) {
-            found.v[h] = _mm256_xor_si256(found.v[h], _mm256_shuffle_epi8(entries[i], high.v[h]));
-            high.v[h] = _mm256_subs_epi8(high.v[h], sixteen);         // negative ones stay so
-          }
-      }
-      return found;
+      return widened(found);
     }
   };
 
@@ -105,19 +94,6 @@ struct Avx2 {
       return widened({_mm256_shuffle_epi8(entries.v[0], at.v[0]), _mm256_shuffle_epi8(entries.v[1], at.v[1])});
     }
   };
-
-  // Negated where byte I of a row's four has bit Bit + j, for its j-th weight; stored + 128, that of w is 256 - w.
-  template <int Bit, int I, class Table>
-  static GPTVQ_INLINE Weights with_signs(const Table& table, Index at, Bytes signs) {
-    const __m256i bits = _mm256_set1_epi32(static_cast<int>(0x08040201u << Bit));
-    const __m256i row = _mm256_add_epi8(_mm256_set1_epi8(I), _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-    Bytes w = table.lookup(at);
-    for (int h = 0; h < 2; ++h) {
-      const __m256i negative = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(signs.v[h], row), bits), bits);
-      w.v[h] = _mm256_sub_epi8(_mm256_xor_si256(w.v[h], negative), negative);
-    }
-    return widened(w);
-  }
 
   static GPTVQ_INLINE Ints whole(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
   static GPTVQ_INLINE Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}; }
@@ -179,10 +155,11 @@ struct Avx2 {
     return all;
   }
 
-  // The four of a quad in the order 0, 2, 1, 3: those of even bytes, then those of odd ones.
+  // The four of a quad in the order 0, 2, 1, 3: those of even bytes, then those of odd ones.  Dim 0: as they are.
   template <int Dim, int Planes>
   static GPTVQ_INLINE void sixteen(const float* x, float inverse, bool finite, int16_t* to, int16_t*, Ints* sums) {
-    const __m128i order = Dim == 1   ? _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)
+    const __m128i order = Dim == 0   ? _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                          : Dim == 1 ? _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)
                           : Dim == 2 ? _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15)
                                      : _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
     const __m256 keep = _mm256_castsi256_ps(_mm256_set1_epi32(finite ? -1 : 0));
@@ -207,9 +184,13 @@ struct Avx2 {
 
 }  // namespace
 
+#include "cpu/linear_avx2_rows.h"
+
 namespace gptvq {
 
 LinearKernel linear_avx2(int code_bits, int dim, int planes, bool one_book, bool halves) {
+  if (code_bits == 12) return by_rows<Codes<12, 4>>(planes, halves);
+  if (code_bits == 8) return dim == 2 ? by_rows<Codes<8, 2>>(planes, halves) : by_rows<Codes<8, 4>>(planes, halves);
   return kernels<Avx2>(code_bits, dim, planes, one_book, halves);
 }
 

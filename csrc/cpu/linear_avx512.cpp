@@ -10,6 +10,7 @@ struct Avx512 {
   static constexpr int rows = 16, tokens = 2, chains = 8;
   static constexpr int wide_slabs = 2, wide_tokens = 6;     // 24 sums, 2 weights, 1 activation
   static constexpr bool offset = true;                      // vpdpbusd wants unsigned weights: stored + 128
+  static constexpr bool finds_256 = true;
   using Bytes = __m512i;
   using Index = __m512i;
   using Weights = __m512i;

@@ -274,7 +274,8 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
         }
         // The next block's scale or the same one, without a division; past the columns activations are 0.
         if (a.sc && from >= scale_end && scale_block + 1 < a.scale_blocks) ++scale_block, scale_end += a.scale_block;
-        *span = {!finite ? NAN : zero ? 0.f : peak / kLimit, 0, 0, static_cast<int32_t>(scale_block / 2 * 16), scale_block % 2 * 4, scale_block * 16};
+        const int64_t pair = scale_block / 2 * 16;
+        *span = {!finite ? NAN : zero ? 0.f : peak / kLimit, 0, 0, static_cast<int32_t>(pair), scale_block % 2 * 4, scale_block * 16};
         if constexpr (V::offset) span->hi_sum = -128 * V::sum_of(sums[0]);
         if constexpr (V::offset && Planes == 2) span->lo_sum = -128 * V::sum_of(sums[1]);
       }
@@ -297,9 +298,10 @@ LinearKernel kernel_of(bool one_book, bool halves) {
 // The kernels on the instruction set V, or nulls for an unknown format.
 template <class V>
 LinearKernel kernels(int code_bits, int dim, int planes, bool one_book, bool halves) {
-  const auto of = [&](auto codes) {
+  const auto of = [&](auto codes) -> LinearKernel {
     using C = decltype(codes);
-    return planes == 2 ? kernel_of<V, C, 2>(one_book, halves) : kernel_of<V, C, 1>(one_book, halves);
+    if constexpr (C::k == 256 && !V::finds_256) return {nullptr, nullptr};
+    else return planes == 2 ? kernel_of<V, C, 2>(one_book, halves) : kernel_of<V, C, 1>(one_book, halves);
   };
   switch (10 * dim + code_bits) {
     case 12: return of(Codes<2, 1>{});
