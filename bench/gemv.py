@@ -1,6 +1,7 @@
 """python -m bench.gemv: products with a packed weight, VQLinear against torch, ggml, own INT4 and a plain read."""
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ EXAMPLE = """examples:
 Cold: passes over a ring of copies, at least 192 MB and four times the last cache.  Hot: one weight again and again.
 VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost.
 x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
-as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs.
+as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs.  GPTVQ_CPU=avx2: with the kernels for AVX2.
 On a GPU: one pass over 200 MB of copies as a CUDA graph, replayed; against cuBLAS, other packages where they can be imported, and a
 copy of 200 MB in the same run (of copy: the bytes of the weight per second, as a part of the bytes that the copy moves)."""
 
@@ -83,7 +84,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     device, before = torch.device("cpu"), torch.get_num_threads()
     args.baselines, libraries = with_ggml(args.baselines)
     results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
-                                                       "ggml": libraries})
+                                                       "ggml": libraries, "kernels": os.environ.get("GPTVQ_CPU", "")})
     least = ring_bytes() if "cold" in args.cache else 1
     try:
         for rows, cols in args.shapes:
