@@ -122,7 +122,6 @@ void tile_by_rows(const LinearArgs& a, int64_t row, int64_t token) {
       });
       from += blocks * C::bytes;
       x += 32 * blocks;
-      __builtin_prefetch(from + kAhead);
     }
   }
   for (int t = 0; t < Tokens; ++t) {

@@ -123,8 +123,9 @@ GPTVQ_INLINE typename V::Floats scales_of(const LinearArgs& a, int64_t row, cons
 }
 
 // Bytes between what is read and what is asked for.  The processor's own guesses end with a page, and memory answers after
-// thousands of cycles' worth of bytes; a third of the first cache is room enough for what waits.
-constexpr int64_t kAhead = 12288;
+// thousands of cycles' worth of bytes.  The first cache waits for few lines at once: memory fills the second one, far ahead, and
+// that the first one, shortly before.
+constexpr int64_t kFarAhead = 12288, kAhead = 1024;
 
 // Asks for the tables of the tile after `row`'s: these arrays are read a few bytes at a time, which the processor does not foresee.
 template <class C>
@@ -177,6 +178,7 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
           typename V::Bytes planes[C::planes];
           GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
             planes[p] = V::load(from + 64 * p);
+            __builtin_prefetch(from + 64 * p + kFarAhead, 0, 2);
             __builtin_prefetch(from + 64 * p + kAhead);
           }
           for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
