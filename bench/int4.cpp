@@ -19,6 +19,7 @@
 namespace {
 
 constexpr long kTileRows = 16, kBlockCols = 32, kPairBytes = 2 * 256 + 2 * 32, kPrefetch = 4 * kPairBytes;
+constexpr long kFarAhead = 16384;         // into the second cache: as the kernels of this package
 
 // ---- threads that wait for work: they spin for some 20 us, then sleep
 class Pool {
@@ -156,6 +157,7 @@ void tiles(const std::uint8_t* weight, const Activations& x, float* y, long pair
         __m512i lo_l = _mm512_set1_epi32(kA16 ? x.start_low[b] : 0), hi_l = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
+          _mm_prefetch(planes + 64 * p + kFarAhead, _MM_HINT_T1);
           _mm_prefetch(planes + 64 * p + kPrefetch, _MM_HINT_T0);
           const __m512i bytes = _mm512_load_si512(planes + 64 * p);
           const __m512i q0 = _mm512_and_si512(bytes, low_nibble), q1 = _mm512_and_si512(bytes, high_nibble);
@@ -166,7 +168,7 @@ void tiles(const std::uint8_t* weight, const Activations& x, float* y, long pair
             hi_l = _mm512_dpbusd_epi32(hi_l, q1, four(xl + 8 * p + 4));
           }
         }
-        if (half) _mm_prefetch(tile + 512 + kPrefetch, _MM_HINT_T0);
+        if (half) _mm_prefetch(tile + 512 + kFarAhead, _MM_HINT_T1), _mm_prefetch(tile + 512 + kPrefetch, _MM_HINT_T0);
         __m512i dot = _mm512_add_epi32(lo, _mm512_srai_epi32(hi, 4));
         if constexpr (kA16) {
           dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), _mm512_add_epi32(lo_l, _mm512_srai_epi32(hi_l, 4)));
@@ -196,12 +198,14 @@ void gemv(const std::uint8_t* weight, const float* x, float* y, long rows, long 
   });
 }
 
-// No software prefetch: the processor's own is as fast or faster at this.
 std::uint64_t read_once(const std::uint8_t* from, long lines) {
   __m512i a[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   long i = 0;
   for (; i + 4 <= lines; i += 4) {
-    for (int k = 0; k < 4; ++k) a[k] = _mm512_xor_si512(a[k], _mm512_load_si512(from + 64 * (i + k)));
+    for (int k = 0; k < 4; ++k) {
+      _mm_prefetch(from + 64 * (i + k) + kFarAhead, _MM_HINT_T1);
+      a[k] = _mm512_xor_si512(a[k], _mm512_load_si512(from + 64 * (i + k)));
+    }
   }
   for (; i < lines; ++i) a[0] = _mm512_xor_si512(a[0], _mm512_load_si512(from + 64 * i));
   return _mm512_reduce_add_epi64(_mm512_xor_si512(_mm512_xor_si512(a[0], a[1]), _mm512_xor_si512(a[2], a[3])));

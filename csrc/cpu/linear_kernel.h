@@ -125,7 +125,7 @@ GPTVQ_INLINE typename V::Floats scales_of(const LinearArgs& a, int64_t row, cons
 // Bytes between what is read and what is asked for.  The processor's own guesses end with a page, and memory answers after
 // thousands of cycles' worth of bytes.  The first cache waits for few lines at once: memory fills the second one, far ahead, and
 // that the first one, shortly before.
-constexpr int64_t kFarAhead = 12288, kAhead = 1024;
+constexpr int64_t kFarAhead = 16384, kAhead = 2048;
 
 // Asks for the tables of the tile after `row`'s: these arrays are read a few bytes at a time, which the processor does not foresee.
 template <class C>
