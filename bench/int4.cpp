@@ -19,7 +19,7 @@
 namespace {
 
 constexpr long kTileRows = 16, kBlockCols = 32, kPairBytes = 2 * 256 + 2 * 32, kPrefetch = 4 * kPairBytes;
-constexpr long kFarAhead = 16384;         // into the second cache: as the kernels of this package
+constexpr long kFarAhead = 16384, kAhead = 2048;          // as the kernels of this package
 
 // ---- threads that wait for work: they spin for some 20 us, then sleep
 class Pool {
@@ -204,6 +204,7 @@ std::uint64_t read_once(const std::uint8_t* from, long lines) {
   for (; i + 4 <= lines; i += 4) {
     for (int k = 0; k < 4; ++k) {
       _mm_prefetch(from + 64 * (i + k) + kFarAhead, _MM_HINT_T1);
+      _mm_prefetch(from + 64 * (i + k) + kAhead, _MM_HINT_T0);
       a[k] = _mm512_xor_si512(a[k], _mm512_load_si512(from + 64 * (i + k)));
     }
   }

@@ -147,8 +147,9 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
   constexpr int kParts = Halves ? 2 : 1, kQuads = C::quads / kParts;
   const uint8_t* from = a.idx + row / 16 * a.blocks * C::bytes + row % 16 * 4;
   const int64_t line = a.blocks * 32;
-  const Activation* x[2] = {reinterpret_cast<const Activation*>(a.hi) + token * line,
-                            reinterpret_cast<const Activation*>(a.lo) + token * line};
+  const Activation* x[Tokens][Planes];
+  GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
+    GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) x[t][p] = reinterpret_cast<const Activation*>(p ? a.lo : a.hi) + (token + t) * line;
   const LinearSpan* span = a.span + token * a.spans;
 
   Books<V, C, One> books;
@@ -174,7 +175,9 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
         }
         int64_t blocks = in_strip < a.span_blocks ? in_strip : a.span_blocks;
         do {
-          asm("" : "+r"(x[1]));           // GCC 12 keeps each distance between hi and lo in a register of its own otherwise
+          // GCC 12 keeps each distance between two of them in a register of its own otherwise.
+          GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
+            GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) asm("" : "+r"(x[t][p]));
           typename V::Bytes planes[C::planes];
           GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
             planes[p] = V::load(from + 64 * p);
@@ -189,10 +192,14 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
               const typename V::Weights w = weights_of<V, C, Q, i>(books.table[i], index, planes);
               GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
                 GPTVQ_UNROLL for (int p = 0; p < Planes; ++p)
-                  V::dot(acc[t][p][(Q * C::dim + i) % Chains], w, x[p] + t * line + (Q * C::dim + i) * 4);
+                  V::dot(acc[t][p][(Q * C::dim + i) % Chains], w, x[t][p] + (Q * C::dim + i) * 4);
             });
           });
-          if constexpr (decltype(part)::value == kParts - 1) from += C::bytes, x[0] += 32, x[1] += 32;
+          if constexpr (decltype(part)::value == kParts - 1) {
+            from += C::bytes;
+            GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
+              GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) x[t][p] += 32;
+          }
         } while (--blocks);
         Floats scale;
         if (a.sc) scale = scales_of<V>(a, row, *span);
