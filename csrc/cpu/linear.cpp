@@ -150,11 +150,6 @@ struct LinearRun {
   Activations activations;
   int planes, threads;
 
-  static bool same_activations(const LinearArgs& a, const LinearArgs& b, const Spec& s, const Spec& t) {
-    return s.dim == t.dim && a.spans == b.spans && a.strip_blocks == b.strip_blocks && a.span_blocks == b.span_blocks &&
-           s.scale_block == t.scale_block;
-  }
-
   static LinearKernel kernel_of(const Linear& l, int planes) {
     return l.kernels_(static_cast<int>(l.spec_.code_bits()), static_cast<int>(l.spec_.dim), planes, l.args_.groups_per_tile == 1,
                       l.spec_.scale_block == 16);
@@ -166,13 +161,18 @@ struct LinearRun {
       if (!integers(*layers[first])) {
         exact(first);
       } else {
-        while (last < layers.size() && integers(*layers[last]) &&
-               same_activations(layers[first]->args_, layers[last]->args_, layers[first]->spec_, layers[last]->spec_))
-          ++last;
+        while (last < layers.size() && integers(*layers[last]) && same_activations(*layers[first], *layers[last])) ++last;
         some(first, last);
       }
       first = last;
     }
+  }
+
+  // Whether one makes of x what the other reads: in the same order, with the same spans.
+  bool same_activations(const Linear& l, const Linear& m) const {
+    const LinearArgs &a = l.args_, &b = m.args_;
+    return kernel_of(l, planes).quantize == kernel_of(m, planes).quantize && a.spans == b.spans && a.strip_blocks == b.strip_blocks &&
+           a.span_blocks == b.span_blocks && a.scale_block == b.scale_block;
   }
 
   bool integers(const Linear& layer) const { return activations != Activations::fp32 && layer.fast(); }

@@ -32,7 +32,7 @@ void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int
     typename V::Bytes planes[C::planes];
     GPTVQ_UNROLL for (int p = 0; p < C::planes; ++p) {
       planes[p] = V::load(from + 64 * p);
-      __builtin_prefetch(from + 64 * p + kAhead);       // there is more time between two chunks
+      __builtin_prefetch(from + 64 * p + kAhead);
     }
     for_each<0, C::quads>([&](auto number) __attribute__((always_inline)) {
       constexpr int Q = decltype(number)::value;

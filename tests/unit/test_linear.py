@@ -72,6 +72,16 @@ def test_changes_in_place_are_seen():
         assert torch.allclose(vq(x), x @ vq.dequantize().T, rtol=1e-3, atol=1e-4)
 
 
+def test_a_replica_without_parameters_keeps_its_bias():
+    """As nn.DataParallel makes them: parameters become plain attributes."""
+    vq = VQLinear.from_weight(random_weight(QuantSpec(24, 64, 2, 2, 8, 64)), torch.randn(24))
+    replica = vq._replicate_for_data_parallel()
+    replica.bias = vq.bias.detach()
+    with torch.no_grad():
+        x = torch.randn(2, 64)
+        assert "bias" not in replica._parameters and torch.equal(replica(x), vq(x))
+
+
 def test_unknown_activations_are_refused():
     vq = layer()
     vq.activations = "a4"

@@ -172,12 +172,14 @@ def test_rounding_to_half_and_bfloat(isa):
         assert torch.equal(y.nan_to_num(7), want.nan_to_num(7)) and torch.equal(y.isnan(), want.isnan())
 
 
-def test_several_layers_in_one_call():
+@each_set
+def test_several_layers_in_one_call(isa):
     """Those that take the same activations share them, others get their own: the company changes no bit."""
-    shapes = [(48, 2, 2, 16, 128, 32), (33, 2, 3, 16, 128, 32), (20, 2, 2, 16, 128, 16), (16, 1, 3, 16, 320, 0), (50, 2, 2, 4, 128, 32)]
-    layers = [Layer(QuantSpec(rows, 320, *rest), seed=i) for i, (rows, *rest) in enumerate(shapes)]
-    layers.insert(2, Layer(QuantSpec(21, 320, 2, 2, 5, 20)))
-    assert [layer.handle.fast for layer in layers] == [True, True, False, True, True, True]
+    shapes = [(48, 2, 2, 16, 128, 32), (33, 2, 3, 16, 128, 32), (20, 2, 2, 16, 128, 16), (16, 1, 3, 16, 320, 0), (50, 2, 2, 4, 128, 32),
+              (35, 2, 4, 16, 128, 32), (48, 2, 2, 16, 128, 32), (18, 4, 2, 32, 128, 32), (16, 4, 3, 32, 128, 32)]
+    layers = [Layer(QuantSpec(rows, 320, *rest), isa, seed=i) for i, (rows, *rest) in enumerate(shapes)]
+    layers.insert(2, Layer(QuantSpec(21, 320, 2, 2, 5, 20), isa))
+    assert [layer.handle.fast for layer in layers] == [index != 2 for index in range(10)]
     x = torch.randn(3, 320)
     for activations, code in ACTIVATIONS.items():
         outputs = [torch.full((3, layer.spec.rows), torch.nan) for layer in layers]
