@@ -74,8 +74,7 @@ class VQLinear(nn.Module):
         # Written for few look-ups: at one token a small layer's kernel takes as long as ten lines of Python.
         if x.dtype not in ops.FLOATS or not x.ndim or x.shape[-1] != self.in_features:
             ops.check_input(x, self.in_features, self.name or "VQLinear")
-        parameters, buffers = self._parameters, self._buffers               # nn.Module.__getattr__ is slow
-        bias = parameters["bias"] if "bias" in parameters else self.bias    # an attribute in replicas of nn.DataParallel
+        bias, buffers = self._own_bias(), self._buffers
         if torch.compiler.is_compiling():
             return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations)
         if x.device != buffers["idx"].device or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
@@ -112,7 +111,7 @@ class VQLinear(nn.Module):
                 break
         if not followers:
             return kernel(x, activations)
-        mine, *theirs = kernel.together([f._prepared(f._buffers, f.bias) for f in followers], x, activations)
+        mine, *theirs = kernel.together([f._prepared(f._buffers, f._own_bias()) for f in followers], x, activations)
         version = x._version
         for follower, y in zip(followers, theirs):
             follower.__dict__["_ready"] = x, version, y
@@ -120,6 +119,11 @@ class VQLinear(nn.Module):
 
     def _learnable(self, leader: VQLinear) -> bool:
         return self not in leader._followers and len(leader._followers) < 8 and self.in_features == leader.in_features
+
+    def _own_bias(self) -> Tensor | None:
+        """`self.bias` without nn.Module.__getattr__, which is slow; in replicas of nn.DataParallel it is a plain attribute."""
+        parameters = self._parameters
+        return parameters["bias"] if "bias" in parameters else self.bias
 
     def _prepared(self, buffers: dict[str, Tensor], bias: Tensor | None):
         idx, gs, made = buffers["idx"], buffers["gs"], self._made_from
