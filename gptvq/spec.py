@@ -111,7 +111,7 @@ class QuantSpec:
         return TILE_ROWS * BLOCK_COLS // self.dim * self.code_bits // 8
 
     def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """{buffer name: (shape, dtype name)} of the packed form, in file order."""
+        """{buffer name: (shape, dtype name)} of the packed form."""
         shapes = {"idx": ((self.tiles, self.blocks, self.block_bytes), "uint8")}
         if self.svd_rank:
             shapes["cb_u"] = ((self.row_groups, self.strips, self.svd_rank), "int8")
