@@ -106,7 +106,7 @@ def run(args, argv: list[str] | None, source: str, methods: list[str], presets: 
                 results.add([{"operation": "whole", "preset": preset, "method": method, "seed": key[2], **row,
                               **measured(model, dense[0], found, args, method), **(decoding(own, dense) if own and seed == args.seeds[0] else {}),
                               "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(),
-                              "commit": runner.commit()["hash"]}])
+                              "cpu": runner.machine()["cpu"], "commit": runner.commit()["hash"]}])
                 there.add(key)
                 runner.log(show(results.rows[-1:]))
                 del model, own
