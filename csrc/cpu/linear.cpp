@@ -8,6 +8,12 @@
 #include "cpu/float16.h"
 #include "cpu/linear_exact.h"
 
+#if defined(GPTVQ_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gptvq {
 namespace {
 
@@ -16,40 +22,55 @@ constexpr std::int64_t kWidestSpan = 8;                 // blocks that share an 
 constexpr std::int64_t kBytesPerPart = 16 << 10;        // of indices and tokens: less is not worth another thread
 constexpr std::int64_t kBytesToWake = 768 << 10;        // measured: less is done before a sleeping one comes
 
+constexpr std::int64_t kMany = 3;                       // tokens from which on other kernels may be faster
+
 struct InstructionSet {
   const char* name;
-  LinearKernels kernels;
+  LinearKernels kernels, many;
   bool supported;
 };
+
+#if defined(GPTVQ_AMX)
+// The system must have allowed its registers to this process.
+bool amx_int8() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;      // AMX-TILE, AMX-INT8
+  constexpr int kAskForPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
+}
+#endif
 
 const std::vector<InstructionSet>& known() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
 #if defined(GPTVQ_AVX512)
     __builtin_cpu_init();
-    found.push_back({"avx512", linear_avx512,
-                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-                         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")});
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+#if defined(GPTVQ_AMX)
+    found.push_back({"amx", linear_avx512, linear_amx, avx512 && amx_int8()});
+#endif
+    found.push_back({"avx512", linear_avx512, linear_avx512, avx512});
 #endif
 #if defined(GPTVQ_AVX2)
     __builtin_cpu_init();
-    found.push_back({"avx2", linear_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    found.push_back({"avx2", linear_avx2, linear_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
 #if defined(GPTVQ_NEON)
-    found.push_back({"neon", linear_neon, neon_dotprod()});
+    found.push_back({"neon", linear_neon, linear_neon, neon_dotprod()});
 #endif
-    found.push_back({"scalar", linear_scalar, true});
+    found.push_back({"scalar", linear_scalar, linear_scalar, true});
     return found;
   }();
   return sets;
 }
 
-LinearKernels kernels_of(const std::string& name) {
+const InstructionSet& set_of(const std::string& name) {
   std::string names;
   for (const InstructionSet& set : known()) {
     if (!set.supported) continue;
-    if (name.empty() || name == set.name) return set.kernels;
+    if (name.empty() || name == set.name) return set;
     names += std::string(names.empty() ? "" : ", ") + set.name;
   }
   throw std::invalid_argument("instruction set: got " + name + ", this processor and build have " + names);
@@ -85,6 +106,12 @@ T* at_least(std::vector<T>& data, std::int64_t count) {
   return data.data();
 }
 
+// The first cache line from `data` on.
+template <class T>
+T* aligned(T* data) {
+  return data + (64 - reinterpret_cast<std::uintptr_t>(data) % 64) % 64 / sizeof(T);
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -96,12 +123,13 @@ std::vector<std::string> instruction_sets() {
 
 Linear::Linear(const Packed& weight, const Spec& spec, const float* bias, const std::string& instruction_set)
     : weight_(weight), spec_(spec), bias_(bias) {
-  const LinearKernels kernels = kernels_of(instruction_set);
+  const InstructionSet& set = set_of(instruction_set);
   const bool one_book = spec.group_rows % kTile == 0 || spec.row_groups() == 1;
   const bool small_groups = kTile % spec.group_rows == 0 && std::max<std::int64_t>(1, 4 / spec.group_rows) * spec.codewords() <= 16;
   const bool whole_strips = spec.group_cols % kBlock == 0 || spec.strips() == 1;
   if (!whole_strips || !(one_book || small_groups)) return;
-  kernels_ = kernels;
+  kernels_ = set.kernels;
+  many_ = set.many;
 
   LinearArgs& a = args_;
   a.idx = weight.idx;
@@ -150,9 +178,9 @@ struct LinearRun {
   Activations activations;
   int planes, threads;
 
-  static LinearKernel kernel_of(const Linear& l, int planes) {
-    return l.kernels_(static_cast<int>(l.spec_.code_bits()), static_cast<int>(l.spec_.dim), planes, l.args_.groups_per_tile == 1,
-                      l.spec_.scale_block == 16);
+  LinearKernel kernel_of(const Linear& l) const {
+    return (tokens < kMany ? l.kernels_ : l.many_)(static_cast<int>(l.spec_.code_bits()), static_cast<int>(l.spec_.dim), planes,
+                                                   l.args_.groups_per_tile == 1, l.spec_.scale_block == 16);
   }
 
   void operator()() {
@@ -171,7 +199,7 @@ struct LinearRun {
   // Whether one makes of x what the other reads: in the same order, with the same spans.
   bool same_activations(const Linear& l, const Linear& m) const {
     const LinearArgs &a = l.args_, &b = m.args_;
-    return kernel_of(l, planes).quantize == kernel_of(m, planes).quantize && a.spans == b.spans && a.strip_blocks == b.strip_blocks &&
+    return kernel_of(l).quantize == kernel_of(m).quantize && a.spans == b.spans && a.strip_blocks == b.strip_blocks &&
            a.span_blocks == b.span_blocks && a.scale_block == b.scale_block;
   }
 
@@ -183,11 +211,13 @@ struct LinearRun {
     const std::int64_t width = shared.blocks * kBlock;
     Scratch& memory = scratch();
     shared.tokens = tokens;
-    shared.hi = at_least(memory.bytes, 2 * tokens * width);
+    const std::int64_t room = Spec::ceil_div(tokens, 16) * 16 * (Spec::ceil_div(width, 64) * 64);
+    shared.hi = aligned(at_least(memory.bytes, 2 * room + 64));
     shared.lo = shared.hi + tokens * width;
     shared.span = at_least(memory.spans, tokens * shared.spans);
-    float* rows = at_least(memory.floats, tokens * width);
-    const LinearKernel kernel = kernel_of(*layers[first], planes);
+    float* rows = at_least(memory.floats, tokens * (width + shared.spans));
+    shared.step = rows + tokens * width;
+    const LinearKernel kernel = kernel_of(*layers[first]);
     const std::int64_t item = type == OutType::float32 ? 4 : 2;
     parallel_for(tokens, tokens * width < 1 << 15 ? 1 : threads, [&](std::int64_t token) {
       float* row = rows + token * width;
@@ -211,14 +241,13 @@ struct LinearRun {
       const Part& part = parts[static_cast<std::size_t>(p)];
       const Linear& layer = *layers[part.layer];
       LinearArgs a = layer.args_;
-      a.tokens = tokens, a.hi = shared.hi, a.lo = shared.lo, a.span = shared.span;
+      a.tokens = tokens, a.hi = shared.hi, a.lo = shared.lo, a.span = shared.span, a.step = shared.step;
       a.y = y[part.layer];
       a.y_stride = a.rows;
       a.type = static_cast<int>(type);
       static thread_local std::vector<float> sums;
-      float* start = at_least(sums, linear_scratch(tokens) + 16);
-      start += (64 - reinterpret_cast<std::uintptr_t>(start) % 64) % 64 / sizeof(float);
-      kernel_of(layer, planes).tiles(a, part.first, part.last, start);
+      float* start = aligned(at_least(sums, linear_scratch(tokens) + 16));
+      kernel_of(layer).tiles(a, part.first, part.last, start);
     }, work * tokens >= kBytesToWake);
   }
 

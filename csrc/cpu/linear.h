@@ -30,7 +30,7 @@ class Linear {
   Spec spec_;
   const float* bias_;
   std::vector<std::uint16_t> gs_;
-  LinearKernels kernels_ = nullptr;
+  LinearKernels kernels_ = nullptr, many_ = nullptr;     // many_: for kMany tokens and more
   LinearArgs args_{};
 };
 

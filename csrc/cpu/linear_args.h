@@ -28,10 +28,12 @@ struct LinearArgs {
   uint8_t row_group[16];        // row of a tile -> its group, below groups_per_tile
   uint8_t slot_group[16];       // with 16 table entries per 4 rows: 16 / K codebooks each -> their groups
 
-  // Activations, [tokens, blocks * 32] in the kernels' order or in teams (linear_wide.h), and their spans [tokens, spans].
+  // Activations, [tokens, blocks * 32] in the kernels' order or in teams (linear_wide.h, linear_amx.cpp), and their spans
+  // [tokens, spans].  There is room for 16 tokens and 64 columns each or multiples of them, from the start of a cache line on.
   int64_t tokens;
   int8_t *hi, *lo;              // one after the other: kernels of 16-bit activations take them as one array
   LinearSpan* span;
+  float* step;                  // of the spans again, [spans, tokens], for kernels of many tokens
   int64_t spans, span_blocks;
 
   // y [tokens, y_stride] of `type`: 0 float32, 1 float16, 2 bfloat16; bias float32 [rows] or null
@@ -53,6 +55,7 @@ inline int64_t linear_scratch(int64_t tokens) { return 32 * tokens; }     // 32 
 
 // planes: 1 for a8, 2 for a16; one_book: see groups_per_tile; halves: scale_block is 16
 using LinearKernels = LinearKernel (*)(int code_bits, int dim, int planes, bool one_book, bool halves);
+LinearKernel linear_amx(int code_bits, int dim, int planes, bool one_book, bool halves);       // not for one or two tokens
 LinearKernel linear_avx512(int code_bits, int dim, int planes, bool one_book, bool halves);
 LinearKernel linear_avx2(int code_bits, int dim, int planes, bool one_book, bool halves);
 LinearKernel linear_neon(int code_bits, int dim, int planes, bool one_book, bool halves);

@@ -234,17 +234,15 @@ namespace {
 template <class V, class C, bool One, int Planes, bool Halves>
 void tiles(const LinearArgs& a, int64_t first, int64_t last, float* sums) {
   if constexpr (V::wide_tokens > 0)
-    if (a.tokens > V::tokens) {
-      for (int64_t row = 16 * first; row < 16 * last; row += V::wide_slabs * V::rows)
-        many_tokens<V, C, One, Planes, Halves>(a, row, 16 * last, sums);
-      return;
-    }
-  int64_t token = 0;
-  if constexpr (!Halves && V::tokens >= 4)
-    for (; token + 4 <= a.tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
-  if constexpr (!Halves && V::tokens >= 2)
-    for (; token + 2 <= a.tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
-  for (; token < a.tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
+    if (a.tokens > V::tokens) return Many<V>::template tiles<C, One, Planes, Halves>(a, first, last, sums);
+  if constexpr (V::tokens > 0) {
+    int64_t token = 0;
+    if constexpr (!Halves && V::tokens >= 4)
+      for (; token + 4 <= a.tokens; token += 4) some_tokens<V, C, One, Planes, Halves, 4>(a, first, last, token);
+    if constexpr (!Halves && V::tokens >= 2)
+      for (; token + 2 <= a.tokens; token += 2) some_tokens<V, C, One, Planes, Halves, 2>(a, first, last, token);
+    for (; token < a.tokens; ++token) some_tokens<V, C, One, Planes, Halves, 1>(a, first, last, token);
+  }
 }
 
 constexpr float kTiny = 1e-30f;     // of a span: less than this counts as zero, lest 1 / step overflow
@@ -257,6 +255,7 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
   Activation* hi = reinterpret_cast<Activation*>(a.hi) + token * a.blocks * 32;
   Activation* lo = reinterpret_cast<Activation*>(a.lo) + token * a.blocks * 32;
   LinearSpan* span = a.span + token * a.spans;
+  [[maybe_unused]] const Many<V> many(a, token, Planes);
   int64_t scale_block = 0, scale_end = a.scale_block;
   for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
     const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
@@ -276,7 +275,7 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
             if (a.tokens > V::tokens) {
               alignas(16) int8_t planes[2][16];
               V::template sixteen<Dim, Planes>(x + c, inverse, finite, planes[0], planes[1], sums);
-              to_team<V, Planes>(a, planes, c, token);
+              many.template put<Planes>(planes, c);
               continue;
             }
           V::template sixteen<Dim, Planes>(x + c, inverse, finite, hi + c, lo + c, sums);
@@ -285,6 +284,8 @@ void quantize(const LinearArgs& a, const float* x, int64_t token) {
         if (a.sc && from >= scale_end && scale_block + 1 < a.scale_blocks) ++scale_block, scale_end += a.scale_block;
         const int64_t pair = scale_block / 2 * 16;
         *span = {!finite ? NAN : zero ? 0.f : peak / kLimit, 0, 0, static_cast<int32_t>(pair), scale_block % 2 * 4, scale_block * 16};
+        if constexpr (V::wide_tokens > 0)
+          if (a.tokens > V::tokens) a.step[(span - a.span - token * a.spans) * a.tokens + token] = span->step;
         if constexpr (V::offset) span->hi_sum = -128 * V::sum_of(sums[0]);
         if constexpr (V::offset && Planes == 2) span->lo_sum = -128 * V::sum_of(sums[1]);
       }

@@ -11,16 +11,6 @@ constexpr int kChunk = 8;       // blocks of 32 columns; a multiple of every spa
 template <class V, int Planes>
 constexpr int team_size = Planes == 2 ? V::wide_tokens : 2 * V::wide_tokens;
 
-// Puts 16 columns of a token, from `col` on, into its team.
-template <class V, int Planes>
-GPTVQ_INLINE void to_team(const LinearArgs& a, const int8_t (*planes)[16], int64_t col, int64_t token) {
-  constexpr int64_t kTeam = team_size<V, Planes>;
-  const int64_t first = token / kTeam * kTeam, team = first + kTeam < a.tokens ? kTeam : a.tokens - first;
-  int8_t* out = a.hi + (first * a.blocks * 32 + team * col + (token - first) * 4) * Planes;
-  for (int d = 0; d < 4; ++d)
-    for (int p = 0; p < Planes; ++p) memcpy(out + (d * team * Planes + p) * 4, planes[p] + 4 * d, 4);
-}
-
 // The weights of blocks [first, last) of a slab -> out [blocks][8 dots][4 bytes a row].
 template <class V, class C, bool One>
 void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int64_t last, uint8_t* out) {
@@ -125,5 +115,31 @@ void many_tokens(const LinearArgs& a, int64_t row, int64_t rows_end, float* sums
     for (int s = 0; s < kSlabs && row + s * V::rows < rows_end; ++s)
       V::store(a, rows[s], t, V::floats(sums + (t * kSlabs + s) * V::rows));
 }
+
+// What a set does with more than V::tokens tokens.
+template <class V>
+struct Many {
+  const LinearArgs& a;
+  const int64_t token;
+
+  Many(const LinearArgs& args, int64_t its_token, int) : a(args), token(its_token) {}
+
+  // Puts 16 columns of the token, from `col` on, into its team.
+  template <int Planes>
+  GPTVQ_INLINE void put(const int8_t (*planes)[16], int64_t col) const {
+    constexpr int64_t kTeam = team_size<V, Planes>;
+    const int64_t first = token / kTeam * kTeam, team = first + kTeam < a.tokens ? kTeam : a.tokens - first;
+    int8_t* out = a.hi + (first * a.blocks * 32 + team * col + (token - first) * 4) * Planes;
+    for (int d = 0; d < 4; ++d)
+      for (int p = 0; p < Planes; ++p) memcpy(out + (d * team * Planes + p) * 4, planes[p] + 4 * d, 4);
+  }
+
+  // y of the tiles [first, last).
+  template <class C, bool One, int Planes, bool Halves>
+  static void tiles(const LinearArgs& a, int64_t first, int64_t last, float* sums) {
+    for (int64_t row = 16 * first; row < 16 * last; row += V::wide_slabs * V::rows)
+      many_tokens<V, C, One, Planes, Halves>(a, row, 16 * last, sums);
+  }
+};
 
 }  // namespace

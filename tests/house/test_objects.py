@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PER_SET = ["linear_avx512", "linear_avx2", "linear_neon", "linear_scalar"]
+PER_SET = ["linear_amx", "linear_avx512", "linear_avx2", "linear_neon", "linear_scalar"]
 OBJECTS = [path for path in (ROOT / "build" / f"cmake-{sys.implementation.cache_tag}").glob("CMakeFiles/gptvq_cpu.dir/csrc/cpu/*.o")
            if path.name.partition(".")[0] in PER_SET]
 

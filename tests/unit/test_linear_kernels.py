@@ -8,7 +8,7 @@ from packed_cases import spec_id, specs
 
 from gptvq.spec import FORMATS, QuantSpec
 
-TOKENS = (1, 2, 3, 4, 5, 9, 17)
+TOKENS = (1, 2, 3, 4, 5, 9, 17, 33)
 FAST = [(2, 2), (2, 3), (2, 4), (1, 3)]         # formats for tests that need not see all of them
 each_set = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 each_activation = pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -73,6 +73,30 @@ def test_instruction_sets_and_threads_agree(form, activations):
         results.append(layer.run(x, activations))
         assert all(torch.equal(layer.run(x, activations, threads), results[-1]) for threads in (2, 7, 1000, 0, -3))
     assert all(relative(y, results[0]) <= 1e-6 for y in results)
+
+
+@each_set
+@each_activation
+def test_more_tokens_than_caches_hold(isa, activations):
+    """They come in parts, the last one smaller, to rows that take turns on two threads."""
+    layer = Layer(QuantSpec(80, 4096, 2, 4, 16, 256, 64), isa)
+    x = torch.randn(150, 4096)
+    y = layer.run(x, activations, threads=2)
+    assert_close(layer, x, activations, y)
+    few = layer.run(x[140:], activations)       # computed in other company, perhaps by other instructions
+    assert relative(y[140:], few) <= 1e-6
+
+
+@each_set
+def test_takes_turns_with_the_products_of_torch(isa):
+    """Both may use the processor's tile registers, each in its own shape."""
+    layer = Layer(QuantSpec(64, 256, 2, 4, 16, 256, 64), isa)
+    x, weight = torch.randn(24, 256), torch.randn(256, 256, dtype=torch.bfloat16)
+    product = x.bfloat16() @ weight
+    y = layer.run(x)
+    for _ in range(20):
+        assert torch.equal(x.bfloat16() @ weight, product)
+        assert torch.equal(layer.run(x), y)
 
 
 @each_set
