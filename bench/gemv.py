@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gptvq.backends import native
 from gptvq.config import PRESETS
 from gptvq.errors import BackendUnavailable, ConfigError
 
@@ -64,7 +65,7 @@ def parser():
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default %(default)s")
     p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="samples of each, in turns, default %(default)s")
     p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing, print these result files")
-    p.add_argument("--brief", action="store_true", help="print a row per format and shape: one token, cold")
+    p.add_argument("--brief", action="store_true", help="print a row per format, shape and number of tokens: cold caches")
     p.add_argument("--plot", metavar="FILE.png", help="also draw a chart (needs matplotlib: the extra `bench`)")
     return p
 
@@ -84,7 +85,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     device, before = torch.device("cpu"), torch.get_num_threads()
     args.baselines, libraries = with_ggml(args.baselines)
     results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
-                                                       "ggml": libraries, "kernels": os.environ.get("GPTVQ_CPU", "")})
+                                                       "ggml": libraries, "kernels": os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0]})
     least = ring_bytes() if "cold" in args.cache else 1
     try:
         for rows, cols in args.shapes:
@@ -132,18 +133,21 @@ def show(rows: list[dict]) -> str:
 
 
 def brief(rows: list[dict]) -> str:
-    """One token, cold: a row per contender and shape, its columns the numbers of threads."""
+    """Cold caches: a row per contender, shape and number of tokens, its columns the numbers of threads."""
     found: dict[tuple, dict[int, dict]] = {}
     for row in rows:
-        if (row["m"], row["cache"]) == (1, "cold"):
-            found.setdefault((label(row), *row["shape"]), {})[row["threads"]] = row
+        if row["cache"] == "cold":
+            found.setdefault((label(row), row["m"], *row["shape"]), {})[row["threads"]] = row
     threads = sorted({n for row in found.values() for n in row})
     columns = {"format": lambda r: label(next(iter(r.values()))), "bits per weight": lambda r: f"{next(iter(r.values()))['bits_per_value']:.2f}",
                "shape": lambda r: "x".join(map(str, next(iter(r.values()))["shape"]))}
+    if len({row["m"] for row in rows}) > 1:
+        columns["tokens"] = lambda r: next(iter(r.values()))["m"]
     columns |= {f"us, {n} thr.": lambda r, n=n: f"{r[n]['median_seconds'] * 1e6:,.0f}" for n in threads}
-    for name in ("ggml Q4_0", "int4 a8", "torch bf16"):
+    for name in (name for name in ("ggml Q4_0", "int4 a8", "torch bf16") if any(name in row["speedup"] for row in rows)):
         columns[f"x {name}"] = lambda r, name=name: " / ".join(f"{r[n]['speedup'][name]:.2f}" for n in threads)
-    columns["of read"] = lambda r: " / ".join(f"{100 * r[n]['of_read']:.0f} %" for n in threads)
+    if any("of_read" in row for row in rows):
+        columns["of read"] = lambda r: " / ".join(f"{100 * r[n]['of_read']:.0f} %" for n in threads)
     return runner.table(list(found.values()), columns)
 
 
