@@ -5,14 +5,9 @@
 #include <stdexcept>
 
 #include "common/parallel.h"
+#include "cpu/amx.h"
 #include "cpu/float16.h"
 #include "cpu/linear_exact.h"
-
-#if defined(GPTVQ_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace gptvq {
 namespace {
@@ -30,16 +25,6 @@ struct InstructionSet {
   bool supported;
 };
 
-#if defined(GPTVQ_AMX)
-// The system must have allowed its registers to this process.
-bool amx_int8() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;      // AMX-TILE, AMX-INT8
-  constexpr int kAskForPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
-}
-#endif
-
 const std::vector<InstructionSet>& known() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
@@ -49,7 +34,7 @@ const std::vector<InstructionSet>& known() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
                         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 #if defined(GPTVQ_AMX)
-    found.push_back({"amx", linear_avx512, linear_amx, avx512 && amx_int8()});
+    found.push_back({"amx", linear_avx512, linear_amx, avx512 && has_tiles(Tiles::int8)});
 #endif
     found.push_back({"avx512", linear_avx512, linear_avx512, avx512});
 #endif

@@ -138,6 +138,7 @@ struct Many<Amx> {
   static void tiles(const LinearArgs& a, int64_t first, int64_t last, float* sums) {
     const Teams teams(a);
     const TileShapes shapes(teams);
+    asm volatile("" : : "r"(&shapes) : "memory");      // the compiler thinks that only the first bytes are read
     _tile_loadconfig(&shapes);
     const int64_t most = kCached / (teams.steps * Planes * teams.tile_bytes()) + 1;
     for (int64_t from = 0; from < teams.count; from += most)

@@ -15,6 +15,7 @@
 
 #include "common/aligned.h"
 #include "common/parallel.h"
+#include "cpu/amx.h"
 #include "cpu/simd.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -55,10 +56,21 @@ GPTVQ_INLINE void tile(const float* a, const float* b, float* c, int64_t stride,
     }
 }
 
+// What a packed number is: a float32, or two bfloat16, those of two steps of k; `tiles`: with sixteen pairs of a row of A side by side.
+enum class Packing { numbers, pairs, tiles };
+constexpr int64_t kTile = 16;
+
 struct Kernel {
   int64_t rows, cols;
   void (*tile)(const float*, const float*, float*, int64_t, int64_t, bool);
-  bool pairs = false;       // a packed number is two bfloat16, those of two steps of k
+  Packing packing = Packing::numbers;
+  void (*begin)() = nullptr, (*end)() = nullptr;        // called by each thread around its tiles
+
+  // Packed numbers of so many steps of k.
+  int64_t depth(int64_t steps) const {
+    const int64_t pairs = (steps + 1) / 2;
+    return packing == Packing::numbers ? steps : packing == Packing::pairs ? pairs : (pairs + kTile - 1) / kTile * kTile;
+  }
 };
 
 // As many vectors of C as the registers hold beside one row of B and an element of A.
@@ -93,10 +105,61 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void tile_pairs(
 }
 #endif
 
-// Products of two bfloat16 are exact in float32, so `pairs` gives what converted numbers would, but for the order of sums.
+#ifdef GPTVQ_AMX
+__attribute__((target("amx-tile"))) void begin_tiles() {
+  struct alignas(64) {
+    std::uint8_t palette = 1, start = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {};
+    std::uint8_t lines[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.lines[i] = kTile;
+  asm volatile("" : : "r"(&shapes) : "memory");      // the compiler thinks that only the first bytes are read
+  _tile_loadconfig(&shapes);
+}
+
+__attribute__((target("amx-tile"))) void end_tiles() { _tile_release(); }
+
+// C in four tiles.  The compiler does not know what their instructions read and write.
+__attribute__((target("amx-tile,amx-bf16"))) void tile_amx(const float* a, const float* b, float* c, int64_t stride, int64_t k, bool add) {
+  constexpr int64_t cols = 2 * kTile, block = kTile * kTile;
+  asm volatile("" ::: "memory");
+  if (add) {
+    _tile_loadd(0, c, stride * 4);
+    _tile_loadd(1, c + kTile, stride * 4);
+    _tile_loadd(2, c + kTile * stride, stride * 4);
+    _tile_loadd(3, c + kTile * stride + kTile, stride * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t p = 0; p < k; p += kTile, a += 2 * block, b += kTile * cols) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, cols * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + kTile, cols * 4);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + block, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, stride * 4);
+  _tile_stored(1, c + kTile, stride * 4);
+  _tile_stored(2, c + kTile * stride, stride * 4);
+  _tile_stored(3, c + kTile * stride + kTile, stride * 4);
+  asm volatile("" ::: "memory");
+}
+#endif
+
+// Products of two bfloat16 are exact in float32, so pairs and tiles give what converted numbers would, but for the order of sums.
 Kernel kernel(bool pairs) {
+#ifdef GPTVQ_AMX
+  static const bool tiles = has_tiles(Tiles::bfloat16);
+  if (pairs && tiles) return {2 * kTile, 2 * kTile, tile_amx, Packing::tiles, begin_tiles, end_tiles};
+#endif
 #ifdef GPTVQ_BFLOAT16
-  if (pairs && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return {8, 48, tile_pairs, true};
+  if (pairs && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return {8, 48, tile_pairs, Packing::pairs};
 #endif
   (void)pairs;
   if (isa() == Isa::avx512) return {8, 48, tile_8x48};
@@ -144,13 +207,27 @@ void pack_pairs(const Matrix& from, int64_t offset, int64_t line, int64_t step, 
   }
 }
 
+// Pairs for tiles: [k / 16][width][16], zeros past the last step.
+void pack_tiles(const Matrix& from, int64_t offset, int64_t line, int64_t step, int64_t count, int64_t k, int64_t width, float* to) {
+  const auto* x = static_cast<const std::uint16_t*>(from.data) + offset;
+  const int64_t pairs = (k + 1) / 2;
+  std::memset(to, 0, static_cast<std::size_t>((pairs + kTile - 1) / kTile * kTile * width) * sizeof(float));
+  for (int64_t p = 0; p < pairs; ++p, x += 2 * step)
+    for (int64_t i = 0; i < count; ++i) {
+      std::uint32_t pair = x[i * line];
+      if (2 * p + 1 < k) pair |= static_cast<std::uint32_t>(x[step + i * line]) << 16;
+      std::memcpy(to + (p / kTile * width + i) * kTile + p % kTile, &pair, sizeof pair);
+    }
+}
+
 int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 // The products of rows [row, end) with the panel of columns from `col` on.
 void chunk(const Kernel& kernel, const Product& p, const float* left, const float* right, float* C, int64_t stride, int64_t row,
            int64_t end, int64_t col) {
-  float edge[8 * 48];
+  alignas(64) float edge[2 * kTile * 2 * kTile];       // of the largest tile
   const int64_t width = std::min(kernel.cols, p.n - col);
+  if (kernel.begin) kernel.begin();
   for (int64_t depth = 0; depth < p.k; depth += kDepth) {
     const int64_t steps = std::min(kDepth, p.k - depth);
     const bool add = p.add || depth > 0;
@@ -168,6 +245,7 @@ void chunk(const Kernel& kernel, const Product& p, const float* left, const floa
         for (int64_t j = 0; j < width; ++j) c[r * stride + j] = edge[r * kernel.cols + j] + (add ? c[r * stride + j] : 0.f);
     }
   }
+  if (kernel.end) kernel.end();
 }
 
 }  // namespace
@@ -175,27 +253,31 @@ void chunk(const Kernel& kernel, const Product& p, const float* left, const floa
 void matmul(const Product& whole, const Matrix& A, const Matrix& B, float* C, int64_t stride, int threads) {
   const Kernel kernel = gptvq::kernel(A.bfloat16 && B.bfloat16 && whole.sign == 1.f);
   const int64_t row_panels = parts(whole.m, kernel.rows), col_panels = parts(whole.n, kernel.cols);
-  const int64_t chunks = parts(whole.m, kChunk), deepest = std::min(whole.k, kMost);
+  const int64_t chunks = parts(whole.m, kChunk), deepest = kernel.depth(std::min(whole.k, kMost));
   const Aligned<float> left(row_panels * kernel.rows * deepest), right(col_panels * kernel.cols * deepest);
   for (int64_t first = 0; first < whole.k; first += kMost) {
     const int64_t steps = std::min(kMost, whole.k - first);
     Product p = whole;
-    p.k = kernel.pairs ? parts(steps, 2) : steps;
+    p.k = kernel.depth(steps);
     p.add = whole.add || first > 0;
     const auto packed = [&](const Matrix& from, int64_t offset, int64_t line, int64_t step, int64_t count, int64_t width, float sign,
-                            float* to) {
-      if (kernel.pairs)
-        pack_pairs(from, offset, line, step, count, steps, width, to);
-      else
+                            bool rows, float* to) {
+      if (kernel.packing == Packing::numbers) {
         pack(from, offset, line, step, count, steps, width, sign, to);
+      } else if (kernel.packing == Packing::tiles && rows) {
+        pack_tiles(from, offset, line, step, count, steps, width, to);
+      } else {
+        pack_pairs(from, offset, line, step, count, steps, width, to);
+        std::fill(to + parts(steps, 2) * width, to + p.k * width, 0.f);
+      }
     };
     parallel_for(row_panels + col_panels, threads, [&](int64_t panel) {
       const int64_t row = panel * kernel.rows, col = (panel - row_panels) * kernel.cols;
       if (panel < row_panels)
-        packed(A, row * A.row + first * A.col, A.row, A.col, std::min(kernel.rows, p.m - row), kernel.rows, p.sign,
+        packed(A, row * A.row + first * A.col, A.row, A.col, std::min(kernel.rows, p.m - row), kernel.rows, p.sign, true,
                left.data() + row * p.k);
       else
-        packed(B, col * B.col + first * B.row, B.col, B.row, std::min(kernel.cols, p.n - col), kernel.cols, 1.f,
+        packed(B, col * B.col + first * B.row, B.col, B.row, std::min(kernel.cols, p.n - col), kernel.cols, 1.f, false,
                right.data() + col * p.k);
     });
     parallel_for(chunks * col_panels, threads, [&](int64_t part) {
