@@ -26,6 +26,19 @@ void run(const std::vector<const Linear*>& layers, std::uintptr_t x, int type, s
   });
 }
 
+// Address of contiguous out [rows, cols], which the caller has checked.
+void unpack(const Linear& layer, std::int64_t row, std::int64_t rows, std::uintptr_t out, int type, int threads) {
+  const Spec& spec = layer.spec();
+  const std::int64_t end = row + rows;
+  if (row < 0 || row % Spec::tile_rows || rows < 0 || end > spec.rows || (end % Spec::tile_rows && end != spec.rows))
+    throw std::invalid_argument("rows: got " + std::to_string(rows) + " from " + std::to_string(row) + " on, need whole tiles of " +
+                                std::to_string(Spec::tile_rows) + " of " + std::to_string(spec.rows));
+  const OutType out_type = float_type(type);
+  without_gil([&] {
+    layer.unpack(row / Spec::tile_rows, Spec::ceil_div(end, Spec::tile_rows), reinterpret_cast<void*>(out), out_type, threads);
+  });
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
@@ -35,7 +48,9 @@ void bind_linear(py::module_& m) {
       .def_property_readonly("fast", &Linear::fast, "whether the integer kernels take this shape")
       .def("run", [](const Linear& self, std::uintptr_t x, int type, std::int64_t tokens, std::uintptr_t y, int activations, int threads) {
         run({&self}, x, type, tokens, {y}, activations, threads);
-      });
+      })
+      .def("unpack", &unpack, py::arg("row"), py::arg("rows"), py::arg("out"), py::arg("type"), py::arg("threads"),
+           "out [rows, cols] = the weights from `row` on, a multiple of 16");
   m.def("linear", &run, py::arg("layers"), py::arg("x"), py::arg("type"), py::arg("tokens"), py::arg("y"), py::arg("activations"),
         py::arg("threads"), "y[i] = x W_i^T + b_i; type 0 float32, 1 float16, 2 bfloat16; activations 0 a16, 1 a8, 2 float32");
   m.def("instruction_sets", &instruction_sets, "those this module was built with and this processor has, best first");

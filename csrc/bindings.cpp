@@ -1,5 +1,6 @@
 // gptvq._C: every argument is checked again here, whatever Python checked before.
 #include "bind.h"
+#include "cpu/linear.h"
 #include "cpu/packing.h"
 #include "cuda/runtime.h"
 
@@ -34,7 +35,7 @@ void decode_packed(const Arg& idx_arg, const Arg& cb_arg, const Arg& gs_arg, con
   const OutType type = float_type("out", out.dtype);
   const Packed weight = checked_weight(idx_arg, cb_arg, gs_arg, sc_arg, table_arg, s);
   out.require("out", out.dtype.c_str(), {s.rows, s.cols});
-  without_gil([&] { dequantize(weight, out.data<void>(), type, s, threads); });
+  without_gil([&] { Linear(weight, s, nullptr, "").unpack(0, s.tiles(), out.data<void>(), type, threads); });
 }
 
 py::dict cuda() {

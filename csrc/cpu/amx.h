@@ -9,7 +9,8 @@ namespace gptvq {
 
 enum class Tiles { bfloat16 = 22, int8 = 25 };      // bits of what the processor says it can multiply
 
-// Whether this processor has them and the system lets this process use their registers.
+// Whether this processor has them and the system lets this process use their registers: it does not where a thread's stack for
+// signals is too small for them, and after it has, refuses such stacks (8 KB and less).
 inline bool has_tiles(Tiles kind) {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> static_cast<int>(kind) & 1)) return false;

@@ -4,21 +4,18 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/parallel.h"
 #include "cpu/float16.h"
 #include "cpu/layout.h"
 
 namespace gptvq {
 namespace {
 
-constexpr std::int64_t kThreadedFrom = 1 << 18;   // weights; below, starting threads costs more than it saves
-
 // Work is the type values are looked up in: Out itself, or float where a block scale is still to be applied.
 template <class Fmt, class Work, class Out>
 class TileDecoder {
  public:
   // out: of row `first_row` on.
-  TileDecoder(const Packed& weight, const Spec& spec, Out* out, std::int64_t first_row = 0)
+  TileDecoder(const Packed& weight, const Spec& spec, Out* out, std::int64_t first_row)
       : w_(weight), s_(spec), out_(out), first_row_(first_row) {
     const std::int64_t blocks = (std::min(s_.group_cols, s_.cols) + 2 * Spec::block_cols - 2) / Spec::block_cols + 1;
     codes_.resize(static_cast<std::size_t>(blocks * Fmt::vectors));
@@ -119,37 +116,26 @@ class TileDecoder {
   std::vector<Work> line_;
 };
 
-template <class Fmt, class Work, class Out>
-void decode_tiles(const Packed& weight, const Spec& s, Out* out, int threads) {
-  const std::int64_t parts = s.rows * s.cols < kThreadedFrom ? 1 : std::clamp<std::int64_t>(threads, 1, s.tiles());
-  std::vector<TileDecoder<Fmt, Work, Out>> decoders(static_cast<std::size_t>(parts), TileDecoder<Fmt, Work, Out>(weight, s, out));
-  parallel_for(parts, parts, [&](std::int64_t p) {
-    for (std::int64_t t = s.tiles() * p / parts; t < s.tiles() * (p + 1) / parts; ++t)
-      decoders[static_cast<std::size_t>(p)].tile(t);
-  });
-}
-
 template <class Out>
-void decode_as(const Packed& weight, const Spec& s, void* out, int threads) {
+void decode_as(const Packed& weight, const Spec& s, void* out, std::int64_t first, std::int64_t last) {
   with_format(s, [&](auto format) {
+    const auto decode = [&](auto decoder) {
+      for (std::int64_t t = first; t < last; ++t) decoder.tile(t);
+    };
     using Fmt = decltype(format);
-    if (weight.sc) decode_tiles<Fmt, float>(weight, s, static_cast<Out*>(out), threads);
-    else decode_tiles<Fmt, Out>(weight, s, static_cast<Out*>(out), threads);
+    if (weight.sc) decode(TileDecoder<Fmt, float, Out>(weight, s, static_cast<Out*>(out), first * Spec::tile_rows));
+    else decode(TileDecoder<Fmt, Out, Out>(weight, s, static_cast<Out*>(out), first * Spec::tile_rows));
   });
 }
 
 }  // namespace
 
-void dequantize(const Packed& weight, void* out, OutType type, const Spec& s, int threads) {
+void dequantize(const Packed& weight, void* out, OutType type, const Spec& s, std::int64_t first, std::int64_t last) {
   switch (type) {
-    case OutType::float32: return decode_as<float>(weight, s, out, threads);
-    case OutType::float16: return decode_as<Half>(weight, s, out, threads);
-    case OutType::bfloat16: return decode_as<BFloat>(weight, s, out, threads);
+    case OutType::float32: return decode_as<float>(weight, s, out, first, last);
+    case OutType::float16: return decode_as<Half>(weight, s, out, first, last);
+    case OutType::bfloat16: return decode_as<BFloat>(weight, s, out, first, last);
   }
-}
-
-void dequantize_tile(const Packed& weight, float* out, const Spec& s, std::int64_t tile) {
-  with_format(s, [&](auto format) { TileDecoder<decltype(format), float, float>(weight, s, out, tile * Spec::tile_rows).tile(tile); });
 }
 
 }  // namespace gptvq

@@ -14,11 +14,8 @@ struct Packed {
 
 enum class OutType { float32, float16, bfloat16 };
 
-// out [rows, cols] = round(float(cb) * float(gs) * scale): float32 products in this order, rounded once to `type`.
-// Large weights are split over `threads` threads by rows; the result does not depend on their number.
-void dequantize(const Packed& weight, void* out, OutType type, const Spec& spec, int threads);
-
-// The rows of one tile alone: out [16, cols], float32; rows past the layer's are left as they are.
-void dequantize_tile(const Packed& weight, float* out, const Spec& spec, std::int64_t tile);
+// out [rows of the tiles [first, last), cols] = round(float(cb) * float(gs) * scale): float32 products in this order, rounded once
+// to `type`.
+void dequantize(const Packed& weight, void* out, OutType type, const Spec& spec, std::int64_t first, std::int64_t last);
 
 }  // namespace gptvq

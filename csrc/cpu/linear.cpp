@@ -15,9 +15,10 @@ namespace {
 constexpr std::int64_t kBlock = Spec::block_cols, kTile = Spec::tile_rows;
 constexpr std::int64_t kWidestSpan = 8;                 // blocks that share an activation step where no block scale cuts them
 constexpr std::int64_t kBytesPerPart = 16 << 10;        // of indices and tokens: less is not worth another thread
+constexpr std::int64_t kThreadedFrom = 1 << 18;         // weights to unpack; below, starting threads costs more than it saves
 constexpr std::int64_t kBytesToWake = 768 << 10;        // measured: less is done before a sleeping one comes
 
-constexpr std::int64_t kMany = 3;                       // tokens from which on other kernels may be faster
+constexpr std::int64_t kFewForTiles = 4;                // tokens; fewer are never multiplied by tiles
 
 struct InstructionSet {
   const char* name;
@@ -116,6 +117,10 @@ Linear::Linear(const Packed& weight, const Spec& spec, const float* bias, const 
   kernels_ = set.kernels;
   many_ = set.many;
 
+  // Measured: what a span costs beside its products is as much for 16 columns as for 64.
+  const std::int64_t span_cols = spec.scale_block ? spec.scale_block : std::min(spec.group_cols, spec.cols);
+  many_from_ = span_cols <= 16 ? 4 * kFewForTiles : span_cols <= 32 ? 2 * kFewForTiles : kFewForTiles;
+
   LinearArgs& a = args_;
   a.idx = weight.idx;
   a.cb = weight.cb;
@@ -153,6 +158,23 @@ Linear::Linear(const Packed& weight, const Spec& spec, const float* bias, const 
   a.gs = gs_.data();
 }
 
+void Linear::unpack(std::int64_t first, std::int64_t last, void* out, OutType type, int threads) const {
+  const auto kernel = fast() ? kernels_(static_cast<int>(spec_.code_bits()), static_cast<int>(spec_.dim), 2, args_.groups_per_tile == 1,
+                                        spec_.scale_block == 16).unpack : nullptr;
+  const std::int64_t tiles = last - first, line = kTile * spec_.cols * (type == OutType::float32 ? 4 : 2);
+  const std::int64_t parts = tiles * kTile * spec_.cols < kThreadedFrom ? 1 : std::clamp<std::int64_t>(threads, 1, tiles);
+  parallel_for(parts, parts, [&](std::int64_t p) {
+    const std::int64_t from = first + tiles * p / parts, to = first + tiles * (p + 1) / parts;
+    void* rows = static_cast<char*>(out) + (from - first) * line;
+    if (!kernel) return dequantize(weight_, rows, type, spec_, from, to);
+    LinearArgs a = args_;
+    a.y = rows;
+    a.y_stride = spec_.cols;
+    a.type = static_cast<int>(type);
+    kernel(a, from, to);
+  });
+}
+
 // One call: the activations as integers once for all layers that want the same ones, then all tiles of all layers.
 struct LinearRun {
   const std::vector<const Linear*>& layers;
@@ -164,7 +186,7 @@ struct LinearRun {
   int planes, threads;
 
   LinearKernel kernel_of(const Linear& l) const {
-    return (tokens < kMany ? l.kernels_ : l.many_)(static_cast<int>(l.spec_.code_bits()), static_cast<int>(l.spec_.dim), planes,
+    return (tokens < l.many_from_ ? l.kernels_ : l.many_)(static_cast<int>(l.spec_.code_bits()), static_cast<int>(l.spec_.dim), planes,
                                                    l.args_.groups_per_tile == 1, l.spec_.scale_block == 16);
   }
 
@@ -196,7 +218,7 @@ struct LinearRun {
     const std::int64_t width = shared.blocks * kBlock;
     Scratch& memory = scratch();
     shared.tokens = tokens;
-    const std::int64_t room = Spec::ceil_div(tokens, 16) * 16 * (Spec::ceil_div(width, 64) * 64);
+    const std::int64_t room = tokens < kFewForTiles ? tokens * width : Spec::ceil_div(tokens, 16) * 16 * (Spec::ceil_div(width, 64) * 64);
     shared.hi = aligned(at_least(memory.bytes, 2 * room + 64));
     shared.lo = shared.hi + tokens * width;
     shared.span = at_least(memory.spans, tokens * shared.spans);

@@ -23,6 +23,8 @@ class Linear {
   // Whether the integer kernels take this shape: groups of whole tiles, or so small that 4 rows' tables fill 16 entries, in strips
   // of whole blocks.  Others are computed in float32, whatever activations are asked for.
   bool fast() const { return kernels_ != nullptr; }
+  // out [rows of the tiles [first, last), cols] = the weights, see dequantize(); the result does not depend on `threads`.
+  void unpack(std::int64_t first, std::int64_t last, void* out, OutType type, int threads) const;
 
  private:
   friend struct LinearRun;
@@ -30,7 +32,8 @@ class Linear {
   Spec spec_;
   const float* bias_;
   std::vector<std::uint16_t> gs_;
-  LinearKernels kernels_ = nullptr, many_ = nullptr;     // many_: for kMany tokens and more
+  LinearKernels kernels_ = nullptr, many_ = nullptr;
+  std::int64_t many_from_ = 0;          // tokens from which on many_ is the faster one
   LinearArgs args_{};
 };
 

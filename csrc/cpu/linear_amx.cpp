@@ -1,17 +1,17 @@
 // Several tokens on processors with AMX: one instruction multiplies up to 16 tokens with the weights of 16 rows in up to 64
-// columns.  One or two tokens are left to linear_avx512.cpp.
+// columns.  Few tokens are left to linear_avx512.cpp.
 //
 // Its factors are tiles of 16 lines of 64 bytes.  What look_up() writes, 4 columns of 16 rows in a line, is the second factor as it
 // is; activations lie in teams of up to 16 tokens, as first factors: [teams][steps][planes][tokens][columns of a step].
 #include "cpu/linear_kernel.h"
 
-#if defined(__x86_64__) && defined(__AMX_INT8__)
+#if defined(GPTVQ_AMX)
 #include "cpu/linear_avx512.h"
 
 namespace {
 
 struct Amx : Avx512<false> {
-  static constexpr int tokens = 0;
+  static constexpr int tokens = 0;      // all are left to Many<Amx>, and what Avx512 says of many tokens does not count
 };
 
 constexpr int64_t kLines = 16, kSlabs = 2, kSlabBytes = kChunk * 32 * kLines;
@@ -21,7 +21,7 @@ constexpr int64_t kCached = 768 << 10;      // bytes of activations that all row
 struct Teams {
   int64_t tokens;       // of a team; the last may have fewer, the others' places are read, but what comes of them is not
   int64_t count;
-  int64_t step_bits;    // a step has 1 << step_bits columns; no span ends within one
+  int64_t step_bits;    // a step has 1 << step_bits columns; no span ends within one but the layer's last
   int64_t steps;        // the last one's columns past the layer's are zero
 
   explicit Teams(const LinearArgs& a) {

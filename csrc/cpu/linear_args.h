@@ -29,7 +29,7 @@ struct LinearArgs {
   uint8_t slot_group[16];       // with 16 table entries per 4 rows: 16 / K codebooks each -> their groups
 
   // Activations, [tokens, blocks * 32] in the kernels' order or in teams (linear_wide.h, linear_amx.cpp), and their spans
-  // [tokens, spans].  There is room for 16 tokens and 64 columns each or multiples of them, from the start of a cache line on.
+  // [tokens, spans].  From the start of a cache line on, with room for 16 tokens and 64 columns or multiples of them in teams.
   int64_t tokens;
   int8_t *hi, *lo;              // one after the other: kernels of 16-bit activations take them as one array
   LinearSpan* span;
@@ -49,13 +49,16 @@ struct LinearKernel {
   void (*tiles)(const LinearArgs&, int64_t first, int64_t last, float* scratch);
   // Activations of one token, x float32 [blocks * 32] with zeros past the layer's columns, into hi, lo and span.
   void (*quantize)(const LinearArgs&, const float* x, int64_t token);
+  // The weights of the tiles [first, last) into y, which begins with row 16 * first and has y_stride = the layer's columns; null
+  // where the set has no such kernel.
+  void (*unpack)(const LinearArgs&, int64_t first, int64_t last) = nullptr;
 };
 
 inline int64_t linear_scratch(int64_t tokens) { return 32 * tokens; }     // 32 rows at a time
 
 // planes: 1 for a8, 2 for a16; one_book: see groups_per_tile; halves: scale_block is 16
 using LinearKernels = LinearKernel (*)(int code_bits, int dim, int planes, bool one_book, bool halves);
-LinearKernel linear_amx(int code_bits, int dim, int planes, bool one_book, bool halves);       // not for one or two tokens
+LinearKernel linear_amx(int code_bits, int dim, int planes, bool one_book, bool halves);
 LinearKernel linear_avx512(int code_bits, int dim, int planes, bool one_book, bool halves);
 LinearKernel linear_avx2(int code_bits, int dim, int planes, bool one_book, bool halves);
 LinearKernel linear_neon(int code_bits, int dim, int planes, bool one_book, bool halves);

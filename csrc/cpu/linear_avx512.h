@@ -126,11 +126,10 @@ struct Avx512 {
     return _mm512_permutexvar_ps(_mm512_srl_epi32(both, _mm_loadu_si64(&span.shift)), _mm512_loadu_ps(table));     // by the low 4 bits
   }
 
-  static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) {
-    const int64_t left = a.rows - row;
-    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    if (a.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, a.bias + row));
-    const int64_t at = token * a.y_stride + row;
+  static GPTVQ_INLINE __mmask16 mask(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1); }
+
+  // y [at..] = v, as y's type.
+  static GPTVQ_INLINE void put(const LinearArgs& a, int64_t at, __mmask16 mask, Floats v) {
     if (a.type == 0) {
       _mm512_mask_storeu_ps(static_cast<float*>(a.y) + at, mask, v);
     } else if (a.type == 1) {
@@ -142,6 +141,11 @@ struct Avx512 {
       rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
       _mm256_mask_storeu_epi16(static_cast<uint16_t*>(a.y) + at, mask, _mm512_cvtepi32_epi16(rounded));
     }
+  }
+
+  static GPTVQ_INLINE void store(const LinearArgs& a, int64_t row, int64_t token, Floats v) {
+    if (a.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask(a.rows - row), a.bias + row));
+    put(a, token * a.y_stride + row, mask(a.rows - row), v);
   }
 
   static GPTVQ_INLINE uint32_t peak(const float* x, int64_t count) {

@@ -42,7 +42,7 @@ void linear_exact(const Packed& weight, const Spec& spec, const float* bias, con
   parallel_for(spec.tiles(), threads, [&](std::int64_t tile) {
     static thread_local std::vector<float> rows;
     rows.resize(static_cast<std::size_t>(Spec::tile_rows * spec.cols));
-    dequantize_tile(weight, rows.data(), spec, tile);
+    dequantize(weight, rows.data(), OutType::float32, spec, tile, tile + 1);
     for (std::int64_t row = tile * Spec::tile_rows; row < std::min(spec.rows, (tile + 1) * Spec::tile_rows); ++row)
       for (std::int64_t t = 0; t < tokens; ++t) {
         double sum;

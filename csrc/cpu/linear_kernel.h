@@ -305,14 +305,9 @@ LinearKernel kernel_of(bool one_book, bool halves) {
                   : LinearKernel{tiles<V, C, false, kStored, false>, quantize<V, D, Planes, false>};
 }
 
-// The kernels on the instruction set V, or nulls for an unknown format.
-template <class V>
-LinearKernel kernels(int code_bits, int dim, int planes, bool one_book, bool halves) {
-  const auto of = [&](auto codes) -> LinearKernel {
-    using C = decltype(codes);
-    if constexpr (C::k == 256 && !V::finds_256) return {nullptr, nullptr};
-    else return planes == 2 ? kernel_of<V, C, 2>(one_book, halves) : kernel_of<V, C, 1>(one_book, halves);
-  };
+// of(Codes<code_bits, dim>{}), or Result{} for an unknown format.
+template <class Result, class Of>
+Result with_codes(int code_bits, int dim, const Of& of) {
   switch (10 * dim + code_bits) {
     case 12: return of(Codes<2, 1>{});
     case 13: return of(Codes<3, 1>{});
@@ -323,7 +318,17 @@ LinearKernel kernels(int code_bits, int dim, int planes, bool one_book, bool hal
     case 48: return of(Codes<8, 4>{});
     case 52: return of(Codes<12, 4>{});
   }
-  return {nullptr, nullptr};
+  return Result{};
+}
+
+// The kernels on the instruction set V, or nulls for an unknown format.
+template <class V>
+LinearKernel kernels(int code_bits, int dim, int planes, bool one_book, bool halves) {
+  return with_codes<LinearKernel>(code_bits, dim, [&](auto codes) -> LinearKernel {
+    using C = decltype(codes);
+    if constexpr (C::k == 256 && !V::finds_256) return {};
+    else return planes == 2 ? kernel_of<V, C, 2>(one_book, halves) : kernel_of<V, C, 1>(one_book, halves);
+  });
 }
 
 }  // namespace

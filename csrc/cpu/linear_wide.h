@@ -1,5 +1,5 @@
 // The linear kernels for many tokens: a chunk of weights is looked up once into a buffer that stays in the first cache, and
-// multiplied with the activations of all tokens.  For sets with V::wide; included by linear_kernel.h.
+// multiplied with the activations of all tokens.  For sets with V::wide_tokens; included by linear_kernel.h.
 #pragma once
 
 namespace {

@@ -74,6 +74,7 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 #: Tokens from which unpacking the weight once for a dense product is the faster way.
 DENSE_FROM = 512
+_DENSE_BYTES = 8 << 20          # of the rows that are unpacked at a time
 
 
 def instruction_sets() -> list[str]:
@@ -106,11 +107,29 @@ class PreparedLinear:
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         tokens = x.numel() // self.cols
         if tokens >= DENSE_FROM:
-            weight = dequantize(*self.packed, self.spec, x.dtype)
-            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return self._dense(x)
         x, y = x.contiguous(), _output(x, self.rows)
         self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _MODES[activations], torch.get_num_threads())
         return y
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """Some rows at a time: their weights stay in the caches, and the memory they take is asked for once."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        step = max(16, _DENSE_BYTES // (self.cols * x.element_size()) // 16 * 16)
+        weight = torch.empty(min(step, self.rows), self.cols, dtype=x.dtype)
+        if step >= self.rows:
+            return F.linear(x, self._unpacked(0, weight), bias)
+        y, x = _output(x, self.rows), x.reshape(-1, self.cols)
+        outputs = y.view(-1, self.rows)
+        for row in range(0, self.rows, step):
+            part = self._unpacked(row, weight[: self.rows - row])
+            outputs[:, row: row + step] = F.linear(x, part, None if bias is None else bias[row: row + step])
+        return y
+
+    def _unpacked(self, row: int, out: Tensor) -> Tensor:
+        """out [rows, cols] = the weights from `row` on."""
+        self.kernel.unpack(row, len(out), out.data_ptr(), _TYPES[out.dtype], torch.get_num_threads())
+        return out
 
     def together(self, others: list[PreparedLinear], x: Tensor, activations: str) -> list[Tensor]:
         """The outputs of this layer and of others with as many columns for a few tokens x, in one call that prepares x once."""

@@ -9,6 +9,7 @@ from torch import nn
 
 import gptvq
 from gptvq import ConfigError, FormatError, QuantSpec, VQLinear
+from gptvq.backends import native
 
 SPECS = {
     "2D K16": QuantSpec(20, 72, 2, 2, 8, 32),
@@ -42,6 +43,21 @@ def test_forward_against_float64(name, bias, dtype):
                 y = vq(x)
             assert y.dtype == dtype and y.shape == (*leading, vq.out_features)
             assert float((y - want).norm()) <= (ROUNDING[dtype] + ERROR[vq.activations] + (leading == (300,)) * ROUNDING[dtype]) * float(want.norm())
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_many_tokens_take_some_rows_at_a_time(dtype, monkeypatch):
+    """On a CPU their weights are unpacked into memory for 16 rows here: 20 rows in two parts."""
+    monkeypatch.setattr(native, "_DENSE_BYTES", 1)
+    for bias in (True, False):
+        vq = layer(bias=bias)
+        for leading in ((native.DENSE_FROM,), (2, native.DENSE_FROM // 2)):
+            x = torch.randn(*leading, vq.in_features).to(dtype)
+            want = nn.functional.linear(x.double(), vq.dequantize(dtype).double(), vq.bias.detach().to(dtype).double() if bias else None)
+            with torch.no_grad():
+                y = vq(x)
+            assert y.dtype == dtype and y.shape == want.shape
+            assert float((y - want).norm()) <= 2 * ROUNDING[dtype] * float(want.norm())
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

@@ -3,9 +3,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_cases import ACTIVATIONS, INSTRUCTION_SETS, LAYERS, TYPES, Layer, _C, fields, raw, relative
+from linear_cases import ACTIVATIONS, CANARY, INSTRUCTION_SETS, LAYERS, TYPES, Layer, _C, fields, raw, relative
 from packed_cases import spec_id, specs
 
+from gptvq.backends import reference
 from gptvq.spec import FORMATS, QuantSpec
 
 TOKENS = (1, 2, 3, 4, 5, 9, 17, 33)
@@ -38,7 +39,23 @@ def test_against_float64_with_the_same_activations(spec, isa):
                 assert torch.equal(layer.run(x, activations), layer.run(x.float(), activations).to(dtype))
 
 
-@given(specs(), st.integers(0, 2**31), st.integers(1, 6), st.sampled_from(sorted(ACTIVATIONS)), st.sampled_from(INSTRUCTION_SETS),
+@each_set
+@pytest.mark.parametrize("spec", LAYERS, ids=spec_id)
+def test_unpacks_the_weights_bit_for_bit(spec, isa):
+    layer = Layer(spec, isa)
+    for dtype, number in TYPES.items():
+        want = reference.dequantize(*layer.tensors.values(), spec, dtype)
+        for row, rows in {(0, spec.rows), (spec.rows // 32 * 16, spec.rows - spec.rows // 32 * 16), (0, min(spec.rows, 16))}:
+            memory = torch.full((rows + 2, spec.cols), CANARY, dtype=dtype)
+            layer.handle.unpack(row, rows, memory[1:].data_ptr(), number, 2)
+            assert torch.equal(memory[1:-1], want[row: row + rows])
+            assert (memory[0] == CANARY).all() and (memory[-1] == CANARY).all(), "wrote past the rows"
+    for row, rows in ((1, 15), (0, spec.rows - 1 if spec.rows % 16 != 1 else -1), (0, spec.rows + 1), (-16, 16), (16, -16)):
+        with pytest.raises(ValueError, match="rows: got"):
+            layer.handle.unpack(row, rows, 0, 0, 1)
+
+
+@given(specs(), st.integers(0, 2**31), st.sampled_from((1, 2, 3, 4, 6, 8, 16, 21)), st.sampled_from(sorted(ACTIVATIONS)), st.sampled_from(INSTRUCTION_SETS),
        st.booleans())
 def test_against_float64_anywhere(spec, seed, tokens, activations, isa, bias):
     layer = Layer(spec, isa, seed, bias)
