@@ -29,8 +29,9 @@ void run(const std::vector<const Linear*>& layers, std::uintptr_t x, int type, s
 // Address of contiguous out [rows, cols], which the caller has checked.
 void unpack(const Linear& layer, std::int64_t row, std::int64_t rows, std::uintptr_t out, int type, int threads) {
   const Spec& spec = layer.spec();
-  const std::int64_t end = row + rows;
-  if (row < 0 || row % Spec::tile_rows || rows < 0 || end > spec.rows || (end % Spec::tile_rows && end != spec.rows))
+  const bool within = row >= 0 && rows >= 0 && row <= spec.rows && rows <= spec.rows - row;
+  const std::int64_t end = within ? row + rows : 0;
+  if (!within || row % Spec::tile_rows || (end % Spec::tile_rows && end != spec.rows))
     throw std::invalid_argument("rows: got " + std::to_string(rows) + " from " + std::to_string(row) + " on, need whole tiles of " +
                                 std::to_string(Spec::tile_rows) + " of " + std::to_string(spec.rows));
   const OutType out_type = float_type(type);

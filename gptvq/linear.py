@@ -21,8 +21,8 @@ class VQLinear(nn.Module):
     """x [.., in_features] -> [.., out_features] in x's dtype (fp32, fp16 or bf16), by kernels that read the packed weight.
 
     `activations`: how x enters the kernels; "a16" (the default; error below 1e-4 of the output), "a8" (faster on a CPU, about
-    1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once, devices without kernels and anything
-    that needs gradients go through F.linear with the dequantized weight.
+    1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once (but for "a16" where AMX is the faster way),
+    devices without kernels and anything that needs gradients go through F.linear with the dequantized weight.
 
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
     `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.
@@ -134,7 +134,7 @@ class VQLinear(nn.Module):
         return self._kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """nn.Linear with the dequantized weight; its forward equals this one for inputs of `dtype`."""
+        """nn.Linear with the dequantized weight, for inputs of `dtype`; its forward is this one without the error of `activations`."""
         dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         dense.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         if self.bias is not None:

@@ -50,7 +50,7 @@ struct LinearKernel {
   // Activations of one token, x float32 [blocks * 32] with zeros past the layer's columns, into hi, lo and span.
   void (*quantize)(const LinearArgs&, const float* x, int64_t token);
   // The weights of the tiles [first, last) into y, which begins with row 16 * first and has y_stride = the layer's columns; null
-  // where the set has no such kernel.
+  // where the set has no such kernel.  Entries of signed formats must be 1 to 127.
   void (*unpack)(const LinearArgs&, int64_t first, int64_t last) = nullptr;
 };
 

@@ -68,12 +68,11 @@ void unpack_tiles(const LinearArgs& a, int64_t first, int64_t last) {
               V::put(scales[q], scales_of<V>(a, row, span));
             }
           for (int64_t r = 0; r < rows; ++r) {
-            const __m512i bytes = _mm512_permutexvar_epi8(order, w[r]);
+            alignas(64) int8_t all[64];
+            _mm512_store_si512(all, _mm512_permutexvar_epi8(order, w[r]));
             const V::Floats scale = V::full(group_scale[r]);
             for (int q = 0; q < 4 && col + 16 * q < end; ++q) {
               const int64_t at = col + 16 * q;
-              alignas(64) int8_t all[64];
-              _mm512_store_si512(all, bytes);
               V::Floats v = V::mul(V::real(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(all + 16 * q)))), scale);
               if (a.sc) v = V::mul(v, V::full(scales[q][r]));
               V::put(a, (row - 16 * first + r) * a.y_stride + at, V::mask(end - at), v);

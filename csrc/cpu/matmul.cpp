@@ -1,7 +1,8 @@
 // Matrix products in float32.  Other libraries' products run at half the speed or less on processors of another make than
 // theirs, or depend on the number of threads in the last bits.
 //
-// A is packed in panels of `rows` rows, B in panels of `cols` columns, k contiguous steps each; zeros fill the last ones up.
+// A is packed in panels of `rows` rows, B in panels of `cols` columns, k contiguous steps each (but for `tiles`, see pack_tiles());
+// zeros fill the last ones up.
 // A tile of C, rows x cols, lives in registers while one depth block of both panels passes by:
 //
 //            B panel [k][cols]
@@ -152,11 +153,14 @@ __attribute__((target("amx-tile,amx-bf16"))) void tile_amx(const float* a, const
 }
 #endif
 
-// Products of two bfloat16 are exact in float32, so pairs and tiles give what converted numbers would, but for the order of sums.
+// Products of two bfloat16 are exact in float32, so pairs and tiles give what converted numbers would, but for the order of sums,
+// and denormals, which count as zero.
 Kernel kernel(bool pairs) {
 #ifdef GPTVQ_AMX
-  static const bool tiles = has_tiles(Tiles::bfloat16);
-  if (pairs && tiles) return {2 * kTile, 2 * kTile, tile_amx, Packing::tiles, begin_tiles, end_tiles};
+  if (pairs) {
+    static const bool tiles = has_tiles(Tiles::bfloat16);
+    if (tiles) return {2 * kTile, 2 * kTile, tile_amx, Packing::tiles, begin_tiles, end_tiles};
+  }
 #endif
 #ifdef GPTVQ_BFLOAT16
   if (pairs && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return {8, 48, tile_pairs, Packing::pairs};

@@ -109,20 +109,22 @@ class PreparedLinear:
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         tokens = x.numel() // self.cols
         if tokens >= DENSE_FROM:
-            return self._in_parts(x, activations) if activations != "fp32" and self._tiles_win(x.dtype) else self._dense(x)
+            return self._in_parts(x, tokens) if activations == "a16" and self._tiles_win(x.dtype) else self._dense(x)
         x, y = x.contiguous(), _output(x, self.rows)
         self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _MODES[activations], torch.get_num_threads())
         return y
 
     def _tiles_win(self, dtype: torch.dtype) -> bool:
-        """Measured on a Xeon with AMX: against products of PyTorch in bfloat16, which take tiles too, only where scales change rarely."""
-        return self.tiles and (dtype != torch.bfloat16 or (self.spec.scale_block or min(self.spec.group_cols, self.cols)) >= 128)
+        """Measured on a Xeon with AMX: against products of PyTorch in bfloat16, which take tiles too, only in large layers whose scales
+        change rarely."""
+        return self.tiles and (dtype != torch.bfloat16 or
+                               self.rows >= 1024 and (self.spec.scale_block or min(self.spec.group_cols, self.cols)) >= 128)
 
-    def _in_parts(self, x: Tensor, activations: str) -> Tensor:
-        """So many tokens at a time that the memory for them, which threads keep, stays small."""
-        inputs, y = x.reshape(-1, self.cols).contiguous(), _output(x, self.rows)
-        for part, out in zip(inputs.split(DENSE_FROM), y.view(-1, self.rows).split(DENSE_FROM)):
-            self.kernel.run(part.data_ptr(), _TYPES[x.dtype], len(part), out.data_ptr(), _MODES[activations], torch.get_num_threads())
+    def _in_parts(self, x: Tensor, tokens: int) -> Tensor:
+        """So few tokens at a time that the memory for them, which threads keep, stays small."""
+        inputs, y, parts = x.reshape(-1, self.cols).contiguous(), _output(x, self.rows), -(-tokens // DENSE_FROM)
+        for part, out in zip(inputs.chunk(parts), y.view(-1, self.rows).chunk(parts)):
+            self.kernel.run(part.data_ptr(), _TYPES[x.dtype], len(part), out.data_ptr(), _MODES["a16"], torch.get_num_threads())
         return y
 
     def _dense(self, x: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class PreparedLinear:
         weight = torch.empty(min(step, self.rows), self.cols, dtype=x.dtype)
         if step >= self.rows:
             return F.linear(x, self._unpacked(0, weight), bias)
-        y, x = _output(x, self.rows), x.reshape(-1, self.cols)
+        y, x = _output(x, self.rows), x.reshape(-1, self.cols).contiguous()
         outputs = y.view(-1, self.rows)
         for row in range(0, self.rows, step):
             part = self._unpacked(row, weight[: self.rows - row])

@@ -50,7 +50,7 @@ def test_unpacks_the_weights_bit_for_bit(spec, isa):
             layer.handle.unpack(row, rows, memory[1:].data_ptr(), number, 2)
             assert torch.equal(memory[1:-1], want[row: row + rows])
             assert (memory[0] == CANARY).all() and (memory[-1] == CANARY).all(), "wrote past the rows"
-    for row, rows in ((1, 15), (0, spec.rows - 1 if spec.rows % 16 != 1 else -1), (0, spec.rows + 1), (-16, 16), (16, -16)):
+    for row, rows in ((1, 15), (0, spec.rows - 1 if spec.rows % 16 != 1 else -1), (0, spec.rows + 1), (-16, 16), (16, -16), (16, 2**63 - 16)):
         with pytest.raises(ValueError, match="rows: got"):
             layer.handle.unpack(row, rows, 0, 0, 1)
 

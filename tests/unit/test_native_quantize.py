@@ -80,7 +80,7 @@ def test_products(m, k, n):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens, cols", [(1, 1), (5, 47), (300, 100), (2500, 130)])
+@pytest.mark.parametrize("tokens, cols", [(1, 1), (5, 47), (300, 100), (2049, 33), (2079, 97), (2500, 130)])
 def test_gram_and_cross(tokens, cols, dtype):
     x = torch.randn(tokens, 2 * cols, generator=torch.Generator().manual_seed(cols)).to(dtype)[:, ::2]
     total, want = (torch.full((cols, cols), 0.5, dtype=t) for t in (torch.float32, torch.float64))
