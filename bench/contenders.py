@@ -1,7 +1,6 @@
 """What bench.gemv and bench.decode time against each other: this package's VQLinear, torch, ggml, own INT4, a plain read."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from . import ggml, int4
 from .layers import describe_format
 from .runner import log
 
-RING_BYTES = 192 << 20
+RING_BYTES = 192 << 20         # of copies that one pass goes over when caches are to be cold: enough for last ones of up to 48 MB
 SETTLE = 0.01                   # seconds of rest before each sample: OpenMP threads spin for milliseconds after their work
 TORCH = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
 # format, and whether in the file's order: llama.cpp repacks Q2_K where it can, which is not always faster
@@ -71,12 +70,6 @@ def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
 def inputs(m: int, cols: int) -> Tensor:
     """float32 [m, cols], the same for all."""
     return torch.randn(m, cols, generator=torch.Generator().manual_seed(2))
-
-
-def ring_bytes() -> int:
-    """Bytes of copies that one pass goes over when the caches are to be cold: more than four times the last level."""
-    largest = max((os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE") if name in os.sysconf_names), default=0)
-    return max(RING_BYTES, 4 * largest)
 
 
 class Shape:

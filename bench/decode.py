@@ -26,7 +26,7 @@ from gptvq.stream import BlockStream
 from gptvq.weight import VQWeight
 
 from . import decode_gpu, llamacpp, runner
-from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Contender, Shape, inputs, label, random_weight, ring_bytes, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Contender, Shape, inputs, label, random_weight, with_ggml
 
 PARTS = ("tokens", "linears")
 AS_CALLED = ", as in the model"
@@ -86,7 +86,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     baselines, libraries = with_ggml(list(BASELINES))
     dense, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
     results = runner.Results("decode", argv, args.json, {"model": Path(source).name, "tokens": args.tokens, "repeats": args.repeats,
-                                                         "ring_bytes": ring_bytes(), "ggml": libraries})
+                                                         "ring_bytes": RING_BYTES, "ggml": libraries})
     prompt = encode(tokenizer, PROMPT, chat=False)[0]
     found = blocks_linears(dense, prompt)
     try:
@@ -188,7 +188,7 @@ def as_called(groups: list[list[tuple[int, int]]], parts: dict[tuple[int, int], 
 
 def rounds(nbytes: float) -> int:
     """How many copies of a whole model's linears of `nbytes` bytes are cold in every pass."""
-    return max(1, round(ring_bytes() / nbytes))
+    return max(1, round(RING_BYTES / nbytes))
 
 
 def plain(text: str) -> str:

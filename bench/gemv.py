@@ -14,7 +14,7 @@ from gptvq.errors import BackendUnavailable, ConfigError
 
 from . import device as on
 from . import gemv_gpu, runner
-from .contenders import ACTIVATIONS, BASELINES, READ, SETTLE, Shape, label, ring_bytes, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Shape, label, with_ggml
 
 SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
 WITH_SCALES = ["2d-2.25-s64", "2d-3.125-s64", "4d-3.125-s64", "1d-4.125-s64"]
@@ -27,7 +27,7 @@ EXAMPLE = """examples:
 
   python -m bench.gemv --device cuda --dtype float16 --m 1,8,2048 --json gemv-gpu.json
 
-Cold: passes over a ring of copies, at least 192 MB and four times the last cache.  Hot: one weight again and again.
+Cold: passes over a ring of copies of 192 MB; a last cache that is larger is not cold.  Hot: one weight again and again.
 VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost.
 x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
 as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs.  GPTVQ_CPU=avx2: with the kernels for AVX2.
@@ -84,9 +84,9 @@ def check(args) -> None:
 def measure(args, argv: list[str] | None) -> list[dict]:
     device, before = torch.device("cpu"), torch.get_num_threads()
     args.baselines, libraries = with_ggml(args.baselines)
-    results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": ring_bytes(),
+    results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": RING_BYTES,
                                                        "ggml": libraries, "kernels": os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0]})
-    least = ring_bytes() if "cold" in args.cache else 1
+    least = RING_BYTES if "cold" in args.cache else 1
     try:
         for rows, cols in args.shapes:
             shape = Shape(rows, cols, device, getattr(torch, args.dtype), lambda nbytes: -(-least // nbytes))
