@@ -157,7 +157,7 @@ struct Many<Amx> {
     memset(sums + first * teams.tokens * kSlabs * 16, 0, static_cast<size_t>((tokens_end - first * teams.tokens) * kSlabs * 16) * sizeof(float));
     const int64_t width = Halves ? 16 : 32 * a.span_blocks, tile = Planes * teams.tile_bytes();
     Pending pending;
-    pending.scales = scales[0];
+    pending.scales = scales[0];     // add() reads them even where nothing is pending
     const LinearSpan* span = a.span;
     for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
       const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;

@@ -58,7 +58,7 @@ void unpack_tiles(const LinearArgs& a, int64_t first, int64_t last) {
         look_up<V, C, One>(a, row, strip, b, chunk_end, found);
         for (int64_t pair = b; pair < chunk_end; pair += 2) {
           const int64_t col = 32 * pair, end = 32 * chunk_end < a.y_stride ? 32 * chunk_end : a.y_stride;
-          __m512i w[16];
+          __m512i w[16];        // of an odd last block half is what lay there before, and no column of it is stored
           GPTVQ_UNROLL for (int i = 0; i < 16; ++i) w[i] = V::load(found + (col - 32 * b) * 16 + 64 * i);
           transpose(w);
           if (a.sc)
