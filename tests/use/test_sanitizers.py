@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"      # -O1 takes five times as long to compile
-# The one left out needs an exception that pybind11 catches by a reference to nothing.
+# Left out: one needs an exception that pybind11 catches by a reference to nothing; the other forks while threads allocate, and the
+# locks of GCC 12's sanitizer stay taken in the child then (C libraries open theirs).  Both run without sanitizers in unit/test_threads.py.
 TESTS = [*(f"tests/unit/test_{name}.py" for name in ("linear_kernels", "native", "native_quantize", "packed", "threads")),
-         "--deselect=tests/unit/test_threads.py::test_process_ends_while_threads_work"]
+         *(f"--deselect=tests/unit/test_threads.py::test_{name}" for name in ("process_ends_while_threads_work",
+                                                                            "fork_in_the_middle_of_calls"))]
 
 
 def library(name):
