@@ -141,6 +141,8 @@ void bind_quantize(py::module_& m) {
         py::arg("centroids"), py::arg("threads"));
   m.def("matmul", &product, py::arg("A"), py::arg("B"), py::arg("C"), py::arg("sign"), py::arg("add"), py::arg("upper"),
         py::arg("threads"));
+  m.def("product_instructions", &product_instructions, py::arg("bfloat16"),
+        "the instruction set of matmul, of bfloat16 or float32; that of the other kernels of quantization is the latter");
 }
 
 }  // namespace gptvq

@@ -27,6 +27,7 @@ def diagnose() -> dict[str, str]:
         forced = os.environ.get("GPTVQ_CPU", "")
         found["CPU kernels"] = (f"GPTVQ_CPU={forced} is not among {', '.join(sets)}: packed layers will refuse to run" if forced and
                                 forced not in sets else f"{forced or sets[0]}{_forced('GPTVQ_CPU')}; this processor and build have {', '.join(sets)}")
+        found["CPU quantizing"] = native.quantizing_text()
     else:
         found["CPU kernels"] = f"none: {native.why_not(cpu)}; packed layers are unpacked on every call"
     found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors (torch.set_num_threads or OMP_NUM_THREADS)"

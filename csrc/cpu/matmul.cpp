@@ -62,6 +62,7 @@ enum class Packing { numbers, pairs, tiles };
 constexpr int64_t kTile = 16;
 
 struct Kernel {
+  const char* name;
   int64_t rows, cols;
   void (*tile)(const float*, const float*, float*, int64_t, int64_t, bool);
   Packing packing = Packing::numbers;
@@ -155,20 +156,27 @@ __attribute__((target("amx-tile,amx-bf16"))) void tile_amx(const float* a, const
 
 // Products of two bfloat16 are exact in float32, so pairs and tiles give what converted numbers would, but for the order of sums,
 // and denormals, which count as zero.
-Kernel kernel(bool pairs) {
+Kernel choose(bool pairs) {
+  const Isa best = isa();
 #ifdef GPTVQ_AMX
-  if (pairs) {
-    static const bool tiles = has_tiles(Tiles::bfloat16);
-    if (tiles) return {2 * kTile, 2 * kTile, tile_amx, Packing::tiles, begin_tiles, end_tiles};
-  }
+  if (pairs && best == Isa::avx512 && forced() != "avx512" && has_tiles(Tiles::bfloat16))
+    return {"amx", 2 * kTile, 2 * kTile, tile_amx, Packing::tiles, begin_tiles, end_tiles};
 #endif
 #ifdef GPTVQ_BFLOAT16
-  if (pairs && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return {8, 48, tile_pairs, Packing::pairs};
+  if (pairs && best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return {"avx512bf16", 8, 48, tile_pairs, Packing::pairs};
 #endif
   (void)pairs;
-  if (isa() == Isa::avx512) return {8, 48, tile_8x48};
-  if (isa() == Isa::avx2) return {6, 16, tile_6x16};
-  return {4, 8, tile_4x8};
+  if (best == Isa::avx512) return {"avx512", 8, 48, tile_8x48};
+  if (best == Isa::avx2) return {"avx2", 6, 16, tile_6x16};
+  return {"portable", 4, 8, tile_4x8};
+}
+
+// The system is asked for tiles when they are needed, and once.
+const Kernel& kernel(bool pairs) {
+  static const Kernel plain = choose(false);
+  if (!pairs) return plain;
+  static const Kernel best = choose(true);
+  return best;
 }
 
 GPTVQ_INLINE float value(float v) { return v; }
@@ -254,8 +262,10 @@ void chunk(const Kernel& kernel, const Product& p, const float* left, const floa
 
 }  // namespace
 
+const char* product_instructions(bool bfloat16) { return kernel(bfloat16).name; }
+
 void matmul(const Product& whole, const Matrix& A, const Matrix& B, float* C, int64_t stride, int threads) {
-  const Kernel kernel = gptvq::kernel(A.bfloat16 && B.bfloat16 && whole.sign == 1.f);
+  const Kernel& kernel = gptvq::kernel(A.bfloat16 && B.bfloat16 && whole.sign == 1.f);
   const int64_t row_panels = parts(whole.m, kernel.rows), col_panels = parts(whole.n, kernel.cols);
   const int64_t chunks = parts(whole.m, kChunk), deepest = kernel.depth(std::min(whole.k, kMost));
   const Aligned<float> left(row_panels * kernel.rows * deepest), right(col_panels * kernel.cols * deepest);

@@ -19,4 +19,7 @@ struct Product {
 };
 void matmul(const Product& p, const Matrix& A, const Matrix& B, float* C, std::int64_t stride, int threads);
 
+// The instruction set that products of float32 or of bfloat16 take here.
+const char* product_instructions(bool bfloat16);
+
 }  // namespace gptvq

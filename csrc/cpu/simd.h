@@ -1,6 +1,8 @@
 // Vectors of 16 lanes in GCC's portable form, and functions that are compiled once per instruction set.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <string_view>
 
 #define GPTVQ_INLINE inline __attribute__((always_inline))
 
@@ -22,10 +24,19 @@ namespace gptvq {
 
 enum class Isa { portable, avx2, avx512 };
 
+// What GPTVQ_CPU was when the module was loaded.  Its names are those of the linear kernels, of which quantization goes by these:
+// "avx512" (no matrix tiles), "avx2" and "scalar" (nothing beyond what the compiler assumes); a name this processor lacks means less.
+inline std::string_view forced() {
+  const char* name = std::getenv("GPTVQ_CPU");
+  return name ? name : "";
+}
+
 inline Isa isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+  const std::string_view most = forced();
+  if (most == "scalar") return Isa::portable;
+  if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     return Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif

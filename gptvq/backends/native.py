@@ -82,6 +82,11 @@ def instruction_sets() -> list[str]:
     return _C.instruction_sets()
 
 
+def quantizing_text() -> str:
+    """Which instructions quantization takes here; GPTVQ_CPU lowers them, as it was when the module was loaded."""
+    return f"{_C.product_instructions(False)}, products of bfloat16 inputs by {_C.product_instructions(True)}"
+
+
 def cuda_info() -> dict:
     """{available, device_count, runtime, driver, why}: what CUDA offers to this build here."""
     return _C.cuda_info()
