@@ -159,36 +159,32 @@ struct Many<Amx> {
     Pending pending;
     pending.scales = scales[0];     // add() reads them even where nothing is pending
     const LinearSpan* span = a.span;
-    for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
-      const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
-      for (int64_t chunk_end; b < strip_end; b = chunk_end) {
-        chunk_end = b + kChunk < strip_end ? b + kChunk : strip_end;
-        const int64_t spans = Halves ? 2 * (chunk_end - b) : (chunk_end - b + a.span_blocks - 1) / a.span_blocks;
-        for (int s = 0; s < kSlabs; ++s) {
-          look_up<V, C, One>(a, rows[s], strip, b, chunk_end, weights + s * kSlabBytes);
-          const V::Floats group_scale = V::group_scale<One>(a, rows[s], strip);
-          for (int64_t i = 0; i < spans; ++i)
-            V::put(scales[i] + 16 * s, a.sc ? V::mul(group_scale, scales_of<V>(a, rows[s], span[i])) : group_scale);
-        }
-        // A span's products are added while the next one's are under way.
-        for (int64_t team = first; team < last; ++team) {
-          const int64_t token = team * teams.tokens, left = a.tokens - token;
-          const int8_t* x = a.hi + (team * teams.steps + (32 * b >> teams.step_bits)) * tile;
-          for (int64_t i = 0, at = 0; i < spans; ++i, at += width) {
-            const int64_t cols = 32 * (chunk_end - b) - at;
-            multiply<Planes>(teams, x + (at >> teams.step_bits) * tile, weights + at * 16, teams.steps_of(cols < width ? cols : width));
-            pending.add<Planes>();
-            store<Planes>(pending.found);
-            pending.tokens = left < teams.tokens ? left : teams.tokens;
-            pending.steps = a.step + (span + i - a.span) * a.tokens + token;
-            pending.scales = scales[i];
-            pending.sums = sums + token * kSlabs * 16;
-          }
-        }
-        pending.add<Planes>();
-        span += spans;
+    for_each_chunk(a, [&](int64_t strip, int64_t b, int64_t chunk_end) __attribute__((always_inline)) {
+      const int64_t spans = Halves ? 2 * (chunk_end - b) : (chunk_end - b + a.span_blocks - 1) / a.span_blocks;
+      for (int s = 0; s < kSlabs; ++s) {
+        look_up<V, C, One>(a, rows[s], strip, b, chunk_end, weights + s * kSlabBytes);
+        const V::Floats group_scale = V::group_scale<One>(a, rows[s], strip);
+        for (int64_t i = 0; i < spans; ++i)
+          V::put(scales[i] + 16 * s, a.sc ? V::mul(group_scale, scales_of<V>(a, rows[s], span[i])) : group_scale);
       }
-    }
+      // A span's products are added while the next one's are under way.
+      for (int64_t team = first; team < last; ++team) {
+        const int64_t token = team * teams.tokens, left = a.tokens - token;
+        const int8_t* x = a.hi + (team * teams.steps + (32 * b >> teams.step_bits)) * tile;
+        for (int64_t i = 0, at = 0; i < spans; ++i, at += width) {
+          const int64_t cols = 32 * (chunk_end - b) - at;
+          multiply<Planes>(teams, x + (at >> teams.step_bits) * tile, weights + at * 16, teams.steps_of(cols < width ? cols : width));
+          pending.add<Planes>();
+          store<Planes>(pending.found);
+          pending.tokens = left < teams.tokens ? left : teams.tokens;
+          pending.steps = a.step + (span + i - a.span) * a.tokens + token;
+          pending.scales = scales[i];
+          pending.sums = sums + token * kSlabs * 16;
+        }
+      }
+      pending.add<Planes>();
+      span += spans;
+    });
     for (int64_t t = first * teams.tokens; t < tokens_end; ++t)
       for (int s = 0; s < kSlabs && row + 16 * s < rows_end; ++s) V::store(a, rows[s], t, V::floats(sums + (t * kSlabs + s) * 16));
   }

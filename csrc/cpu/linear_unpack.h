@@ -50,37 +50,33 @@ void unpack_tiles(const LinearArgs& a, int64_t first, int64_t last) {
   const __m512i order = column_order<C::dim>();
   for (int64_t row = 16 * first; row < 16 * last; row += 16) {
     const int64_t rows = a.rows - row < 16 ? a.rows - row : 16;
-    for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
-      const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
+    for_each_chunk(a, [&](int64_t strip, int64_t b, int64_t chunk_end) __attribute__((always_inline)) {
       V::put(group_scale, V::group_scale<One>(a, row, strip));
-      for (int64_t chunk_end; b < strip_end; b = chunk_end) {
-        chunk_end = b + kChunk < strip_end ? b + kChunk : strip_end;
-        look_up<V, C, One>(a, row, strip, b, chunk_end, found);
-        for (int64_t pair = b; pair < chunk_end; pair += 2) {
-          const int64_t col = 32 * pair, end = 32 * chunk_end < a.y_stride ? 32 * chunk_end : a.y_stride;
-          __m512i w[16];        // of an odd last block half is what lay there before, and no column of it is stored
-          GPTVQ_UNROLL for (int i = 0; i < 16; ++i) w[i] = V::load(found + (col - 32 * b) * 16 + 64 * i);
-          transpose(w);
-          if (a.sc)
-            for (int64_t q = 0; q < 4 && col + 16 * q < end; ++q) {
-              const int64_t block = (col + 16 * q) / a.scale_block;
-              const LinearSpan span = {0, 0, 0, static_cast<int32_t>(block / 2 * 16), block % 2 * 4, block * 16};
-              V::put(scales[q], scales_of<V>(a, row, span));
-            }
-          for (int64_t r = 0; r < rows; ++r) {
-            alignas(64) int8_t all[64];
-            _mm512_store_si512(all, _mm512_permutexvar_epi8(order, w[r]));
-            const V::Floats scale = V::full(group_scale[r]);
-            for (int q = 0; q < 4 && col + 16 * q < end; ++q) {
-              const int64_t at = col + 16 * q;
-              V::Floats v = V::mul(V::real(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(all + 16 * q)))), scale);
-              if (a.sc) v = V::mul(v, V::full(scales[q][r]));
-              V::put(a, (row - 16 * first + r) * a.y_stride + at, V::mask(end - at), v);
-            }
+      look_up<V, C, One>(a, row, strip, b, chunk_end, found);
+      for (int64_t pair = b; pair < chunk_end; pair += 2) {
+        const int64_t col = 32 * pair, end = 32 * chunk_end < a.y_stride ? 32 * chunk_end : a.y_stride;
+        __m512i w[16];        // of an odd last block half is what lay there before, and no column of it is stored
+        GPTVQ_UNROLL for (int i = 0; i < 16; ++i) w[i] = V::load(found + (col - 32 * b) * 16 + 64 * i);
+        transpose(w);
+        if (a.sc)
+          for (int64_t q = 0; q < 4 && col + 16 * q < end; ++q) {
+            const int64_t block = (col + 16 * q) / a.scale_block;
+            const LinearSpan span = {0, 0, 0, static_cast<int32_t>(block / 2 * 16), block % 2 * 4, block * 16};
+            V::put(scales[q], scales_of<V>(a, row, span));
+          }
+        for (int64_t r = 0; r < rows; ++r) {
+          alignas(64) int8_t all[64];
+          _mm512_store_si512(all, _mm512_permutexvar_epi8(order, w[r]));
+          const V::Floats scale = V::full(group_scale[r]);
+          for (int q = 0; q < 4 && col + 16 * q < end; ++q) {
+            const int64_t at = col + 16 * q;
+            V::Floats v = V::mul(V::real(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(all + 16 * q)))), scale);
+            if (a.sc) v = V::mul(v, V::full(scales[q][r]));
+            V::put(a, (row - 16 * first + r) * a.y_stride + at, V::mask(end - at), v);
           }
         }
       }
-    }
+    });
   }
 }
 

@@ -35,6 +35,18 @@ void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int
   }
 }
 
+// Calls f(strip, first block, last block) chunk by chunk; none reaches over the end of a strip.
+template <class F>
+GPTVQ_INLINE void for_each_chunk(const LinearArgs& a, const F& f) {
+  for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
+    const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
+    for (int64_t chunk_end; b < strip_end; b = chunk_end) {
+      chunk_end = b + kChunk < strip_end ? b + kChunk : strip_end;
+      f(strip, b, chunk_end);
+    }
+  }
+}
+
 // Adds one span to the sums [Tokens][slabs][rows] of a team: `dots` dots of looked-up weights, whose slabs lie `apart` bytes from
 // each other, against its activations x [dots][Tokens][Planes][4].  The sums must stay in registers: hence no loops but for_each.
 template <class V, int Planes, int Tokens>
@@ -89,28 +101,23 @@ void many_tokens(const LinearArgs& a, int64_t row, int64_t rows_end, float* sums
   for (int s = 0; s < kSlabs; ++s) rows[s] = row + s * V::rows < rows_end ? row + s * V::rows : row;
   memset(sums, 0, static_cast<size_t>(a.tokens * kSlabs * V::rows) * sizeof(float));
   const LinearSpan* span = a.span;
-  for (int64_t strip = 0, b = 0; strip < a.strips; ++strip) {
-    const int64_t strip_end = b + a.strip_blocks < a.blocks ? b + a.strip_blocks : a.blocks;
-    while (b < strip_end) {
-      const int64_t chunk = b, chunk_end = b + kChunk < strip_end ? b + kChunk : strip_end;
-      typename V::Floats group_scale[kSlabs];
-      for (int s = 0; s < kSlabs; ++s) {
-        look_up<V, C, One>(a, rows[s], strip, chunk, chunk_end, weights + s * kApart);
-        group_scale[s] = V::template group_scale<One>(a, rows[s], strip);
-      }
-      while (b < chunk_end) {
-        const int64_t span_end = b + a.span_blocks < chunk_end ? b + a.span_blocks : chunk_end;
-        for (int part = 0; part < (Halves ? 2 : 1); ++part, ++span) {
-          const int64_t col = 32 * b + 16 * part, dots = Halves ? 4 : 8 * (span_end - b);
-          for (int s = 0; s < kSlabs; ++s)
-            V::put(scales + s * V::rows, a.sc ? V::mul(group_scale[s], scales_of<V>(a, rows[s], *span)) : group_scale[s]);
-          add_span_to_all<V, Planes, team_size<V, Planes>>(a, weights + (col - 32 * chunk) * V::rows, kApart, dots, col, span, 0, scales,
-                                                           sums);
-        }
-        b = span_end;
+  for_each_chunk(a, [&](int64_t strip, int64_t chunk, int64_t chunk_end) __attribute__((always_inline)) {
+    typename V::Floats group_scale[kSlabs];
+    for (int s = 0; s < kSlabs; ++s) {
+      look_up<V, C, One>(a, rows[s], strip, chunk, chunk_end, weights + s * kApart);
+      group_scale[s] = V::template group_scale<One>(a, rows[s], strip);
+    }
+    for (int64_t span_end, b = chunk; b < chunk_end; b = span_end) {
+      span_end = b + a.span_blocks < chunk_end ? b + a.span_blocks : chunk_end;
+      for (int part = 0; part < (Halves ? 2 : 1); ++part, ++span) {
+        const int64_t col = 32 * b + 16 * part, dots = Halves ? 4 : 8 * (span_end - b);
+        for (int s = 0; s < kSlabs; ++s)
+          V::put(scales + s * V::rows, a.sc ? V::mul(group_scale[s], scales_of<V>(a, rows[s], *span)) : group_scale[s]);
+        add_span_to_all<V, Planes, team_size<V, Planes>>(a, weights + (col - 32 * chunk) * V::rows, kApart, dots, col, span, 0, scales,
+                                                         sums);
       }
     }
-  }
+  });
   for (int64_t t = 0; t < a.tokens; ++t)
     for (int s = 0; s < kSlabs && row + s * V::rows < rows_end; ++s)
       V::store(a, rows[s], t, V::floats(sums + (t * kSlabs + s) * V::rows));
