@@ -47,6 +47,7 @@ void Spec::check() const {
   if (group_cols % dim) fail("group_cols", group_cols, "a multiple of dim");
   if (scale_block != 0 && scale_block != 16 && scale_block != 32 && scale_block != 64)
     fail("scale_block", scale_block, "0, 16, 32 or 64");
+  if (scale_block != 0 && group_cols < cols && group_cols % scale_block) fail("group_cols", group_cols, "a multiple of scale_block");
 }
 
 }  // namespace gptvq

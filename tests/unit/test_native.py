@@ -151,7 +151,8 @@ def test_module_checks_what_python_should_have_checked():
     with pytest.raises(TypeError):
         _C.pack_codes(raw(codes), raw(idx), fields[:-1])
     for position, bad, message in [(0, 0, "spec.rows: got 0"), (1, -5, "spec.cols: got -5"), (1, 2**40, "spec.cols"), (2, 3, "spec.dim"),
-                                   (3, 5, "spec.index_bits"), (4, 0, "spec.group_rows"), (5, 33, "spec.group_cols"), (6, 8, "spec.scale_block")]:
+                                   (3, 5, "spec.index_bits"), (4, 0, "spec.group_rows"), (5, 33, "spec.group_cols"), (6, 8, "spec.scale_block"),
+                                   (6, 64, "spec.group_cols: got 32, need a multiple of scale_block")]:
         with pytest.raises(ValueError, match=message):
             _C.pack_codes(raw(codes), raw(idx), (*fields[:position], bad, *fields[position + 1 :]))
 
