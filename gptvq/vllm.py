@@ -26,7 +26,7 @@ from .errors import ConfigError, FormatError
 from .linear import VQLinear
 from .shard import shard_buffer, shard_spec
 from .spec import QuantSpec
-from .weight import DTYPES, VQWeight
+from .weight import DTYPES, VQWeight, check_values
 
 _NO_HEADS = "packed output heads and embeddings cannot be served by vLLM yet; quantize without --head, use transformers, or `gptvq export --dense`"
 _ALIGN = 64                 # elements: parts begin at aligned addresses in the parameter that holds them
@@ -155,7 +155,8 @@ class GptvqLinearMethod(LinearMethodBase):
             layer.register_parameter(buffer, parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """A VQLinear, or of a dense part the matrix, over each part's share of the parameters.  FormatError: a tensor never came."""
+        """A VQLinear, or of a dense part the matrix, over each part's share of the parameters.  FormatError: a tensor never came, or
+        its values are damaged."""
         parts, places, loaded = layer.gptvq_state
         runs = []
         for i, part in enumerate(parts):
@@ -165,6 +166,8 @@ class GptvqLinearMethod(LinearMethodBase):
                     raise FormatError(f"{part.name}: tensor {part.name + '.' + buffer!r} is missing; copy the files again, or quantize again")
                 offset, shape = found
                 views[buffer] = getattr(layer, buffer).data[offset:offset + torch.Size(shape).numel()].view(shape)
+            if part.local is not None:
+                check_values(part.local, views, part.name)
             runs.append(views["weight"] if part.local is None else VQLinear.from_weight(VQWeight(part.local, views), name=part.name))
         layer.gptvq_runs = runs                         # a list: not modules of the layer, whose parameters they share
 

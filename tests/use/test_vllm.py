@@ -185,6 +185,10 @@ def test_what_does_not_fit_is_named(vllm, weights, config):
         layer.quant_method.process_weights_after_loading(layer)
     with pytest.raises(FormatError, match="down_proj.idx: got torch.uint8"):
         layer.idx.weight_loader(layer.idx, weights["mlp.up_proj"].buffers["idx"])
+    feed(layer, weights["mlp.down_proj"])
+    layer.gs.data[5] = torch.inf
+    with pytest.raises(FormatError, match="down_proj.gs: holds 1 values that are not finite"):
+        layer.quant_method.process_weights_after_loading(layer)
     with pytest.raises(FormatError, match="part 3"):
         layer.idx.weight_loader(layer.idx, weights["mlp.down_proj"].buffers["idx"], 3)
     ranked(1, 32)
