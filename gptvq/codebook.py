@@ -103,7 +103,7 @@ def stored(cb: Tensor, gs: Tensor, dtype: torch.dtype) -> Tensor:
 def expand(cb_u: Tensor, cb_v: Tensor) -> Tensor:
     """SVD factors s8 [row groups, strips, rank], f16 [rank, K] -> s8 [row groups, strips, K], summed in float32 in rank order."""
     u, v = cb_u.float(), cb_v.float()
-    table = torch.zeros(*u.shape[:2], v.shape[1], device=u.device)
+    table = u.new_zeros(*u.shape[:2], v.shape[1])
     for r in range(len(v)):
         table += u[..., r, None] * v[r]
     return table.round().clamp(-127, 127).to(torch.int8)

@@ -14,18 +14,20 @@ from .weight import DTYPES, VQWeight, bad_values, check_buffers, check_values, d
 
 
 _FEW = 8                            # tokens up to which a call's own cost counts
-_leader: tuple = (None, None)       # the last layer that ran on an input first, and a weak reference to that input
+_leader: tuple = (None, None)       # weak references to the last layer that ran on an input first, and to that input
 
 
 class VQLinear(nn.Module):
     """x [.., in_features] -> [.., out_features] in x's dtype (fp32, fp16 or bf16), by kernels that read the packed weight.
 
-    `activations`: how x enters the kernels; "a16" (the default; error below 1e-4 of the output), "a8" (faster on a CPU, about
-    1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once (but for "a16" where AMX is the faster way),
-    devices without kernels and anything that needs gradients go through F.linear with the dequantized weight.
+    `activations`: how x enters the kernels; "a16" (the default; error of 1e-4 of the output and mostly less), "a8" (faster on a
+    CPU, about 1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once (but for "a16" where AMX is the
+    faster way), devices without kernels and anything that needs gradients go through F.linear with the dequantized weight, and
+    so follow autocast.
 
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
-    `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.
+    `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.  Buffers and bias may be
+    replaced or changed in place, but for ways that PyTorch does not count (`.data`, inference tensors).
     """
 
     activations = "a16"
@@ -40,9 +42,7 @@ class VQLinear(nn.Module):
         for buffer, (shape, kind) in spec.buffer_shapes().items():
             self.register_buffer(buffer, torch.zeros(shape, dtype=DTYPES[kind], device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.rows, device=device, dtype=dtype)) if bias else None)
-        self._tables: tuple | None = None
-        self._kernel = None
-        self._made_from: tuple = ()
+        self._forget()
 
     @classmethod
     def from_weight(cls, vq: VQWeight, bias: Tensor | None = None, name: str = "") -> VQLinear:
@@ -75,35 +75,42 @@ class VQLinear(nn.Module):
         if x.dtype not in ops.FLOATS or not x.ndim or x.shape[-1] != self.in_features:
             ops.check_input(x, self.in_features, self.name or "VQLinear")
         bias, buffers = self._own_bias(), self._buffers
-        if torch.compiler.is_compiling():
-            return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations)
+        if torch.compiler.is_compiling() or ops.watched(x):
+            return self._by_operators(x, bias)
         if x.device != buffers["idx"].device or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
             return F.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-        ready = self._ready
+        kernel, ready = self._prepared(buffers, bias), self._ready
         if ready is not None:
             self.__dict__["_ready"] = None              # nn.Module's own way to set an attribute takes a microsecond
-            if ready[0] is x and ready[1] == x._version:
-                return ready[2]
+            if ready[0] is x and ready[1] == x._version and ready[2] is kernel and ready[3] == self.activations:
+                return ready[4]
         if self.activations not in ops.ACTIVATIONS:
             ops.check_activations(self.activations)
-        kernel = self._prepared(buffers, bias)
         if hasattr(kernel, "together") and x.numel() <= _FEW * self.in_features and not x.is_inference():
             return self._with_followers(kernel, x)
         return kernel(x, self.activations)
+
+    def _by_operators(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """For what records or transforms operators."""
+        if torch.compiler.is_compiling() or not ops.transformed():
+            return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations)
+        weight = ops.dequantize_operator(*self._decode_tables(), self.spec, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def _with_followers(self, kernel, x: Tensor) -> Tensor:
         """y of a few tokens.  Learns which layers are called next on the very same tensor, and computes theirs along with it.
 
         A follower takes its result only for that tensor, unchanged since (inference tensors do not count changes and so are
-        left out); one that leaves a result lying is followed no more.
+        left out; nor does memory that is shared with NumPy), if it is itself unchanged; one that leaves a result lying is followed
+        no more.
         """
         global _leader
         leader, of = _leader
-        if of is not None and of() is x and leader is not self:
-            if self._learnable(leader):
-                leader._followers += (self,)
+        if of is not None and of() is x and (first := leader()) is not None and first is not self:
+            if self._learnable(first):
+                first._followers += (self,)
         else:
-            _leader = self, weakref.ref(x)
+            _leader = weakref.ref(self), weakref.ref(x)
         activations, followers = self.activations, self._followers
         for follower in followers:
             if follower._ready is not None or follower.activations != activations:
@@ -111,10 +118,11 @@ class VQLinear(nn.Module):
                 break
         if not followers:
             return kernel(x, activations)
-        mine, *theirs = kernel.together([f._prepared(f._buffers, f._own_bias()) for f in followers], x, activations)
+        others = [f._kernel or f._prepared(f._buffers, f._own_bias()) for f in followers]
+        mine, *theirs = kernel.together(others, x, activations)
         version = x._version
-        for follower, y in zip(followers, theirs):
-            follower.__dict__["_ready"] = x, version, y
+        for follower, other, y in zip(followers, others, theirs):
+            follower.__dict__["_ready"] = x, version, other, activations, y
         return mine
 
     def _learnable(self, leader: VQLinear) -> bool:
@@ -126,11 +134,16 @@ class VQLinear(nn.Module):
         return parameters["bias"] if "bias" in parameters else self.bias
 
     def _prepared(self, buffers: dict[str, Tensor], bias: Tensor | None):
-        idx, gs, made = buffers["idx"], buffers["gs"], self._made_from
-        if not (made and made[0] is idx and made[1] is gs and made[2] is bias and (made[3] is None or made[3] == gs._version)
-                and (made[4] is None or made[4] == bias._version)):
-            self._kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
-            self._made_from = idx, gs, bias, _version(gs), _version(bias)
+        made = self._made_from
+        if made and made[0] is buffers["idx"] and made[1] is buffers["gs"] and made[2] is bias:
+            for tensor, count in made[3]:
+                if tensor._version != count:
+                    break
+            else:
+                if bias is None or made[4] == bias.data_ptr():
+                    return self._kernel
+        self._kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
+        self._made_from = (buffers["idx"], buffers["gs"], bias, (*self._tables_of[1], *_counts(bias)), None if bias is None else bias.data_ptr())
         return self._kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -157,19 +170,29 @@ class VQLinear(nn.Module):
 
     def _decode_tables(self) -> tuple:
         # Expanded codebooks and scale tables cost more than a small GEMV: kept until the buffers change.
-        tables = self._tables
-        if tables is None or tables[0] is not self.idx:
-            tables = decode_tables(self.spec, {buffer: getattr(self, buffer) for buffer in self.spec.buffer_shapes()})
-            if not torch.compiler.is_compiling():           # a new attribute would compile the graph anew
-                self._tables = tables
-        return tables
+        tables, of, buffers = self._tables, self._tables_of, self._buffers
+        if tables is not None and tables[0] is buffers["idx"] and (torch.compiler.is_compiling() or of[0] is buffers["gs"]
+                                                                   and all(t._version == count for t, count in of[1])):
+            return tables
+        if torch.compiler.is_compiling() or ops.watched(buffers["idx"]):        # a new attribute would compile the graph anew
+            return decode_tables(self.spec, buffers)
+        for buffer in self.spec.buffer_shapes():        # kernels read the buffers themselves, and so see later changes
+            buffers[buffer] = buffers[buffer].contiguous()
+        self._tables = decode_tables(self.spec, buffers)
+        self._tables_of = buffers["gs"], _counts(*(buffers.get(copied) for copied in ("gs", "sz", "cb_u", "cb_v")))
+        return self._tables
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name == "bias" or name in self._buffers:
+            self._forget()
 
     def _forget(self) -> None:
         self._tables = self._kernel = self._ready = None
-        self._made_from = ()
+        self._tables_of = self._made_from = ()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": None, "_kernel": None, "_made_from": (), "_followers": (), "_ready": None}
+        return {**self.__dict__, "_tables": None, "_tables_of": (), "_kernel": None, "_made_from": (), "_followers": (), "_ready": None}
 
     def _apply(self, fn, recurse=True):
         before = {buffer: self._buffers[buffer] for buffer in self.spec.buffer_shapes()}
@@ -187,6 +210,9 @@ class VQLinear(nn.Module):
                 error_msgs.append(f"{prefix}{buffer}: got {got.dtype}, need {DTYPES[kind]}")
             elif got is not None and not got.is_meta and (wrong := bad_values(self.spec, buffer, got)):
                 error_msgs.append(f"{prefix}{buffer}: {wrong}")
+            else:
+                continue
+            state_dict = {**state_dict, prefix + buffer: getattr(self, buffer)}     # what is refused changes nothing
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
 
@@ -199,6 +225,6 @@ def set_activations(model: nn.Module, activations: str) -> None:
             module.activations = activations
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    """Counts changes in place; inference tensors have no counter."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _counts(*tensors: Tensor | None) -> tuple[tuple[Tensor, int], ...]:
+    """Tensors with how often they were changed in place; inference tensors do not count that."""
+    return tuple((t, t._version) for t in tensors if t is not None and not t.is_inference())

@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .backends import cuda, native, reference, triton
 from .config import ACTIVATIONS
@@ -20,6 +21,8 @@ BACKENDS = {"native": native, "cuda": cuda, "triton": triton, "reference": refer
 #: What is tried on a type of device before the reference, best first.
 _PREFERRED = {"cpu": (native,), "cuda": (cuda, triton)}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, nn.Parameter)
+_modes, _tracing, _level = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, torch._C._functorch.maybe_current_level
 
 
 def backend(device: torch.device):
@@ -97,6 +100,22 @@ def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, ta
            spec: QuantSpec, activations: str = "a16") -> Tensor:
     """x [.., cols] -> x W^T + bias [.., rows] in x's dtype, as the operator gptvq::linear, which torch.compile takes as a whole."""
     return torch.ops.gptvq.linear(x, idx, cb, gs, sc, table, bias, list(spec.to_dict().values()), activations)
+
+
+def dequantize_operator(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
+                        dtype: torch.dtype) -> Tensor:
+    """`dequantize` as the operator gptvq::dequantize."""
+    return torch.ops.gptvq.dequantize(idx, cb, gs, sc, table, list(spec.to_dict().values()), dtype)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, whose tensors have no memory or drop what is not an operator."""
+    return _level() is not None or forward_ad._current_level >= 0
+
+
+def watched(x: Tensor) -> bool:
+    """Whether something has to see operators on x: a tracer, a dispatch mode, a transformation, a type of x's own."""
+    return type(x) not in _PLAIN or _modes() > 0 or _tracing() is not None or _level() is not None or forward_ad._current_level >= 0
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
@@ -186,7 +205,7 @@ def _linear_context(ctx, inputs, output):
 
 def _linear_backward(ctx, grad):
     W = torch.ops.gptvq.dequantize(*ctx.saved_tensors, ctx.spec, grad.dtype)
-    to_bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    to_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad @ W, None, None, None, None, None, to_bias, None, None
 
 

@@ -181,7 +181,7 @@ def _all_float32(*tensors: Tensor | None) -> bool:
 def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
     if not _all_float32(x, metric, weight, seeds):
         return reference.fit(x, metric, weight, seeds, rounds)
-    centroids = torch.empty(seeds.shape[1:])
+    centroids = seeds.new_empty(seeds.shape[1:])
     tensors = [t.contiguous() for t in (x, metric, weight, seeds)]
     _call(_C.fit, *tensors, [tuple(r) for r in rounds], centroids, torch.get_num_threads())
     return centroids
@@ -190,7 +190,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
 def matmul(A: Tensor, B: Tensor) -> Tensor:
     if not _all_float32(A, B):
         return reference.matmul(A, B)
-    C = torch.empty(A.shape[0], B.shape[1])
+    C = A.new_empty(A.shape[0], B.shape[1])
     _call(_C.matmul, A, B, C, 1.0, False, False, torch.get_num_threads())
     return C
 
@@ -215,7 +215,7 @@ def column_block(W: Tensor, U: Tensor, roots: Tensor, centroids: Tensor, strip: 
                  group_rows: int, stale: bool = False, signed: bool = False) -> tuple[Tensor, Tensor]:
     if not _all_float32(W, U, roots, centroids, scale):
         return reference.column_block(W, U, roots, centroids, strip, scale, group_rows, stale, signed)
-    index, E = torch.empty(len(W), len(roots), dtype=torch.int16 if signed else torch.uint8), torch.empty(W.shape)
+    index, E = torch.empty(len(W), len(roots), dtype=torch.int16 if signed else torch.uint8), W.new_empty(W.shape)
     tensors = [None if t is None else t.contiguous() for t in (W, U, roots, centroids, strip, scale)]
     _call(_C.column_block, *tensors, group_rows, stale, index, E, torch.get_num_threads())
     return index, E
@@ -225,7 +225,7 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
                   group_rows: int) -> tuple[Tensor, Tensor]:
     if not _all_float32(R, H, centroids, scale):
         return reference.descent_block(R, H, index, centroids, strip, scale, group_rows)
-    index, change = index.clone(memory_format=torch.contiguous_format), torch.empty(R.shape)
+    index, change = index.clone(memory_format=torch.contiguous_format), R.new_empty(R.shape)
     tensors = [None if t is None else t.contiguous() for t in (R, H, centroids, strip, scale)]
     _call(_C.descent_block, *tensors, group_rows, index, change, torch.get_num_threads())
     return index, change
@@ -234,7 +234,7 @@ def descent_block(R: Tensor, H: Tensor, index: Tensor, centroids: Tensor, strip:
 def decode(index: Tensor, centroids: Tensor, strip: Tensor, scale: Tensor | None, group_rows: int) -> Tensor:
     if not _all_float32(centroids, scale):
         return reference.decode(index, centroids, strip, scale, group_rows)
-    Q = torch.empty(len(index), index.shape[1] * centroids.shape[3])
+    Q = centroids.new_empty(len(index), index.shape[1] * centroids.shape[3])
     tensors = [None if t is None else t.contiguous() for t in (index, centroids, strip, scale)]
     _call(_C.decode, *tensors, group_rows, Q, torch.get_num_threads())
     return Q
