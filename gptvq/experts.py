@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+#: Names of mixture-of-experts routers; their few weights decide where tokens go and stay as they are.
+ROUTERS = ("gate", "wg", "router", "shared_expert_gate")
+_MATRIX = 32        # rows and columns that make a matrix; a channel's states, mixing weights and depthwise kernel have fewer
 _SIGNATURES = (["hidden_states", "top_k_index", "top_k_weights"], ["hidden_states", "router_indices", "routing_weights"])
 _MATRICES = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
 
@@ -65,6 +68,19 @@ def is_fused(module: nn.Module) -> bool:
             and all(parameters[name].ndim == 3 for name in (up, "down_proj"))
             and (up == "up_proj" or hasattr(module, "_apply_gate"))
             and list(inspect.signature(type(module).forward).parameters)[1:] in _SIGNATURES)
+
+
+def in_router(name: str) -> bool:
+    """Whether a module of a block, by its name there, is a router or a part of one."""
+    return any(part in ROUTERS for part in name.split("."))
+
+
+def matrices(module: nn.Module) -> int:
+    """Numbers in the module's own parameters that are matrices, or stacks of them, unless it is a linear, embedding or norm."""
+    if isinstance(module, (nn.Linear, nn.Embedding)) or "Norm" in type(module).__name__:
+        return 0
+    own = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+    return sum(p.numel() for p in own if sorted(p.shape)[-2] >= _MATRIX)
 
 
 @torch.no_grad()

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .errors import ConfigError, NumericalError
-from .experts import is_fused, unfuse
+from .experts import in_router, is_fused, matrices, unfuse
 from .hessian import Hessian, borrow
 from .machine import home_of
 
-#: Last name of a mixture-of-experts router; its few weights decide where tokens go and stay as they are.
-ROUTERS = ("gate", "wg", "router", "shared_expert_gate")
 _PROBE_TOKENS = 8
 
 
@@ -157,11 +155,8 @@ def embed(model: nn.Module, blocks: list[Block], tokens: Tensor, new: Callable[[
 
 def linears(root: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """{full name: module} of every nn.Linear and Conv1D (transformers', transposed) below `root`, routers left out."""
-    found = {}
-    for name, module in root.named_modules(prefix=prefix):
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and name.rpartition(".")[2] not in ROUTERS:
-            found[name] = module
-    return found
+    return {name: module for name, module in root.named_modules(prefix=prefix)
+            if (isinstance(module, nn.Linear) or is_conv1d(module)) and not in_router(name.removeprefix(prefix))}
 
 
 def unfuse_experts(model: nn.Module, blocks: list[Block]) -> tuple[list[str], list[str]]:
@@ -173,9 +168,8 @@ def unfuse_experts(model: nn.Module, blocks: list[Block]) -> tuple[list[str], li
             if unfused is not None:
                 model.set_submodule(name, unfused)
                 names.append(name)
-            elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
-                size = sum(p.numel() for p in module.parameters(recurse=False))
-                warnings.append(f"{name}: {size} weights in 3-D parameters of {type(module).__name__}, a form not known, were left dense")
+            elif not is_conv1d(module) and not in_router(name.removeprefix(block.name)) and (size := matrices(module)):
+                warnings.append(f"{name}: {size} weights in parameters of {type(module).__name__}, a form not known, were left dense")
     return names, warnings
 
 

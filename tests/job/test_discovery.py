@@ -9,6 +9,7 @@ from gptvq.config import VQConfig
 from gptvq.experts import is_fused, unfuse
 from gptvq.hessian import Hessian
 from gptvq.model import (
+    Block,
     InputCollector,
     embed,
     find_blocks,
@@ -16,6 +17,7 @@ from gptvq.model import (
     record_calls,
     unfuse_experts,
 )
+from gptvq.parts import largest_list
 
 CPU = torch.device("cpu")
 
@@ -133,6 +135,31 @@ def test_experts_of_another_kind_are_left_alone(ids, monkeypatch):
     report = gptvq.quantize(model, None, preset(), calibration=ids)
     assert len(report.layers) == 8 and isinstance(model.model.layers[0].mlp.experts, kind)
     assert len(report.warnings) == 2 and all("were left dense" in w for w in report.warnings)
+
+
+@pytest.mark.parametrize("prefix, settings, routers, left", [
+    ("Dbrx", dict(d_model=64, n_heads=4, n_layers=1, vocab_size=256, max_seq_len=64, attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+                  ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}),
+     ["ffn.router.layer"], ["ffn.experts.mlp"]),
+    ("JetMoe", dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16, vocab_size=256,
+                    num_local_experts=4, num_experts_per_tok=2), ["mlp.router.layer", "self_attention.experts.router.layer"],
+     ["self_attention.experts.input_linear", "self_attention.experts.output_linear", "mlp.input_linear", "mlp.output_linear"]),
+    ("Mamba", dict(hidden_size=64, num_hidden_layers=1, vocab_size=256, state_size=16), [], []),
+    ("Cohere", dict(hidden_size=1024, num_attention_heads=32, intermediate_size=32, num_hidden_layers=1, vocab_size=256, use_qk_norm=True,
+                    bos_token_id=None, eos_token_id=None, pad_token_id=None), [], []),
+])
+def test_every_weight_is_a_linear_a_router_or_left_with_a_warning(prefix, settings, routers, left):
+    """Experts in stacked 2-D or 3-D matrices warn; depthwise kernels, states and norms of several heads do not."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{prefix}Config")(**settings))
+    name = largest_list(model) + ".0"
+    block = model.get_submodule(name)
+    warnings = unfuse_experts(model, [Block(name, block)])[1]
+    assert sorted(w.partition(": ")[0] for w in warnings) == sorted(f"{name}.{module}" for module in left)
+    missed = {m for m, module in block.named_modules() if isinstance(module, nn.Linear)} - {m for m in linears(block, "")}
+    assert missed == set(routers)
 
 
 def test_idle_experts_are_quantized_and_reported(ids):
