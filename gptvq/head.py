@@ -19,7 +19,7 @@ from . import ops, ranks
 from .config import Recipe, VQConfig
 from .drift import Stage, collect
 from .embedding import put_embedding, put_head, scale_of
-from .errors import ConfigError, NumericalError
+from .errors import ConfigError
 from .hessian import Hessian
 from .job import Run
 from .linear import VQLinear
@@ -75,7 +75,7 @@ class Head(Block):
 
 
 def find_head(stream: BlockStream) -> Head:
-    """Raises ConfigError for a model whose head cannot be packed, NumericalError for one with non-finite weights."""
+    """Raises ConfigError for a model whose head cannot be packed."""
     model, names = stream.model, {id(module): name for name, module in stream.model.named_modules()}
     head, embedding = (getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("output", "input"))
     if type(head) is not nn.Linear:
@@ -87,9 +87,6 @@ def find_head(stream: BlockStream) -> Head:
                           "scale them; leave it dense (head=\"\", no --head)")
     packable = embedding is not None and (tied or isinstance(embedding, nn.Embedding) and _is_lookup(embedding))
     for each in (head, embedding) if packable else (head,):
-        if bad := int((~torch.isfinite(each.weight)).sum()):
-            raise NumericalError(f"{names[id(each)]}: the weight holds {bad} non-finite values; the source checkpoint is damaged or its "
-                                 "dtype overflowed")
         stream.weight_bytes[names[id(each)]] = each.weight.numel() * each.weight.element_size()
     # A head is many times as large as any other linear; in parts like those it takes no more memory than they do.
     most = max([_LEAST_PART, *(rows * cols for rows, cols in stream.shapes.values())])

@@ -33,6 +33,7 @@ from .weight import VQWeight
 _COMMITTED = 4      # lists of hidden states in the journal at one time: both streams, before and behind a block
 _STREAMS = 7        # of both streams, before a block and the dense one behind it, and of what is compared within it, or kept once it has been
 _IN_FILES = 8       # .. where all of them are in files: both streams, before and behind a block, and what is compared or kept
+_CHUNK = 1 << 24    # numbers that are looked at at once: what that takes is small beside an embedding
 
 
 class BlockStream:
@@ -72,10 +73,10 @@ class BlockStream:
                 self._examine(block)
         with self._loading():
             record_calls(self.model, self.blocks, tokens, device)
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, tensor in unique_tensors(self.model).items():
             if name not in self._hashes and not tensor.is_meta:
-                self._hashes[name] = digest(tensor)
-                self.nbytes += tensor.numel() * tensor.element_size()
+                self._note(name, tensor, name in parameters)
 
     @property
     def weights_sha256(self) -> dict[str, str]:
@@ -83,11 +84,12 @@ class BlockStream:
         return dict(sorted(self._hashes.items()))
 
     def require_finite(self, names) -> None:
-        """Raises NumericalError unless the weights of these linears are finite."""
-        for name in names:
+        """Raises NumericalError unless all parameters of the model are finite; names the weights of these linears first."""
+        for name in (*(f"{linear}.weight" for linear in names), *self._non_finite):
             if self._non_finite.get(name):
-                raise NumericalError(f"{name}: the weight holds {self._non_finite[name]} non-finite values; the source checkpoint is "
-                                     "damaged or its dtype overflowed")
+                module, _, leaf = name.rpartition(".")
+                raise NumericalError(f"{module or name}: the {leaf} holds {self._non_finite[name]} non-finite values; the source "
+                                     "checkpoint is damaged or its dtype overflowed")
 
     def load(self, block: Block) -> dict[str, nn.Module]:
         """Reads the weights of a block, unless they are in memory -> {full name: linear}."""
@@ -193,10 +195,16 @@ class BlockStream:
         for name, linear in found.items():
             self.shapes[name] = tuple(dense_weight(linear).shape)
             self.weight_bytes[name] = linear.weight.numel() * linear.weight.element_size()
-            self._non_finite[name] = int((~torch.isfinite(linear.weight)).sum())
+        parameters = {name for name, _ in block.module.named_parameters(block.name, remove_duplicate=False)}
         for name, tensor in block.module.state_dict(prefix=block.name + ".").items():
-            self._hashes[name] = digest(tensor)
-            self.nbytes += tensor.numel() * tensor.element_size()
+            self._note(name, tensor, name in parameters)
+
+    def _note(self, name: str, tensor: Tensor, parameter: bool) -> None:
+        """Hashes a tensor; counts its bytes and, of a parameter, the values that are not finite: buffers may hold masks of -inf."""
+        self._hashes[name] = digest(tensor)
+        self.nbytes += tensor.numel() * tensor.element_size()
+        if parameter and tensor.is_floating_point():
+            self._non_finite[name] = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(_CHUNK))
 
 
 def open_stream(source, dtype, tokenizer, whole: bool = False) -> BlockStream:

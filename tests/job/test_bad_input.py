@@ -15,6 +15,7 @@ from gptvq import (
     NumericalError,
     ResumeMismatch,
     checkpoint,
+    stream,
 )
 from gptvq.report import Progress
 
@@ -94,17 +95,30 @@ def test_calibration(ids):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_weights_name_the_layer(bad, tmp_path, ids):
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj", "model.layers.0.input_layernorm", "model.embed_tokens", "model.norm",
+                                   "lm_head"])
+@pytest.mark.parametrize("in_files", [False, True])
+def test_non_finite_weights_name_the_layer(bad, where, in_files, tmp_path, ids, monkeypatch):
+    """Whatever is packed or not, and whether or not a calibration token meets it: before any work."""
     model = build()
-    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
-    refused("model.layers.1.mlp.up_proj: the weight holds 1 non-finite", model, tmp_path / "out", calibration=ids, error=NumericalError)
+    model.get_submodule(where).weight.data.view(-1)[3::7][:2] = bad
+    if in_files:
+        model.save_pretrained(tmp_path / "dense")
+        model = tmp_path / "dense"
+    monkeypatch.setattr(stream, "_CHUNK", 50)
+    config = preset(rules=(("*.up_proj", None),))
+    refused(f"{where}: the weight holds 2 non-finite", model, tmp_path / "out", calibration=ids, config=config, error=NumericalError)
     assert not (tmp_path / "out").exists()
 
 
-def test_non_finite_activations_name_the_block(ids):
+def test_masks_of_minus_infinity_are_no_damage(ids):
     model = build()
-    model.model.layers[1].input_layernorm.weight.data[7] = float("nan")
-    refused(r"model\.layers\.1", model, calibration=ids, config=preset(), error=NumericalError)
+    model.register_buffer("mask", torch.full((4, 4), float("-inf")))
+    model.model.layers[0].register_buffer("mask", torch.full((4, 4), float("-inf")))
+    assert len(gptvq.quantize(model, None, preset(), calibration=ids).layers) == 14
+
+
+def test_non_finite_activations_name_the_block(ids):
     model, broken = build(), int(ids[3].max())
     model.model.layers[0].register_forward_hook(                                # the embedding's rows are told apart by their values
         lambda m, args, out, row=model.model.embed_tokens.weight.data[broken].clone(): out.masked_fill_(
@@ -113,7 +127,7 @@ def test_non_finite_activations_name_the_block(ids):
     refused(rf"model\.layers\.0: its output holds \d+ non-finite activations in calibration sample {first};", model, calibration=ids,
             config=preset(), error=NumericalError)
     model = build()
-    model.model.embed_tokens.weight.data[int(ids[0, 9]), 0] = float("inf")
+    model.model.embed_tokens.register_forward_hook(lambda m, args, out: out.masked_fill((args[0] == ids[0, 9])[..., None], float("inf")))
     refused("embeddings: non-finite activations", model, calibration=ids, error=NumericalError)
 
 

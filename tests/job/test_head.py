@@ -214,7 +214,7 @@ class Normed(nn.Embedding):
 @pytest.mark.parametrize("change, error, says", [
     (lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head)), ConfigError, "has a Sequential as its output head, need an nn.Linear"),
     (lambda m: setattr(m, "get_output_embeddings", lambda: None), ConfigError, "has no output head"),
-    (lambda m: m.lm_head.weight.data[3].fill_(torch.inf), NumericalError, "lm_head: the weight holds 64 non-finite"),
+    (lambda m: m.lm_head.weight.data[3].fill_(torch.inf), NumericalError, "model.embed_tokens: the weight holds 64 non-finite"),
     (lambda m: setattr(m.get_input_embeddings(), "__class__", Normed), ConfigError, "model.embed_tokens, whose Normed does more"),
 ], ids=["other head", "none", "not finite", "other embedding"])
 def test_what_cannot_be_packed_is_named_before_any_work(change, error, says, ids):
