@@ -32,7 +32,8 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
     from .hf import open_dense, open_model, pick_device
 
     device = pick_device(device)
-    checkpoint.prepare(out, overwrite, folder)              # proven before any work
+    for source in (folder, dense):                          # proven before any work
+        checkpoint.prepare(out, overwrite, source)
     model, tokenizer = open_model(folder, device)
     tokens = calibration_tokens(calibration, tokenizer, samples, sequence_length, seed=0)
     losses = tune(model, open_dense(dense)[0].to(device), tokens, batch=batch, rate=rate, progress=progress)

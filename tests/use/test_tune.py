@@ -153,8 +153,12 @@ def test_from_folder_to_folder(my_model, tmp_path, capsys):
     assert gptvq.verify(tmp_path / "tuned").layers == len(after.layers) and after.bits_per_value == before.bits_per_value
     assert any("tuned in 2 steps" in text for text in after.warnings)
     assert sum(a.sha256 != b.sha256 for a, b in zip(before.layers, after.layers)) > len(after.layers) / 2       # int8 may swallow a small step
-    assert cli.main(["tune", str(tmp_path / "packed"), str(tmp_path / "packed"), *learn]) == 1
-    assert "model's own folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(my_model)
+    model = (my_model / "model.safetensors").read_bytes()
+    for out in (tmp_path / "packed", my_model, tmp_path / "link"):
+        assert cli.main(["tune", str(tmp_path / "packed"), str(out), *learn, "--overwrite"]) == 1
+        assert "model's own folder" in capsys.readouterr().err
+    assert (my_model / "model.safetensors").read_bytes() == model
 
 
 def test_block_by_block_from_the_command_line(my_model, tmp_path, capsys):
