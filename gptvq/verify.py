@@ -143,9 +143,15 @@ def _check_index(path: Path, index: dict, files: list[Path], entries: dict[str, 
 
 
 def count_blocks(config: dict, entries: dict[str, Entry], where: str) -> None:
-    """Raises FormatError where config.json speaks of more blocks or experts than the files can hold: they would be built one by one."""
+    """Raises FormatError where config.json speaks of more blocks or experts than the files can hold: they would be built one by one.
+
+    Some configurations of dense models speak of experts too, which the model then does not build.
+    """
+    sparse = any("expert" in name for name in entries)
     largest = max((max(entry.shape, default=0) for entry in entries.values() if len(entry.shape) == 3), default=0)
     for part in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):
         for key, value in part.items():
-            if type(value) is int and _COUNTS.fullmatch(key) and value > len(entries) + (largest if "expert" in key else 0):
+            if type(value) is not int or not _COUNTS.fullmatch(key) or "expert" in key and not sparse:
+                continue
+            if value > len(entries) + (largest if "expert" in key else 0):
                 raise FormatError(f"{where}: {key}: got {value}, the files hold {len(entries)} tensors; the file is damaged")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from job.tiny_models import SMALL, build, preset
 
 import gptvq
 from bench.damage import join, split
@@ -155,6 +157,19 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     with pytest.raises(FormatError, match="cannot load it"):
         gptvq.load(copy, device="cpu")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_counts_of_experts_concern_models_that_have_some(tmp_path, ids):
+    """A dense Doge speaks of 16384 experts; in a mixture of experts a count beyond all tensors is damage."""
+    dense = transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**SMALL))
+    gptvq.quantize(dense, tmp_path / "dense", preset(), calibration=ids)
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["num_experts"] == 16384
+    assert gptvq.verify(tmp_path / "dense").layers == 16 and gptvq.load(tmp_path / "dense", device="cpu") is not None
+    gptvq.quantize(build("mixtral"), tmp_path / "sparse", preset(), calibration=ids)
+    config = json.loads((tmp_path / "sparse" / "config.json").read_text())
+    (tmp_path / "sparse" / "config.json").write_text(json.dumps({**config, "num_local_experts": 10**9}))
+    with pytest.raises(FormatError, match="num_local_experts: got 1000000000, the files hold"):
+        gptvq.verify(tmp_path / "sparse")
 
 
 def test_state_dicts_with_values_that_are_none():
