@@ -80,9 +80,7 @@ def open_skeleton(folder: Path, dtype: str) -> tuple[nn.Module, str, list[nn.Mod
     for index, block in enumerate(reader.blocks):
         members[index] = block.eval()
     del model.hf_quantizer, model.config.quantization_config
-    for holder, name in ((model, "quantization_method"), (model.config, "_is_quantized")):
-        if name in holder.__dict__:
-            delattr(holder, name)
+    model.__dict__.pop("quantization_method", None)
     model.is_quantized = False
     return model.eval(), reader.list_name, list(reader.blocks)
 
@@ -107,6 +105,9 @@ def _read(folder: Path, dtype: str, block: str | None) -> nn.Module:
     if found["missing_keys"]:
         raise ConfigError(f"{folder}: the tensor {min(found['missing_keys'])!r} is in none of its files ({len(found['missing_keys'])} "
                           "are missing); copy the model again")
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):      # some compute in another way where they find it
+            part.config.__dict__.pop("_is_quantized", None)
     return model
 
 

@@ -61,6 +61,22 @@ def test_streamed_gives_the_bytes_of_the_module(name, tmp_path, ids):
     assert torch.equal(logits(streamed.model, ids[:2]), want) and torch.equal(logits(memory.model, ids[:2]), want)
 
 
+@pytest.mark.parametrize("prefix, settings", [
+    ("FalconMamba", dict(hidden_size=64, num_hidden_layers=2, vocab_size=256, state_size=8, initializer_range=0.1)),
+])
+def test_code_of_their_own_gives_the_bytes_of_the_module(prefix, settings, tmp_path, ids):
+    """FalconMamba computes in another way where its configuration says that it is quantized."""
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{prefix}Config")(**settings)).eval()
+    model.save_pretrained(tmp_path / "dense")
+    streamed = gptvq.quantize(tmp_path / "dense", tmp_path / "streamed", preset(), calibration=ids)
+    module = gptvq.quantize(model, tmp_path / "module", preset(), calibration=ids)
+    assert streamed.warnings == module.warnings
+    for file in FILES:
+        assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "module" / file).read_bytes(), file
+    assert torch.equal(logits(gptvq.load(tmp_path / "streamed", device="cpu"), ids), logits(streamed.model, ids))
+
+
 def test_one_block_is_in_memory_at_a_time(dense, tmp_path, ids, monkeypatch):
     load, most = stream.BlockStream.load, []
 
