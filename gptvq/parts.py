@@ -6,6 +6,7 @@ a quantizer of our own, which sees the model on the meta device before anything 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import transformers
@@ -23,6 +24,10 @@ from .errors import ConfigError
 from .hf import from_pretrained, read_dtype
 
 METHOD = "gptvq-parts"
+
+
+class Absent(nn.Identity):
+    """Stands for a part that is not wanted."""
 
 
 class PartConfig(QuantizationConfigMixin):
@@ -44,7 +49,7 @@ class PartReader(HfQuantizer):
             members = model.get_submodule(self.list_name)
             self.blocks = list(members)
             for index in range(len(members)):
-                members[index] = nn.Identity()
+                members[index] = Absent()
         else:
             model.all_tied_weights_keys = {}
             _keep(model, self.quantization_config.block.split("."))
@@ -72,9 +77,18 @@ def streamable(source: str | os.PathLike) -> Path | None:
     return None if "quantization_config" in settings else folder
 
 
-def open_skeleton(folder: Path, dtype: str) -> tuple[nn.Module, str, list[nn.Module]]:
-    """(model in eval mode, name of its list of blocks, the blocks): the blocks on the meta device, all else read."""
-    model = _read(folder, dtype, None)
+def open_skeleton(folder: Path, dtype: str) -> tuple[nn.Module, str, list[nn.Module]] | None:
+    """(model in eval mode, name of its list of blocks, the blocks): the blocks on the meta device, all else read.
+
+    None, with a warning, for a model whose own code reaches into its blocks while it is read.
+    """
+    try:
+        model = _read(folder, dtype, None)
+    except ConfigError as error:
+        if f"{Absent.__name__!r} object" not in str(error):
+            raise
+        warnings.warn(f"{folder}: its code does not let it be read in parts; it is in memory as a whole, all blocks at once", stacklevel=2)
+        return None
     reader = model.hf_quantizer
     members = model.get_submodule(reader.list_name)
     for index, block in enumerate(reader.blocks):
@@ -115,7 +129,7 @@ def _keep(module: nn.Module, path: list[str]) -> None:
     """Takes away all children that are not on the way to `path`."""
     for name in list(module._modules):
         if name != path[0]:
-            module._modules[name] = nn.Identity()
+            module._modules[name] = Absent()
     if len(path) > 1:
         _keep(module._modules[path[0]], path[1:])
 

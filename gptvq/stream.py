@@ -39,7 +39,7 @@ _CHUNK = 1 << 24    # numbers that are looked at at once: what that takes is sma
 class BlockStream:
     """The blocks of `model`, whose weights are loaded when a block's turn comes and released after it.
 
-    A module handed in by the caller, and a GGUF file, are in memory as a whole; there `load` and `release` do nothing.
+    Modules handed in, GGUF files and what cannot be read in parts are in memory as a whole; `load` and `release` do nothing.
     `survey` fills in the rest: `blocks` with the arguments of their calls, {linear: (rows, cols)}, bytes, and hashes.
     """
 
@@ -215,10 +215,10 @@ def open_stream(source, dtype, tokenizer, whole: bool = False) -> BlockStream:
 
     hf.read_dtype(dtype)
     folder = None if whole else parts.streamable(source)
-    if folder is None:
+    if folder is None or (found := parts.open_skeleton(folder, dtype)) is None:
         model, own, name = hf.open_dense(source, dtype)
         return BlockStream(model, own if tokenizer is None else tokenizer, name)
-    model, list_name, members = parts.open_skeleton(folder, dtype)
+    model, list_name, members = found
     name = Path(source).resolve().name if Path(source).exists() else str(source)
     return BlockStream(model, hf.read_tokenizer(folder) if tokenizer is None else tokenizer, name,
                        [Block(f"{list_name}.{index}", module) for index, module in enumerate(members)],

@@ -77,6 +77,23 @@ def test_code_of_their_own_gives_the_bytes_of_the_module(prefix, settings, tmp_p
     assert torch.equal(logits(gptvq.load(tmp_path / "streamed", device="cpu"), ids), logits(streamed.model, ids))
 
 
+def test_code_that_reaches_into_blocks_is_read_as_a_whole(tmp_path, ids):
+    """FalconH1 fills tables of its blocks once its weights are read, which takes all blocks."""
+    settings = {**SMALL, "head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.FalconH1Config(**settings)).eval()
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match="in memory as a whole"):
+        whole = gptvq.quantize(tmp_path / "dense", tmp_path / "whole", preset(), calibration=ids)
+    gptvq.quantize(model, tmp_path / "module", preset(), calibration=ids)
+    for file in FILES:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "module" / file).read_bytes(), file
+    assert torch.equal(logits(gptvq.load(tmp_path / "whole", device="cpu"), ids), logits(whole.model, ids))
+    (tmp_path / "dense" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="cannot load it"):
+        gptvq.quantize(tmp_path / "dense", None, preset(), calibration=ids)
+
+
 def test_one_block_is_in_memory_at_a_time(dense, tmp_path, ids, monkeypatch):
     load, most = stream.BlockStream.load, []
 
