@@ -24,7 +24,10 @@ CONFIG, WHOLE, INDEX, REPORT = "config.json", "model.safetensors", "model.safete
 TIMES = "times.json"
 SHARD_BYTES = 5 * 10**9
 ANY_FLOAT = "a float"
+#: In the metadata of tensor files that transformers writes, for which there are neither hashes nor a report.
+RESAVED = {"written_by": "save_pretrained"}
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+_VARIANT = re.compile(r"model\.([^.]+?)(-\d{5}-of-\d{5})?\.safetensors")
 #: What a quantization_config holds beside quant_method, layout_version and layers.
 SETTINGS = {"version": (str,), "config": (dict, type(None)), "bits_per_value": (int, float), "calibration": (dict, type(None)),
              "experts": (list, type(None)), "tied": (dict, type(None))}
@@ -190,7 +193,10 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
 
 
 def read_index(folder: Path) -> dict | None:
-    """The index of a checkpoint folder, None without one; raises FormatError for names of files that leave the folder."""
+    """The index of a checkpoint folder, None without one or where it is out of date; raises FormatError for names of files that leave the folder.
+
+    `save_pretrained` leaves it where it was when it writes a single file, and transformers reads that file.
+    """
     if not (folder / INDEX).exists():
         return None
     index = read_json(folder / INDEX)
@@ -201,7 +207,16 @@ def read_index(folder: Path) -> dict | None:
         if not _SHARD.fullmatch(name):
             raise FormatError(f"{folder / INDEX}: weight_map names {shorten(name, 200)}, need the plain name of a .safetensors file "
                               "beside it")
-    return index
+    return None if _out_of_date(folder, set(names.values())) else index
+
+
+def _out_of_date(folder: Path, named: set[str]) -> bool:
+    """Whether there is a whole file, and an index of `named` files from before it was written."""
+    if not (folder / WHOLE).exists():
+        return False
+    if WHOLE in named:
+        return RESAVED.items() <= tensorfile.read_metadata(folder / WHOLE).items()      # then no index was written with it
+    return not any((folder / name).exists() for name in named)
 
 
 def indexed_files(folder: Path, index: dict | None) -> list[Path]:
@@ -212,6 +227,11 @@ def indexed_files(folder: Path, index: dict | None) -> list[Path]:
 def tensor_files(folder: Path) -> list[Path]:
     """The tensor files of a checkpoint folder; raises FormatError as `read_index`."""
     return indexed_files(folder, read_index(folder))
+
+
+def are_variant(files: list[Path]) -> bool:
+    """Whether these are the files of from_pretrained(variant=...), which have an index of their own."""
+    return all(_VARIANT.fullmatch(file.name) and ".." not in file.parts for file in files)
 
 
 def read_headers(files: list[Path]) -> dict[str, Entry]:

@@ -160,12 +160,18 @@ def generate(args):
 
 
 def inspect(args):
+    from . import checkpoint
     from .report import Report, clock, layer_table, size
     from .verify import read_structure
+    folder = Path(args.folder)
+    if checkpoint.is_packed(folder) and not (folder / checkpoint.REPORT).exists():
+        read_structure(folder)
+        raise ConfigError(f"{folder}: has no {checkpoint.REPORT}, as save_pretrained writes none; inspect the folder that `gptvq quantize` "
+                          "wrote, or check this one by `gptvq verify`")
     report = Report.load(args.folder)
     if not os.path.exists(os.path.join(args.folder, "config.json")):
         raise ConfigError(f"{args.folder}: no config.json, so this checkpoint was never finished; quantize again with --overwrite")
-    read_structure(Path(args.folder))
+    read_structure(folder)
     if args.html is not None:
         cli_use.write_page(args.folder, args.html)
         return

@@ -78,8 +78,9 @@ class GptvqQuantizer(HfQuantizer):
         specs = self.quantization_config.specs()
         files = [Path(file) for file in checkpoint_files or ()]
         entries = checkpoint.read_headers(files)
-        if files and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent)):
-            raise FormatError(f"{files[0].parent}: the tensor files are not those that {checkpoint.INDEX} names; copy the checkpoint again")
+        if files and not checkpoint.are_variant(files) and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent)):
+            raise FormatError(f"{files[0].parent}: transformers reads {files[0].name}, {checkpoint.INDEX} names other files; remove those that "
+                              "are out of date, or copy the checkpoint again")
         prefix = model.base_model_prefix + "."
         modules = dict(model.named_modules())
         strip = not any(name in modules for name in specs) and not any(name.startswith(prefix) for name in modules)
@@ -133,6 +134,9 @@ class GptvqQuantizer(HfQuantizer):
             self.quantization_config, self.pre_quantized = PackedGptvqConfig(**self._dense.quantize()), True
             self._put_in_place(self._dense.model, self._dense.files)
         return []                           # packed checkpoints are stored under the names of the modules
+
+    def get_state_dict_and_metadata(self, model):
+        return None, dict(checkpoint.RESAVED)           # transformers may leave an index of the folder's former files
 
     def is_serializable(self):
         return True

@@ -87,8 +87,28 @@ def read_json(path: Path, largest: int = LEAST_JSON) -> dict:
     return _object(data, str(path))
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; raises FormatError where its header cannot be read."""
+    return _header(path)[1]
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """{tensor: entry} of one safetensors file, in the order of its bytes; raises FormatError unless everything about it fits."""
+    values, _, end, size = _header(path)
+    entries = {name: _entry(path, name, value, size - end, end) for name, value in values.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
+    for name, entry in entries.items():
+        if entry.begin != end:
+            raise FormatError(f"{path}: tensor {shorten(name, 200)} starts at byte {entry.begin}, the one before ends at {end}; "
+                              "they may neither overlap nor leave a hole. Copy the file again")
+        end += entry.nbytes
+    if end != size:
+        raise FormatError(f"{path}: not a readable safetensors file: its tensors end at byte {end}, the file at {size}; copy it again")
+    return entries
+
+
+def _header(path: Path) -> tuple[dict, dict[str, str], int, int]:
+    """(tensors as the header has them, its metadata, where the header ends, bytes of the file)."""
     where, size = f"{path}: not a readable safetensors file", file_size(path)
     if size < 8:
         raise FormatError(f"{where}: got {size} bytes, need 8 for the header's length; copy it again")
@@ -108,17 +128,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{where}: __metadata__ must be an object of strings; copy it again")
-    entries = {name: _entry(path, name, value, size - 8 - length, 8 + length) for name, value in values.items()}
-    end = 8 + length
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
-    for name, entry in entries.items():
-        if entry.begin != end:
-            raise FormatError(f"{path}: tensor {shorten(name, 200)} starts at byte {entry.begin}, the one before ends at {end}; "
-                              "they may neither overlap nor leave a hole. Copy the file again")
-        end += entry.nbytes
-    if end != size:
-        raise FormatError(f"{where}: its tensors end at byte {end}, the file at {size}; copy it again")
-    return entries
+    return values, metadata, 8 + length, size
 
 
 def _entry(path: Path, name: str, value, room: int, start: int) -> Entry:

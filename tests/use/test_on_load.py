@@ -1,4 +1,5 @@
 """from_pretrained with a GptvqConfig quantizes; device maps and wrong uses of both end in errors that name the culprit."""
+import shutil
 import sys
 import tempfile
 
@@ -12,7 +13,7 @@ from transformers import (
 )
 
 import gptvq
-from gptvq import ConfigError, FormatError, GptvqConfig, VQLinear
+from gptvq import ConfigError, FormatError, GptvqConfig, VQLinear, cli
 
 IDS = torch.arange(64).view(2, 32) * 7 % 256
 
@@ -155,3 +156,35 @@ def test_device_maps_that_cannot_be(packed, dense, scratch, device_map, says):
 def test_memory_that_is_too_small_for_the_map(packed, tmp_path):
     with pytest.raises(ConfigError, match="goes to 'disk', .*raise max_memory"):
         AutoModelForCausalLM.from_pretrained(packed, device_map="auto", max_memory={"cpu": 30_000}, offload_folder=tmp_path)
+
+
+def test_saved_again_where_something_was(packed, tmp_path, capsys):
+    """transformers leaves the index of the files it replaces."""
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    for limit in ("60KB", "5GB"):
+        model.save_pretrained(tmp_path / "twice", max_shard_size=limit)
+        assert gptvq.verify(tmp_path / "twice").layers == 14
+    shutil.copytree(packed, tmp_path / "same")
+    model.save_pretrained(tmp_path / "same")
+    for folder in (tmp_path / "twice", tmp_path / "same"):
+        assert "files" not in gptvq.verify(folder).hashed and (folder / "model.safetensors.index.json").exists()
+        same_state(gptvq.load(folder, "cpu"), model)
+    assert cli.main(["inspect", str(tmp_path / "twice")]) == 1 and "save_pretrained writes none" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "same", max_shard_size="60KB")
+    with pytest.raises(FormatError, match=r"reads model\.safetensors, .* names other files"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "same")
+
+
+@pytest.mark.parametrize("limit", ["60KB", "5GB"])
+def test_variants(packed, tmp_path, limit):
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path, variant="fp", max_shard_size=limit)
+    same_state(AutoModelForCausalLM.from_pretrained(tmp_path, variant="fp"), model)
+
+
+def test_hashes_hold_for_what_quantize_wrote(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(FormatError, match="sha256"):
+        gptvq.verify(tmp_path / "out")
