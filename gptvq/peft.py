@@ -10,6 +10,7 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .embedding import VQEmbedding
 from .errors import ConfigError
 from .linear import VQLinear
 
@@ -46,9 +47,13 @@ class LoraVQLinear(nn.Module, LoraLayer):
             y = y + (self.scaling[name] * B(A(self.lora_dropout[name](inside)))).to(y.dtype)
         return y
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """scaling B A [out, in] in the adapter's dtype, computed in float32: what add_weighted_adapter decomposes."""
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return (B.float() @ A.float() * self.scaling[adapter]).to(B.dtype)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ConfigError("a packed weight has a fixed set of values, so that no adapter can be merged into it; keep the adapter beside it "
-                          "(save_pretrained), join several by add_weighted_adapter, or merge into the dense model (gptvq export --dense)")
+        _refuse_merging()
 
     def unmerge(self) -> None:
         raise ConfigError("nothing was merged: adapters stay beside packed weights")
@@ -69,6 +74,9 @@ def packed_linears(model: nn.Module) -> list[str]:
 def _with_packed(create):
     def create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, VQEmbedding):
+            raise ConfigError(f"target_modules: {base.name or 'the embedding'} is a packed embedding, which takes no adapter; leave it out, "
+                              "or quantize without a format for the head")
         if isinstance(base, VQLinear):
             return LoraVQLinear(target, adapter_name, config=lora_config, **kwargs)
         return create(lora_config, adapter_name, target, **kwargs)
@@ -76,4 +84,19 @@ def _with_packed(create):
     return create_new_module
 
 
+def _refuse_merging() -> None:
+    raise ConfigError("a packed weight has a fixed set of values, so that no adapter can be merged into it; keep the adapter beside it "
+                      "(save_pretrained), join several by add_weighted_adapter, or merge into the dense model (gptvq export --dense)")
+
+
+def _knowing_packed(check):
+    def _check_merge_allowed(self):
+        if any(isinstance(module, LoraVQLinear) for module in self.model.modules()):
+            _refuse_merging()               # before the adapters of dense modules are merged and gone
+        return check(self)
+
+    return _check_merge_allowed
+
+
 LoraModel._create_new_module = staticmethod(_with_packed(LoraModel._create_new_module))
+LoraModel._check_merge_allowed = _knowing_packed(LoraModel._check_merge_allowed)

@@ -36,6 +36,12 @@ def test_a_packed_head_takes_no_adapter_unasked(tmp_path):
     assert torch.equal(logits(adapted, IDS), plain)
 
 
+def test_a_packed_embedding_takes_none(tmp_path):
+    gptvq.quantize(build("llama"), tmp_path / "out", preset("2d-2.25", head="2d-4.125"), calibration=IDS)
+    with pytest.raises(gptvq.ConfigError, match="embed_tokens is a packed embedding"):
+        peft.get_peft_model(gptvq.load(tmp_path / "out"), peft.LoraConfig(r=4, target_modules=["embed_tokens"]))
+
+
 def test_a_new_adapter_changes_nothing_and_training_it_helps(folder):
     plain = logits(gptvq.load(folder), IDS)
     model = with_adapter(folder)
@@ -90,10 +96,26 @@ def test_adapters_are_joined_beside_the_base(folder):
     for name in ("default", "other"):
         model.set_adapter(name)
         each.append(model.base_model.model.model.layers[0].self_attn.q_proj(torch.ones(1, 64)))
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="cat")
-    model.set_adapter("both")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    torch.testing.assert_close(layer(torch.ones(1, 64)), sum(each) - layer.base_layer(torch.ones(1, 64)))
+    for name, how in (("cat", {"combination_type": "cat"}), ("svd", {"svd_rank": 6})):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], name, **how)
+        model.set_adapter(name)
+        torch.testing.assert_close(layer(torch.ones(1, 64)), sum(each) - layer.base_layer(torch.ones(1, 64)))
+    model.to(torch.bfloat16)
+    assert layer.get_delta_weight("other").dtype == torch.bfloat16
+
+
+def test_merging_is_refused_before_anything_is_merged(folder):
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    want = logits(model, IDS)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(gptvq.ConfigError, match="export --dense"):
+            merge()
+    assert torch.equal(logits(model, IDS), want) and isinstance(base.model.embed_tokens, peft.tuners.lora.Embedding)
 
 
 def test_what_packed_weights_cannot_do_is_said(folder, tmp_path):
