@@ -1,6 +1,7 @@
 """A conversation with a model, answered piece by piece."""
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigError
+from .evaluate import learned_positions
 
 
 class Chat:
@@ -26,8 +28,7 @@ class Chat:
             raise ConfigError("chat: the model has no tokenizer; copy its tokenizer files into its folder")
         if not tokenizer.chat_template:
             raise ConfigError("chat: this model's tokenizer has no chat template, so it was made for no conversations; use `gptvq generate`")
-        if not temperature >= 0:
-            raise ConfigError(f"temperature: got {temperature}, need 0 (no sampling) or more")
+        check_sampling(temperature, seed)
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._opening = [{"role": "system", "content": system}] if system else []
@@ -39,40 +40,45 @@ class Chat:
 
     def say(self, text: str, write: Callable[[str], None] = lambda piece: None) -> str:
         """The answer to `text`, each piece passed to `write` as it comes.  ConfigError: a message longer than the model's positions."""
-        self.turns.append({"role": "user", "content": text})
-        streamer = _Streamer(self.tokenizer, write)
+        turns, ids = self._fitting([*self.turns, {"role": "user", "content": text}])
+        streamer, most = _Streamer(self.tokenizer, write), learned_positions(self.model)
+        new_tokens = self.max_new_tokens if most is None else min(self.max_new_tokens, most - ids.shape[1] + 1)
+        ids = ids.to(next(self.model.parameters()).device)
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         try:
-            ids = self._fitting_ids().to(next(self.model.parameters()).device)
-            sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                torch.manual_seed(self.seed + len(self.turns))
-                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens,
-                                    streamer=streamer, **sampling)
-        except Exception:
-            self.turns.pop()
-            raise
+                torch.manual_seed(self.seed + len(turns))
+                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling)
         except KeyboardInterrupt:
-            self._answered(streamer.text)
+            self._answered(turns, streamer.text)
             raise
-        self._answered(streamer.text)
+        self._answered(turns, streamer.text)
         return streamer.text
 
-    def _answered(self, text: str) -> None:
-        self.turns.append({"role": "assistant", "content": text})
+    def _answered(self, turns: list[dict[str, str]], text: str) -> None:
+        self.turns = [*turns, {"role": "assistant", "content": text}]
 
-    def _fitting_ids(self):
-        """Ids [1, n] of the conversation; the oldest exchanges are left out where the model's positions would not hold it."""
+    def _fitting(self, turns: list[dict[str, str]]):
+        """(turns, their ids [1, n]) without the oldest exchanges, where the model's positions would not hold them."""
         config = self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
         room = getattr(config, "max_position_embeddings", None)
         while True:
-            ids = self.tokenizer.apply_chat_template(self._opening + self.turns, add_generation_prompt=True, return_tensors="pt",
+            ids = self.tokenizer.apply_chat_template(self._opening + turns, add_generation_prompt=True, return_tensors="pt",
                                                      return_dict=True)["input_ids"]
             if not room or ids.shape[1] + min(self.max_new_tokens, room // 4) <= room:
-                return ids
-            if len(self.turns) <= 1:
+                return turns, ids
+            if len(turns) <= 1:
                 raise ConfigError(f"chat: the message takes {ids.shape[1]} of the model's {room} positions and leaves no room for an "
                                   "answer; shorten it")
-            del self.turns[:2]
+            turns = turns[2:]
+
+
+def check_sampling(temperature: float, seed: int, option: str = "") -> None:
+    """Raises ConfigError, the names behind `option`, for what no sampling can be done with."""
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"{option}temperature: got {temperature}, need 0 (no sampling) or a number above it")
+    if not -1 << 63 <= seed < 1 << 63:
+        raise ConfigError(f"{option}seed: got {seed}, need a whole number of 64 bits, for instance 0")
 
 
 class _Streamer:

@@ -144,18 +144,21 @@ def eval_(args):
 
 
 def generate(args):
-    if args.temperature < 0:
-        raise ConfigError(f"--temperature: got {args.temperature}, need 0 (no sampling) or more")
+    from .chat import check_sampling
+    check_sampling(args.temperature, args.seed, "--")
     quiet()
     import torch
     from transformers import TextStreamer
 
+    from .evaluate import require_positions
     from .hf import open_model
     model, tokenizer = open_model(args.model, args.device, args.dtype, args.activations)
     inputs = encode(tokenizer, args.prompt, args.chat).to(next(model.parameters()).device)
+    tokens, new = inputs.shape[1], args.max_new_tokens
+    require_positions(model, tokens + new - 1, f"got a prompt of {tokens} tokens and --max-new-tokens {new}, need fewer")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=args.max_new_tokens,
+    model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new,
                    streamer=TextStreamer(tokenizer, skip_prompt=args.chat, skip_special_tokens=True), **sampling)
 
 

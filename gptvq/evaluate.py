@@ -16,8 +16,27 @@ _CHUNK = 64                     # positions per float32 log-softmax: 64 x 128k v
 
 def default_window(model) -> int:
     """2048 tokens, or the most the model can see."""
+    return min(DEFAULT_WINDOW, _positions(model) or DEFAULT_WINDOW)
+
+
+def _positions(model) -> int | None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", None) or DEFAULT_WINDOW)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def learned_positions(model) -> int | None:
+    """The most tokens of a model that looks its positions up in a table; None where they are computed, for any number."""
+    most = _positions(model)
+    tokens = model.get_input_embeddings() if most and hasattr(model, "get_input_embeddings") else None
+    tables = (m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens) if most else ()
+    return most if any(most <= rows <= most + 2 for rows in tables) else None       # OPT's has two rows in front
+
+
+def require_positions(model, count: int, what: str) -> None:
+    """Raises ConfigError where `count` tokens are more than the model has learned positions for; `what` says what they are and what to do."""
+    most = learned_positions(model)
+    if most is not None and count > most:
+        raise ConfigError(f"{what}; the model has learned {most} positions")
 
 
 def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: int | None = None, device=None,
@@ -26,10 +45,12 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
 
     tokens: int [n], the whole text tokenised at once; a last partial window is dropped, the first token of each window is
     context only.  The model is moved where `device` says, if given; `progress(windows done, of, perplexity so far)` is called
-    after each window.  ConfigError: fewer tokens than one window.  NumericalError: a loss that is not finite.
+    after each window.  ConfigError: fewer tokens than one window, or a window of more tokens
+    than the model can see.  NumericalError: a loss that is not finite.
     """
     parts = windows_of(tokens, default_window(model) if window is None else window, max_windows)
     windows, window = parts.shape
+    _require_window(window, model)
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
@@ -59,6 +80,11 @@ def windows_of(tokens: Tensor, window: int, max_windows: int | None = None) -> T
     return tokens[: windows * window].view(windows, window)
 
 
+def _require_window(window: int, *models) -> None:
+    for model in models:
+        require_positions(model, window, f"window: got {window} tokens, need a smaller one")
+
+
 @contextlib.contextmanager
 def _evaluating(*models):
     """Evaluation mode, and afterwards what it was."""
@@ -81,6 +107,7 @@ def agreement(model, dense, tokens: Tensor, window: int | None = None, max_windo
     divergence that is not finite.
     """
     parts = windows_of(tokens, default_window(dense) if window is None else window, max_windows)
+    _require_window(parts.shape[1], model, dense)
     total = torch.zeros(4, dtype=torch.float64)
     with _evaluating(model, dense):
         for i, ids in enumerate(parts):
@@ -126,6 +153,7 @@ def decode(model, prompt: Tensor, new_tokens: int) -> tuple[list[int], float]:
     ids = torch.as_tensor(prompt).view(1, -1).to(next(model.parameters()).device)
     if ids.numel() == 0 or new_tokens < 2:
         raise ConfigError(f"got a prompt of {ids.numel()} tokens and {new_tokens} new tokens, need at least 1 and 2")
+    require_positions(model, ids.numel() + new_tokens - 1, f"got a prompt of {ids.numel()} tokens and {new_tokens} new tokens, need fewer")
     out = model(input_ids=ids, use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
     found = [int(token)]                        # reading it also waits for a GPU

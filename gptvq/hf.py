@@ -222,8 +222,11 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device: got {device!r}, need cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {device}, but torch sees no CUDA device; use cpu")
+    module = getattr(torch, device.type, None)          # none for "meta"
+    count = module.device_count() if hasattr(module, "is_available") and module.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device: got {device}, but torch sees {count or 'no'} {device.type.upper()} device{'s' * (count > 1)}; use "
+                          f"{f'{device.type}:0' if count else 'cpu'}")
     return device
 
 

@@ -116,14 +116,14 @@ def refuse_unknown(device_map, model: nn.Module) -> None:
 
 
 def refuse_offloading(device_map, settings) -> None:
-    """Raises ConfigError where the map leaves packed layers on the disk, or on the CPU beside another device.
+    """Raises ConfigError where the map leaves packed layers on the disk or nowhere (meta), or on the CPU beside another device.
 
     Their tensors are buffers, which accelerate does not move to the device that computes.
     """
     if not isinstance(device_map, Mapping):
         return
     places = {name: str(place) for name, place in device_map.items()}
-    away = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+    away = {"disk", "meta"} if set(places.values()) <= {"cpu", "disk", "meta"} else {"cpu", "disk", "meta"}
     layers = getattr(settings, "layers", None)              # not known yet where they are to be quantized
     for name, place in places.items():
         held = layers is None or any(f"{layer}.".startswith(f"{name}.") for layer in layers) or not name

@@ -3,10 +3,17 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from gptvq.errors import ConfigError, NumericalError
-from gptvq.evaluate import decode, default_window, perplexity, tokens_per_second
+from gptvq.evaluate import agreement, decode, default_window, learned_positions, perplexity, tokens_per_second
 
 VOCAB = 61
 
@@ -103,3 +110,15 @@ def test_decode_is_greedy(model, tokens):
     assert tokens_per_second(model, prompt, 2) > 0
     with pytest.raises(ConfigError, match="prompt of 0 tokens"):
         decode(model, tokens[:0], 4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_no_further_than_the_learned_positions(kind, model, tokens):
+    size = {"vocab_size": VOCAB, "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    short = GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=1, n_head=2)) if kind == "gpt2" else OPTForCausalLM(
+        OPTConfig(**size, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2))
+    assert learned_positions(short) == 24 and learned_positions(model) is None
+    assert perplexity(short, tokens[:48], 24) > 1 and len(decode(short, tokens[:20], 5)[0]) == 5
+    for call in (lambda: perplexity(short, tokens, 25), lambda: agreement(model, short, tokens, 25), lambda: decode(short, tokens[:20], 6)):
+        with pytest.raises(ConfigError, match="need .*; the model has learned 24 positions"):
+            call()

@@ -164,6 +164,9 @@ def test_chat_uses_the_template(my_model, tmp_path, capsys):
     (("eval", "MODEL", "--text", "TEXT", "--window", 100_000), "shorter than one window"),
     (("eval", "MODEL", "--text", "TEXT", "--max-windows", 1, "--json", "/absent/x"), "/absent/x"),
     (("generate", "MODEL", "a", "--temperature", -1), "--temperature"),
+    (("generate", "MODEL", "a", "--temperature", "nan"), "--temperature: got nan"),
+    (("generate", "MODEL", "a", "--seed", 2 ** 64), "--seed"),
+    (("generate", "MODEL", "a", "--device", "meta"), "no META device"),
     (("inspect", "MODEL"), "report.json"),
 ])
 def test_errors_are_one_line_and_1(words, says, my_model, tmp_path, capsys):

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptvq import cli
 from gptvq.chat import Chat
@@ -72,9 +73,10 @@ def test_old_turns_make_room_and_long_messages_are_refused(talker):
     for _ in range(4):
         chat.say("a" * 30)
     assert 2 <= len(chat.turns) <= 6 and chat.turns[0]["role"] == "user"
+    before = list(chat.turns)
     with pytest.raises(ConfigError, match="shorten it"):
         chat.say("b" * 200)
-    assert not chat.turns or chat.turns[-1]["role"] == "assistant"
+    assert chat.turns == before
     assert chat.say("rat") and len(chat.turns) >= 2
 
 
@@ -85,6 +87,18 @@ def test_refusals(talker, my_model):
         Chat(talker[0])
     with pytest.raises(ConfigError, match="temperature"):
         Chat(*talker, temperature=-1.0)
+    with pytest.raises(ConfigError, match="seed: got 18446744073709551616"):
+        Chat(*talker, seed=2 ** 64)
+    Chat(*talker, temperature=1.0, seed=-1, max_new_tokens=1).say("rat")
+
+
+def test_answers_end_with_the_learned_positions(talker):
+    tokenizer = talker[1]
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=40, n_embd=32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+    chat = Chat(GPT2LMHeadModel(config).eval(), tokenizer, max_new_tokens=100)
+    chat.say("rat")
+    chat.say("tear")
+    assert chat.turns[-2]["content"] == "tear"
 
 
 def test_chat_command(packed, capsys, monkeypatch):

@@ -144,6 +144,7 @@ def test_device_map_of_shards(packed, tmp_path):
 @pytest.mark.parametrize("device_map, says", [
     ({"": "cpu", "model.layers.9": "cpu"}, "LlamaForCausalLM has no module 'model.layers.9'"),
     ({"": "cpu", "model.layers.1": "disk"}, "'model.layers.1' goes to 'disk', but packed layers cannot be offloaded"),
+    ({"": "meta"}, "'the model' goes to 'meta', but packed layers cannot be offloaded"),
     ({"": 0, "model.layers.1.mlp": "cpu"}, "'model.layers.1.mlp' goes to 'cpu', but packed layers cannot be offloaded")])
 def test_device_maps_that_cannot_be(packed, dense, scratch, device_map, says):
     with pytest.raises(ConfigError, match=says):
