@@ -48,7 +48,8 @@ class Chat:
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(self.seed + len(turns))
-                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling)
+                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                                    streamer=streamer, **sampling)
         except KeyboardInterrupt:
             self._answered(turns, streamer.text)
             raise

@@ -193,9 +193,10 @@ def layer_specs(settings: dict, where: str) -> dict[str, QuantSpec]:
 
 
 def read_index(folder: Path) -> dict | None:
-    """The index of a checkpoint folder, None without one or where it is out of date; raises FormatError for names of files that leave the folder.
+    """The index of a checkpoint folder, None without one or where it is out of date.
 
-    `save_pretrained` leaves it where it was when it writes a single file, and transformers reads that file.
+    `save_pretrained` leaves it where it was when it writes a single file, and transformers reads that file.  Raises FormatError for
+    names of files that leave the folder.
     """
     if not (folder / INDEX).exists():
         return None

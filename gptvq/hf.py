@@ -5,6 +5,7 @@ Importing this module registers the format; `import gptvq` arranges for that onc
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from pathlib import Path
 
@@ -75,21 +76,15 @@ class GptvqQuantizer(HfQuantizer):
             self._dense = on_load.Dense(model, checkpoint_files, self.quantization_config)
 
     def _put_in_place(self, model, checkpoint_files):
-        specs = self.quantization_config.specs()
         files = [Path(file) for file in checkpoint_files or ()]
         entries = checkpoint.read_headers(files)
         if files and not checkpoint.are_variant(files) and sorted(files) != sorted(checkpoint.tensor_files(files[0].parent)):
-            raise FormatError(f"{files[0].parent}: transformers reads {files[0].name}, {checkpoint.INDEX} names other files; remove those that "
-                              "are out of date, or copy the checkpoint again")
-        prefix = model.base_model_prefix + "."
-        modules = dict(model.named_modules())
-        strip = not any(name in modules for name in specs) and not any(name.startswith(prefix) for name in modules)
-
-        def local(name: str) -> str:        # a base model without its head lacks the prefix
-            return name.removeprefix(prefix) if strip else name
-
+            raise FormatError(f"{files[0].parent}: transformers reads {files[0].name}, {checkpoint.INDEX} names other files; remove "
+                              "those that are out of date, or copy the checkpoint again")
+        prefix = self._fit_to(model)
+        specs, modules = self.quantization_config.specs(), dict(model.named_modules())
         with torch.device("meta"):
-            for name in map(local, self.quantization_config.experts):
+            for name in self.quantization_config.experts:
                 if name not in modules or not is_fused(modules[name]):
                     raise FormatError(f"quantization_config: {name!r} is no fused experts module of {type(model).__name__}; use the "
                                       "transformers version that the checkpoint was made with")
@@ -98,12 +93,12 @@ class GptvqQuantizer(HfQuantizer):
                                       f"files hold {len(entries)} tensors; the files do not fit together")
                 model.set_submodule(name, unfuse(modules[name]))
             modules = dict(model.named_modules())
-            for full, spec in specs.items():
-                name, linear = local(full), modules.get(local(full))
+            for name, spec in specs.items():
+                linear = modules.get(name)
                 shape = tuple(linear.weight.shape) if isinstance(linear, nn.Embedding) else linear_shape(linear)
                 if shape != (spec.rows, spec.cols):
-                    raise FormatError(f"quantization_config: layer {full!r}: got a spec for {(spec.rows, spec.cols)}, {type(model).__name__} has "
-                                      f"{shape or 'no linear'} there; config.json is damaged or of another model")
+                    raise FormatError(f"quantization_config: layer {name!r}: got a spec for {(spec.rows, spec.cols)}, {type(model).__name__} "
+                                      f"has {shape or 'no linear'} there; config.json is damaged or of another model")
                 if isinstance(linear, nn.Embedding):
                     model.set_submodule(name, VQEmbedding(spec, linear.weight.dtype, scale_of(linear), "meta", name))
                     continue
@@ -111,14 +106,40 @@ class GptvqQuantizer(HfQuantizer):
                 model.set_submodule(name, VQLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype, name))
             for embedding, head in getattr(self.quantization_config, "tied", {}).items():
                 try:
-                    put_head(model, local(head), model.get_submodule(local(head)), local(embedding))
+                    put_head(model, head, model.get_submodule(head), embedding)
                 except (ConfigError, AttributeError) as error:          # the latter for a name that the model does not have
                     raise FormatError(f"quantization_config: tied: {error}; config.json is damaged or of another model") from error
-        if checkpoint_files and not strip:
-            packed = {f"{layer}.{buffer}": dtype for layer, spec in specs.items() for buffer, (_, dtype) in spec.buffer_shapes().items()}
-            expected = {name: (tuple(tensor.shape), packed.get(name, _kind(tensor))) for name, tensor in model.state_dict().items()}
+        packed = {f"{layer}.{buffer}": kind for layer, spec in specs.items() for buffer, kind in spec.buffer_shapes().items()}
+        if files and not _is_whole(model):      # its own head may be missing, and the stored one be left over
+            for name, (shape, dtype) in packed.items():
+                checkpoint.check_tensor(entries, prefix + name if prefix + name in entries else name, shape, dtype, str(files[0].parent))
+        elif files:
+            expected = {name: packed.get(name) or (tuple(tensor.shape), _kind(tensor)) for name, tensor in model.state_dict().items()}
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             checkpoint.check_tensors(entries, expected, {*tied, *tied.values()}, str(files[0].parent))
+
+    def _fit_to(self, model) -> str:
+        """Narrows the settings to what a base model, or one with another head than was quantized, holds -> the prefix its names lack.
+
+        Raises ConfigError where that is nothing, or where an embedding's weight is that of the missing head.
+        """
+        if _is_whole(model):
+            return ""
+        settings, prefix, modules = self.quantization_config, model.base_model_prefix + ".", dict(model.named_modules())
+        for embedding, head in getattr(settings, "tied", {}).items():
+            if head not in modules:
+                raise ConfigError(f"{type(model).__name__} has no {head}, whose packed weight {embedding} shares; open this checkpoint by "
+                                  "AutoModelForCausalLM: its base_model is the model without the head")
+        inside = [name for name in settings.layers if name in modules or name.startswith(prefix)]
+        if not inside:
+            raise ConfigError(f"{type(model).__name__} has none of the packed layers; open this checkpoint by AutoModelForCausalLM")
+        cut = "" if any(name in modules for name in inside) or any(name.startswith(prefix) for name in modules) else prefix
+        self.quantization_config = settings = copy.copy(settings)
+        settings.layers = {name.removeprefix(cut): settings.layers[name] for name in inside}
+        settings.experts = [name.removeprefix(cut) for name in settings.experts]
+        specs = settings.specs().values()
+        settings.bits_per_value = 8 * sum(spec.nbytes for spec in specs) / sum(spec.rows * spec.cols for spec in specs)
+        return cut
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self._dense is not None:
@@ -228,6 +249,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"device: got {device}, but torch sees {count or 'no'} {device.type.upper()} device{'s' * (count > 1)}; use "
                           f"{f'{device.type}:0' if count else 'cpu'}")
     return device
+
+
+def _is_whole(model: nn.Module) -> bool:
+    """Whether a checkpoint must hold all tensors of `model`: it is of the class that was stored, or a causal language model."""
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    return type(model).__name__ in (model.config.architectures or ()) or isinstance(model, causal)
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -227,7 +227,7 @@ def test_what_cannot_be_packed_is_named_before_any_work(change, error, says, ids
 
 
 def test_a_base_model_without_its_head_is_refused(packed):
-    with pytest.raises(FormatError, match="lm_head"):
+    with pytest.raises(ConfigError, match="LlamaModel has no lm_head, whose packed weight model.embed_tokens shares"):
         AutoModel.from_pretrained(packed("llama-tied")[1])
 
 

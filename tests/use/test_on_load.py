@@ -6,6 +6,7 @@ import tempfile
 import pytest
 import torch
 from job.tiny_models import build, logits, preset
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -189,3 +190,28 @@ def test_hashes_hold_for_what_quantize_wrote(packed, tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(FormatError, match="sha256"):
         gptvq.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name, head", [("llama", ""), ("llama", "2d-4.125"), ("gpt2", ""), ("mixtral", "")])
+def test_without_the_head_or_with_another(name, head, tmp_path):
+    gptvq.quantize(build(name), tmp_path / "out", preset("2d-2.25", head=head), calibration=IDS)
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "out").base_model(IDS).last_hidden_state
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        for source in (tmp_path / "out", tmp_path / kind.__name__):         # the latter as it was saved
+            model = kind.from_pretrained(source, pad_token_id=0).eval()
+            assert torch.equal(model.base_model(IDS).last_hidden_state, want)
+            model.save_pretrained(tmp_path / kind.__name__)
+        assert gptvq.verify(tmp_path / kind.__name__).layers == len(model.config.quantization_config.layers)
+
+
+def test_what_a_model_without_the_head_needs(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "out")
+    config, index = tmp_path / "out/config.json", tmp_path / "out/model.safetensors.index.json"
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name != "model.layers.1.mlp.up_proj.gs"}, tmp_path / "out/model.safetensors")
+    index.unlink()
+    with pytest.raises(FormatError, match="'model.layers.1.mlp.up_proj.gs' is missing|'layers.1.mlp.up_proj.gs' is missing"):
+        AutoModel.from_pretrained(tmp_path / "out")
+    config.write_text(config.read_text().replace("model.layers.1.mlp.up_proj", "model.layers.9.mlp.up_proj"))
+    with pytest.raises(FormatError, match="'layers.9.mlp.up_proj': got a spec"):
+        AutoModel.from_pretrained(tmp_path / "out")
