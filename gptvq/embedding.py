@@ -67,8 +67,21 @@ class VQEmbedding(VQLinear):
 
 
 def _rows(layer: VQLinear, ids: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    if not torch.compiler.is_compiling():
+        _check_ids(ids, layer)
     rows = lookup(layer.spec, layer._decode_tables(), ids.reshape(-1).to(layer.idx.device)).to(dtype).view(*ids.shape, layer.in_features)
     return rows if scale == 1 else rows * torch.full((), scale, dtype=dtype, device=rows.device)
+
+
+def _check_ids(ids: Tensor, layer: VQLinear) -> None:
+    """Refuses what nn.Embedding refuses, with its exceptions; not the range of ids on a GPU, for which the CPU would have to wait."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"{layer.name or 'embedding'}: got ids of {ids.dtype}, need torch.int64 or torch.int32")
+    if ids.device.type == "cpu" and (count := ids.numel()):
+        least, most = (ids.item(),) * 2 if count == 1 else ids.aminmax()       # item takes a tenth of the time
+        if least < 0 or most >= layer.out_features:
+            raise IndexError(f"index out of range in self: got ids from {int(least)} to {int(most)}, {layer.name or 'the embedding'} has "
+                             f"{layer.out_features} rows")
 
 
 def put_embedding(model: nn.Module, name: str, vq: VQWeight) -> None:

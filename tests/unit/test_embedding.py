@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import embedding
 
 from gptvq import VQLinear
-from gptvq.embedding import TiedEmbedding, put_head
+from gptvq.embedding import TiedEmbedding, VQEmbedding, put_head
 from gptvq.errors import ConfigError
 from gptvq.spec import FORMATS, QuantSpec
 from gptvq.weight import DTYPES, VQWeight
@@ -44,6 +44,22 @@ def test_rows_of_every_format(format, scale_block):
 def test_svd_codebooks():
     head = packed(QuantSpec(40, 64, 1, 3, 16, 64, svd_rank=2))
     assert torch.equal(TiedEmbedding(head, torch.float32)(torch.arange(40)), head.dequantize())
+
+
+@pytest.mark.parametrize("kind", [TiedEmbedding, lambda head, dtype: VQEmbedding.of(head.packed, dtype, name="table")])
+def test_ids_are_those_of_an_embedding(kind):
+    head = packed(QuantSpec(40, 64, 2, 4, 16, 64))
+    table, dense = kind(head, torch.float32), nn.Embedding.from_pretrained(head.dequantize())
+    assert torch.equal(table(torch.tensor([39, 0], dtype=torch.int32)), dense(torch.tensor([39, 0])))
+    assert table(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 64)
+    for ids in ([-1], [40], [3, -100], [[3], [100]]):
+        for each in (table, dense):
+            with pytest.raises(IndexError, match="index out of range in self"):
+                each(torch.tensor(ids))
+    for dtype in (torch.float32, torch.bool, torch.int16, torch.uint8):
+        for each in (table, dense):
+            with pytest.raises(RuntimeError):
+                each(torch.ones(2, dtype=dtype))
 
 
 class Pair(nn.Module):
