@@ -135,11 +135,11 @@ def bench(args):
         write_json(args.json, {"rows": rows, "device": str(device), "environment": found})
         return
     print(f"one token, cold weights, {found['gpu'] if device.type == 'cuda' else found['processor']}, {torch.get_num_threads()} threads")
-    print(f"{'contender':<26}{'shape':>14}{'bits':>8}{'us':>11}{'GB/s':>8}{'x bf16':>8}{'of read':>9}")
+    print(f"{'contender':<26}{'shape':>14}{'bits':>10}{'us':>11}{'GB/s':>8}{'x bf16':>8}{'of read':>9}")
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         rest = "" if row["name"] == "read" else f"{row['speedup']:>8.2f}{100 * row['of_read']:>7.0f} %"
-        text = f"{row['bits']:>8.3f}{row['microseconds']:>11,.1f}" if "bits" in row else f"{'':>19}"
+        text = f"{row['bits']:>10.3f}{row['microseconds']:>11,.1f}" if "bits" in row else f"{'':>21}"
         print(f"{row['name']:<26}{shape:>14}{text}{row['gb_per_second']:>8.1f}{rest}")
 
 

@@ -14,6 +14,7 @@ from .linear import VQLinear
 from .weight import DTYPES, VQWeight
 
 RING_BYTES = 192 << 20      # of copies that are read in turn, more than caches hold, as the layers of a model are
+MOST_COPIES = 4096          # of a small shape, which then comes from the caches
 SAMPLES = 7
 
 
@@ -23,7 +24,8 @@ def measure(shapes: Sequence[tuple[int, int]] = ((4096, 4096),), presets: Sequen
     """One dict per shape and contender: name, shape, bits, microseconds, gb_per_second, speedup over torch's dense bfloat16, and of_read.
 
     Medians of SAMPLES samples, the contenders of a shape in turns.  of_read: the time torch takes to sum as many bytes, as a part of the
-    contender's.  Weights are random: the time does not depend on them.  Raises ConfigError for unknown names and for shapes without a format.
+    contender's.  Weights are random: the time does not depend on them.  They come from memory, unless MOST_COPIES fit into the caches.
+    Raises ConfigError for unknown names and for shapes without a format.
     """
     for kind, given, known in (("preset", presets, PRESETS), ("activations", activations, ACTIVATIONS)):
         for name in given:
@@ -43,12 +45,12 @@ def _compare(shape: tuple[int, int], presets: Sequence[str], activations: Sequen
     contenders: dict[str, tuple[int, Callable[[], object]]] = {}
     for preset in presets:
         nbytes = VQConfig.preset(preset).spec(*shape, preset).nbytes
-        ring = [random_layer(preset, shape, generator).to(device) for _ in range(-(-RING_BYTES // nbytes))]
+        ring = [random_layer(preset, shape, generator).to(device) for _ in range(_copies(nbytes))]
         for kind in activations:
             contenders[f"gptvq {preset} {kind}" if len(activations) > 1 else f"gptvq {preset}"] = nbytes, _in_turn(ring, x, kind)
     for name, dtype in (("torch bfloat16", torch.bfloat16), ("torch float32", torch.float32)):
         nbytes = shape[0] * shape[1] * dtype.itemsize
-        ring = [torch.randn(shape, dtype=dtype, device=device) for _ in range(max(2, RING_BYTES // nbytes))]
+        ring = [torch.randn(shape, dtype=dtype, device=device) for _ in range(_copies(nbytes))]
         weights, input_ = itertools.cycle(ring), x.to(dtype)
         contenders[name] = nbytes, lambda weights=weights, input_=input_: torch.nn.functional.linear(input_, next(weights))
     whole = torch.ones(RING_BYTES // 4, device=device)
@@ -60,6 +62,10 @@ def _compare(shape: tuple[int, int], presets: Sequence[str], activations: Sequen
              "gb_per_second": nbytes / seconds / 1e9, "speedup": baseline / seconds, "of_read": per_byte * nbytes / seconds}
             for (name, (nbytes, _)), seconds in zip(contenders.items(), times)]
     return [*rows[:-1], {"name": "read", "shape": list(shape), "gb_per_second": rows[-1]["gb_per_second"]}]
+
+
+def _copies(nbytes: int) -> int:
+    return max(2, min(-(-RING_BYTES // nbytes), MOST_COPIES))
 
 
 def random_layer(preset: str, shape: tuple[int, int], generator: torch.Generator) -> VQLinear:
@@ -77,6 +83,9 @@ def random_layer(preset: str, shape: tuple[int, int], generator: torch.Generator
 
 
 def _in_turn(ring: list[VQLinear], x: torch.Tensor, activations: str) -> Callable[[], object]:
+    for layer in ring:                  # what a layer prepares when it is first called is not to be timed
+        layer.activations = activations
+        layer(x)
     layers = itertools.cycle(ring)
 
     def run():

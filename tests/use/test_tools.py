@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import gptvq
-from gptvq import cli, kernel_speed
+from gptvq import cli, kernel_speed, ops
 from gptvq.completion import script
 from gptvq.config import PRESETS
 
@@ -26,6 +26,17 @@ def test_bench_command(capsys, monkeypatch, tmp_path):
     assert next(r for r in rows if r["name"] == "torch bfloat16")["speedup"] == 1
     assert rows[0]["bits"] == gptvq.VQConfig.preset("2d-2.25").spec(64, 96).bits_per_value
     assert cli.main(words) == 0 and "of read" in capsys.readouterr().out
+
+
+def test_bench_times_no_preparation_and_ends(monkeypatch):
+    """Every layer of the ring was called before; of the smallest shapes there are not as many as would fill it."""
+    prepared, timed, times, prepare = [], [], kernel_speed._times, ops.prepare_linear
+    monkeypatch.setattr(ops, "prepare_linear", lambda *args: prepared.append(1) or prepare(*args))
+    monkeypatch.setattr(kernel_speed, "_times", lambda *args: timed.append(len(prepared)) or times(*args))
+    monkeypatch.setattr(kernel_speed, "MOST_COPIES", 600)
+    monkeypatch.setattr(kernel_speed, "SAMPLES", 2)
+    kernel_speed.measure([(1, 1)], ["2d-2.25"])
+    assert len(prepared) == timed[0] >= 600
 
 
 @pytest.mark.parametrize("words, says", [(["--shapes", "64"], "ROWSxCOLUMNS"), (["--presets", "3d-2"], "'3d-2'"),
