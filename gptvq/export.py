@@ -89,6 +89,10 @@ def tensors(folder: Path, settings: dict, dtype: torch.dtype) -> dict[str, tuple
         if name not in entries or (entries[name].shape, entries[name].dtype) != (shape, kind):
             raise FormatError(f"{folder}: tensor {name!r} is missing or not {kind} {shape}; copy the files again, or quantize again")
     modules = dict(_skeleton(folder).named_modules())
+    for name in (*specs, *(settings.get("experts") or ())):
+        if name not in modules and not any(name.startswith(f"{home}.") for home in settings.get("experts") or ()):
+            raise FormatError(f"{folder / checkpoint.CONFIG}: the model that it describes has no {name!r}, which is packed; the file is "
+                              "damaged or of another model, copy it again")
 
     def part(name: str) -> Tensor:
         """A tensor of the model that gptvq's classes make up, in `dtype` where it is packed."""

@@ -58,10 +58,17 @@ def test_halves_and_a_single_file(packed, tmp_path):
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, vq.dequantize(torch.bfloat16))
 
 
+def cut(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.update({name: 1 for name in ("num_hidden_layers", "n_layer") if name in config})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("change, error, says", [
     (lambda folder: (folder / "config.json").unlink(), ConfigError, "not a gptvq checkpoint"),
     (lambda folder: (folder / "model.safetensors").unlink(), FormatError, "model.safetensors"),
     (lambda folder: os.truncate(folder / "model.safetensors", 5000), FormatError, "model.safetensors"),
+    (cut, FormatError, r"config\.json: the model that it describes has no '.*\.1\."),
 ])
 def test_damage_is_named_and_nothing_is_left(packed, tmp_path, change, error, says):
     copy = tmp_path / "copy"
