@@ -25,7 +25,7 @@ def packed(spec):
         if dtype in ("uint8", "int8"):
             buffers[name] = torch.randint(256, shape, dtype=torch.uint8, generator=generator).view(DTYPES[dtype])
         else:
-            buffers[name] = torch.rand(shape, generator=generator).to(DTYPES[dtype])
+            buffers[name] = torch.rand(shape, generator=generator, dtype=torch.float32).to(DTYPES[dtype])
     return VQLinear.from_weight(VQWeight(spec, buffers), name="head")
 
 
@@ -44,6 +44,21 @@ def test_rows_of_every_format(format, scale_block):
 def test_svd_codebooks():
     head = packed(QuantSpec(40, 64, 1, 3, 16, 64, svd_rank=2))
     assert torch.equal(TiedEmbedding(head, torch.float32)(torch.arange(40)), head.dequantize())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(40, 64, 1, 3, 16, 64, svd_rank=2), *(QuantSpec(40, 64, *f, 16, 64, 32) for f in FORMATS)],
+                         ids=lambda spec: spec.form)
+def test_the_default_dtype_changes_no_value(spec):
+    head, ids = packed(spec), torch.arange(40)
+    want = head.dequantize(), head(torch.eye(64)), TiedEmbedding(head, torch.float32)(ids)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        again = packed(spec)
+        found = again.dequantize(), again(torch.eye(64, dtype=torch.float32)), TiedEmbedding(again, torch.float32)(ids)
+        for one, other in zip(found, want):
+            assert torch.equal(one, other)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("kind", [TiedEmbedding, lambda head, dtype: VQEmbedding.of(head.packed, dtype, name="table")])
