@@ -55,6 +55,11 @@ class Head(Block):
         names = [self.name] + [self.embedding] * bool(self.embedding and not self.tied)
         return {name: VQConfig.preset(config.head).spec(*self.model.get_submodule(name).weight.shape, name) for name in names}
 
+    @property
+    def front(self) -> str | None:
+        """What is quantized before the blocks, if anything."""
+        return self.name if self.tied else self.embedding
+
     def __call__(self, hidden: Tensor) -> None:
         with skipped(self.blocks, hidden.to(self.module.weight.device)):
             self.reach(torch.zeros(hidden.shape[:2], dtype=torch.int64))
@@ -95,6 +100,8 @@ def find_head(stream: BlockStream) -> Head:
 
 def solve_tied(head: Head, specs: dict[str, QuantSpec], tokens: Tensor, stream: BlockStream, run: Run) -> VQWeight:
     """The weight of a head that is the embedding too, solved for the head's inputs in the dense model, on some of `tokens` [samples, n]."""
+    if (kept := _kept(head.name, run)) is not None:
+        return kept
     some = tokens[: max(_TOKENS // tokens.shape[1], 1)]
     run.progress.stage("collecting Hessians")
     with run.timed("hessians"), stream.dense(run.device), InputCollector({head.name: head.module}, run.device) as inputs:
@@ -104,8 +111,10 @@ def solve_tied(head: Head, specs: dict[str, QuantSpec], tokens: Tensor, stream: 
 
 def quantize_embedding(head: Head, specs: dict[str, QuantSpec], run: Run) -> None:
     """Solves an embedding with a weight of its own, all of whose columns count the same, and puts it in its place."""
-    hessian = Hessian.from_matrix(torch.eye(specs[head.embedding].cols, device=run.device))
-    put_embedding(head.model, head.embedding, _solved(head, head.embedding, hessian, specs, run, 0))
+    if (vq := _kept(head.embedding, run)) is None:
+        hessian = Hessian.from_matrix(torch.eye(specs[head.embedding].cols, device=run.device))
+        vq = _solved(head, head.embedding, hessian, specs, run, 0)
+    put_embedding(head.model, head.embedding, vq)
 
 
 def quantize_head(head: Head, specs: dict[str, QuantSpec], hidden: Sequence[Tensor], samples: Samples, run: Run) -> None:
@@ -120,6 +129,14 @@ def install(head: Head, vq: VQWeight) -> None:
     """Puts a packed head in its place, and the embedding that is tied to it."""
     packed = VQLinear.from_weight(vq, head.module.bias, head.name).to(head.module.weight.device)
     put_head(head.model, head.name, packed, head.embedding if head.tied else None)
+
+
+def _kept(name: str, run: Run) -> VQWeight | None:
+    """The weight that a redo leaves as it is, which the kept blocks were made for."""
+    if run.redo is None or name not in run.redo.kept:
+        return None
+    run.report.layers.insert(0, run.redo.kept[name])
+    return run.redo.weight(name)
 
 
 def _solved(head: Head, name: str, hessian: Hessian, specs: dict[str, QuantSpec], run: Run, at: int) -> VQWeight:

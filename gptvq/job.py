@@ -47,6 +47,7 @@ class Run:
         self.journal: Journal | None = None
         self.redo: Redo | None = None
         self.report: Report | None = None
+        self._front: str | None = None
         self._noted, self._staged = 0, {}
 
     # ---- the folder
@@ -67,12 +68,12 @@ class Run:
         self.folder = checkpoint.prepare(out, self.overwrite or ours, source)
         return self.folder
 
-    def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report) -> bool:
-        """Opens the journal -> whether the checkpoint is complete already.
+    def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report, front: str | None) -> bool:
+        """Opens the journal -> whether the checkpoint is complete already.  front: the layer that is quantized before the blocks.
 
         Rank 0 does, and the others follow.  Raises ResumeMismatch where the folder holds another job.
         """
-        self.report = report
+        self.report, self._front = report, front
         report.job = self._job(stream, report.calibration)
         for block in stream.blocks:
             for text in stream.warnings[block.name]:
@@ -115,7 +116,8 @@ class Run:
 
     def _plan_redo(self, stream: BlockStream, specs: dict[str, QuantSpec], begun: dict | None) -> None:
         if self.patterns:
-            self.redo = plan_redo(self.folder, self.patterns, [b.name for b in stream.blocks], specs, self.report.job, begun)
+            self.redo = plan_redo(self.folder, self.patterns, [b.name for b in stream.blocks], self._front, specs, self.report.job,
+                                  begun)
             self.report.job["redo"] = self.redo.field
             names = [*(block.name for block in stream.blocks), "the head"]
             self.report.redone = {**self.redo.field, "from": names[self.redo.first]}
@@ -132,10 +134,10 @@ class Run:
         """Number of blocks that an earlier run has finished."""
         return len(self.journal.blocks) if self.journal else 0
 
-    def kept(self, index: int, names) -> dict[str, LayerRecord]:
-        """{layer: record} of those of `names` that a redo leaves as they are; empty for a block that is to be done."""
+    def kept(self, index: int, names) -> dict[str, LayerRecord] | None:
+        """{layer: record} of those of `names` that a redo leaves as they are; None for a block that is to be done."""
         if self.redo is None or index >= self.redo.first:
-            return {}
+            return None
         return {name: self.redo.kept[name] for name in names if name in self.redo.kept}
 
     def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:

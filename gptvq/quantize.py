@@ -108,7 +108,7 @@ def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, ch
     report.model_name, report.tokenizer = stream.name, stream.tokenizer
     report.calibration = {"source": describe(calibration), "samples": tokens.shape[0], "sequence_length": tokens.shape[1],
                           "tokens": tokens.numel(), "sha256": tokens_sha256(tokens)}
-    complete = run.begin(stream, specs, report)
+    complete = run.begin(stream, specs, report, head.front if head is not None else None)
     wanted = None
     if held_out is not None and not ranks.rank() and run.report.check.get("sha256") != tokens_sha256(held_out):
         with run.timed("check"):
@@ -186,11 +186,11 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
             own = [specs[full] for full in linears]
             stream.read_ahead(blocks[index + 1], working_bytes(own) + (learning_bytes(own) if recipe.distill else 0), device)
         packed, kept, shortcuts = {}, run.kept(index, linears), Shortcuts(block)
-        order, compared = [] if kept else [Stage(tuple(linears))], {}
+        order, compared = [Stage(tuple(linears))] if kept is None else [], {}
         if recipe.compensate:
             progress.stage("running the dense block")
             with run.timed("forward"):
-                if not kept:
+                if kept is None:
                     order = agreed_stages(list(linears), [] if ranks.rank() else find_stages(block, linears, hidden[0].to(device)))
                     shortcuts = Shortcuts.find(block, order, linears, hidden, device, activations.scratch)
                 dense, compared = run_dense(block, order, linears, dense, device, lambda: activations.new("dense", index),
@@ -200,9 +200,9 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         if recipe.distill and packed:
             shortcuts = Shortcuts(block)                        # what others keep will not be so any more
             packed = distill_block(block, packed, hidden, dense, run)
-        if kept:
+        if kept is not None:
             run.redo.restore(block.module, block.name)
-        for full, record in kept.items():
+        for full, record in (kept or {}).items():
             packed[full] = VQLinear.from_weight(run.redo.weight(full), linears[full].bias, full).to(device)
             run.report.layers.append(record)
             stream.model.set_submodule(full, packed[full].to_dense(linears.pop(full).weight.dtype))

@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import hashlib
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,10 @@ _WEAK_FACTOR = 2        # times the median error of the layers of one kind
 
 @dataclass(frozen=True)
 class Redo:
-    """The blocks before number `first` are kept as they are in the checkpoint of `folder`, whose records are `kept`."""
+    """The blocks before number `first` are kept as they are in the checkpoint of `folder`, and what is packed in front of them.
+
+    `kept` are the records of these layers.
+    """
 
     folder: Path
     first: int
@@ -61,12 +65,15 @@ class Redo:
         return files
 
 
-def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs: dict[str, QuantSpec], job: dict,
+def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], front: str | None, specs: dict[str, QuantSpec], job: dict,
               begun: dict | None) -> Redo:
     """What to keep of the checkpoint in `folder`.  `job`: as it would be without redoing; `begun`: the job of an unfinished run there.
 
+    `front`: what is quantized before the blocks, which make up for its errors: the embedding, or the head that is one too.
+
     Patterns are shell patterns of layers' names, or of what follows their first parts; "weak" stands for the layers whose error
-    is over twice the median of those that are called alike.  Raises ConfigError where there is nothing to redo.
+    is over twice the median of those that are called alike.  Raises ConfigError where there is nothing to redo, and ResumeMismatch where
+    what is kept would be in another format.
     """
     report = Report.load(folder) if (folder / checkpoint.REPORT).exists() else None
     if begun and begun.get("redo", {}).get("layers") == list(patterns):
@@ -77,40 +84,51 @@ def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], specs:
     require_same(folder, {key: report.job.get(key) for key in ("model",)}, {"model": job["model"]})
     if report.job == {**job, "redo": report.job["redo"]} and report.job["redo"].get("layers") == list(patterns):
         return Redo(folder, report.job["redo"]["from"], _before(report, blocks, report.job["redo"]["from"]), report.job["redo"])
-    wanted = {name for pattern in patterns for name in _matching(pattern, report.layers)}
-    missing = [pattern for pattern in patterns if pattern != WEAK and not _matching(pattern, report.layers)]
+    wanted = {name for pattern in patterns for name in _matching(pattern, report.layers, specs)}
+    missing = [pattern for pattern in patterns if pattern != WEAK and not _matching(pattern, report.layers, specs)]
     if missing:
         raise ConfigError(f"--redo {missing[0]!r} matches no quantized layer; they are called like {report.layers[0].name!r}")
     if not wanted:
         raise ConfigError(f"{folder}: no layer's error is over {_WEAK_FACTOR} times the median of its kind; name layers to redo instead of "
                           f"{WEAK!r}")
     # Of a head alone all blocks are kept, which it is behind; an embedding is the first of all layers.
-    first = min((index for index, block in enumerate(blocks) if any(name.startswith(block + ".") for name in wanted)), default=len(blocks))
-    if report.layers[0].name in wanted:
+    first = min((index for index, block in enumerate(blocks) if any(_inside(name, [block]) for name in wanted)), default=len(blocks))
+    if {report.layers[0].name, front} & wanted:
         first = 0
     kept = _before(report, blocks, first)
-    for name, record in kept.items():
-        if specs.get(name) != record.spec:
-            now = specs[name].to_dict() if name in specs else "dense"
-            raise ResumeMismatch(f"{name}: its format was {record.spec.to_dict()}, is {now}; layers before "
-                                 f"{[*blocks, 'the head'][first]}, the first to redo, cannot be changed")
+    # Linears of kept blocks that no rule left dense, but that were never called, stay dense.
+    before = {name for name in specs if first and (name == front or _inside(name, blocks[:first])
+                                                   and (report.config.rule(name) or ("", {}))[1] is None)}
+    for name in [*kept, *sorted(before - set(kept))]:
+        was, now = kept[name].spec if name in kept else None, specs.get(name)
+        if was != now:
+            was, now = (spec.to_dict() if spec else "dense" for spec in (was, now))
+            block = next((block for block in blocks if _inside(name, [block])), blocks[0])
+            raise ResumeMismatch(f"{name}: its format was {was}, is {now}; layers before {[*blocks, 'the head'][first]}, the first to redo, "
+                                 f"cannot be changed; leave its format as it was, or redo '{block}.*' as well")
     hashes = hashlib.sha256("".join(record.sha256 for record in kept.values()).encode()).hexdigest()
     return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first)})
 
 
-def _matching(pattern: str, layers: list[LayerRecord]) -> list[str]:
+def _matching(pattern: str, layers: list[LayerRecord], more: Iterable[str] = ()) -> list[str]:
+    """Names of `layers`, or `more` that may be quantized now, as a rule had left them dense."""
     if pattern == WEAK:
         kinds: dict[str, list[float]] = {}
         for record in layers:
             kinds.setdefault(record.name.rpartition(".")[2], []).append(record.error)
         return [r.name for r in layers if r.error > _WEAK_FACTOR * statistics.median(kinds[r.name.rpartition(".")[2]])]
-    return [r.name for r in layers if fnmatch.fnmatchcase(r.name, pattern) or fnmatch.fnmatchcase(r.name, f"*.{pattern}")]
+    return [name for name in (*(r.name for r in layers), *more) if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")]
 
 
 def _before(report: Report | None, blocks: list[str], first: int) -> dict[str, LayerRecord]:
-    """{layer: record} of the blocks before number `first`."""
-    return {record.name: record for record in (report.layers if report else ())
-            if any(record.name.startswith(block + ".") for block in blocks[:first])}
+    """{layer: record} of the blocks before number `first`, and of what is in front of them."""
+    layers = report.layers if report and first else []
+    front = layers[:1] if layers and not _inside(layers[0].name, blocks) else []
+    return {record.name: record for record in [*front, *(record for record in layers if _inside(record.name, blocks[:first]))]}
+
+
+def _inside(name: str, blocks: list[str]) -> bool:
+    return any(name.startswith(block + ".") for block in blocks)
 
 
 def _calibration(report: Report, first: int) -> dict:

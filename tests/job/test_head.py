@@ -172,16 +172,32 @@ def test_an_embedding_done_again_is_a_run_from_the_start(packed, ids, tmp_path):
 @pytest.mark.parametrize("name, pattern, first", [("llama", "lm_head", "the head"), ("llama", "layers.1.*", "model.layers.1"),
                                                   ("llama-tied", "layers.1.*", "model.layers.1"), ("llama-tied", "lm_head", "model.layers.0")])
 def test_it_is_done_again_with_what_is_behind_it(name, pattern, first, packed, ids, tmp_path):
+    """But not what the kept blocks were made for: the embedding, or the head that is one too."""
     dense, _, _ = packed(name)
     gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids[:2])
     before = load_file(tmp_path / "out/model.safetensors")
     report = gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids, redo=pattern)
     after = load_file(tmp_path / "out/model.safetensors")
     changed = {key.rpartition(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert report.redone["from"] == first and "lm_head" in changed
+    assert report.redone["from"] == first and ("lm_head" in changed) == (name == "llama" or first == "model.layers.0")
+    assert report.layers[0].name == ("lm_head" if name in TIED else "model.embed_tokens") and len(report.layers) == 15 + (name not in TIED)
     for place in (0, 1):
         assert any(name.startswith(f"model.layers.{place}.") for name in changed) == (first <= f"model.layers.{place}")
     assert gptvq.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name, front", [("llama", "model.embed_tokens"), ("llama-tied", "lm_head")])
+def test_blocks_are_not_kept_for_another_embedding(name, front, packed, ids, tmp_path):
+    dense, out, _ = packed(name)
+    shutil.copytree(out, tmp_path / "out")
+    for config, now in ((preset("2d-2.25", head="2d-3.125"), "{.*}"), (preset("2d-2.25"), "dense")):
+        with pytest.raises(gptvq.ResumeMismatch, match=rf"{front}: its format was .*, is {now}; .* or redo 'model.layers.0.\*' as well"):
+            gptvq.quantize(dense, tmp_path / "out", config, calibration=ids, redo="layers.1.*")
+    gptvq.quantize(dense, tmp_path / "out", preset("2d-2.25"), calibration=ids, resume="fresh")
+    with pytest.raises(gptvq.ResumeMismatch, match=f"{front}: its format was dense"):
+        gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids, redo="layers.1.*")
+    gptvq.quantize(dense, tmp_path / "out", with_head(), calibration=ids, redo=("layers.1.*", "layers.0.*"))
+    assert files(tmp_path / "out")["model.safetensors"] == files(out)["model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama"])

@@ -94,6 +94,31 @@ def test_the_format_of_what_is_redone_may_change(job):
         redo(job, "layers.1.*", config=preset("2d-3.125"))
 
 
+@pytest.mark.parametrize("kept, pattern, name", [("*.layers.0.mlp.*", "layers.1.*", r"layers\.0\.mlp\.down_proj"),
+                                                 ("*.layers.0.*", "layers.1.mlp.*", r"layers\.0\.mlp\.down_proj")])
+def test_what_a_rule_left_dense_stays_so_before_the_first(kept, pattern, name, job):
+    gptvq.quantize(*job, preset(rules=((kept, None),)), calibration=few(), resume="fresh")
+    before = load_file(job[1] / "model.safetensors")
+    with pytest.raises(ResumeMismatch, match=rf"{name}: its format was dense, is .* or redo 'model.layers.0.\*' as well"):
+        redo(job, pattern)
+    report = redo(job, pattern, config=preset(rules=((kept, None),)))
+    after = load_file(job[1] / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before if ".layers.0." in key)
+    assert report.redone["from"] == "model.layers.1"
+    assert len(redo(job, "model.layers.0.*").layers) == 14
+
+
+def test_linears_never_called_stay_dense(job):
+    def odd():
+        model = build()
+        model.model.layers[0].mlp.spare = torch.nn.Linear(64, 64)
+        return model
+
+    gptvq.quantize(odd(), job[1], preset(), calibration=few(), resume="fresh", check=None)
+    report = gptvq.quantize(odd(), job[1], preset(), calibration=more(), redo="layers.1.*", check=None)
+    assert report.redone["from"] == "model.layers.1" and len(report.layers) == 14
+
+
 def test_weak_layers():
     class Record:
         def __init__(self, name, error):
