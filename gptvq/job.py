@@ -78,7 +78,6 @@ class Run:
         for block in stream.blocks:
             for text in stream.warnings[block.name]:
                 self.note(text)
-        self._noted = len(report.warnings)                      # those every run finds anew
         if self.folder is None:
             return False
         complete = bool(ranks.agree(torch.tensor([not ranks.rank() and self._open(stream, specs)], dtype=torch.int64)))
@@ -124,6 +123,7 @@ class Run:
 
     def take_over(self, stream: BlockStream) -> None:
         """Puts the blocks in the journal in the place of the dense ones, and what is noted of them into the report."""
+        self._noted = len(self.report.warnings)                 # those so far every run finds anew
         if self.done:
             self.progress.stage(f"{self.folder}: {self.done} of {len(stream.blocks)} blocks of this job are done, going on behind them")
             for line in self.journal.blocks:

@@ -130,6 +130,20 @@ def test_experts_are_named_as_unweighted(ids):
     assert noted == {record.name for record in report.layers if ".experts." in record.name} and len(noted) == 24
 
 
+def test_an_interrupted_run_notes_them_once(ids, tmp_path):
+    def stop(index, name):
+        if index == 1:
+            raise KeyboardInterrupt
+
+    progress = Progress()
+    progress.block = stop
+    with pytest.raises(KeyboardInterrupt):
+        gptvq.quantize(build("mixtral"), tmp_path / "out", WEIGHTED, calibration=ids, device="cpu", check=None, progress=progress)
+    for out in ("out", "whole"):
+        gptvq.quantize(build("mixtral"), tmp_path / out, WEIGHTED, calibration=ids, device="cpu", check=None)
+    assert (tmp_path / "out/report.json").read_bytes() == (tmp_path / "whole/report.json").read_bytes()
+
+
 def test_a_plan_says_what_it_does_not_count(ids):
     (warning,) = plan(build(), WEIGHTED, samples=4, sequence_length=16, device="cpu").warnings
     assert "weighing the tokens" in warning
