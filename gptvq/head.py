@@ -133,7 +133,7 @@ def install(head: Head, vq: VQWeight) -> None:
 
 def _kept(name: str, run: Run) -> VQWeight | None:
     """The weight that a redo leaves as it is, which the kept blocks were made for."""
-    if run.redo is None or name not in run.redo.kept:
+    if not run.keeps(name):
         return None
     run.report.layers.insert(0, run.redo.kept[name])
     return run.redo.weight(name)

@@ -140,6 +140,10 @@ class Run:
             return None
         return {name: self.redo.kept[name] for name in names if name in self.redo.kept}
 
+    def keeps(self, name: str) -> bool:
+        """Whether a redo leaves the layer as it is."""
+        return self.redo is not None and name in self.redo.kept
+
     def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:
         """Puts a finished block and the hidden states behind it into the journal."""
         now, report = time.perf_counter(), self.report

@@ -162,8 +162,8 @@ def _quantize_blocks(stream: BlockStream, run: Run, specs: dict[str, QuantSpec],
         checkpoint.require_space(run.folder, stream.nbytes - sum(stream.weight_bytes[name] for name in specs)
                                  + sum(spec.nbytes for spec in specs.values()) * (2 if run.journal else 1)
                                  + activations.disk_bytes)
-    behind = tuple(block.name + "." for block in blocks[: run.done])
-    todo = [name for name in specs if not name.startswith(behind) and (tied is None or name != head.name)]
+    behind = tuple(block.name + "." for block in blocks[: max(run.done, run.redo.first if run.redo else 0)])
+    todo = [name for name in specs if not name.startswith(behind) and (tied is None or name != head.name) and not run.keeps(name)]
     progress.start(sum(specs[name].rows * specs[name].cols for name in todo), len(blocks))
     if run.done:
         hidden = activations.stored("hidden", run.done - 1)

@@ -157,7 +157,8 @@ class Progress:
 class RichProgress(Progress):
     """One printed line per linear and, on a terminal, a live line with the time left; plain lines elsewhere.
 
-    The time left is (weights left) x (seconds so far) / (weights done), counted down between two linears.
+    The time left is (weights left) x (seconds so far) / (weights done), counted down between two linears.  Seconds count from the
+    first block of which linears are done.
     """
 
     def __init__(self, console=None):
@@ -179,6 +180,8 @@ class RichProgress(Progress):
 
     def block(self, index: int, name: str) -> None:
         self._where = f"block {index + 1}/{self._blocks} {name}"
+        if not self._done:                  # blocks that a redo keeps were only run
+            self._began = self._measured = time.monotonic()
         if self._live is None:
             self._print(str(self._line()))
 
@@ -217,8 +220,10 @@ class RichProgress(Progress):
         left = self.seconds_left()
         share = self._done / self._total if self._total else 0.0
         eta = "time left unknown" if math.isnan(left) else f"{clock(left)} left"
-        return Text(f"{self._where} | {self._doing + ' | ' if self._doing and self._live else ''}{share:.0%} | {eta}",
-                    no_wrap=True, overflow="ellipsis")
+        if self._live is None:
+            return Text(f"{self._where} | {share:.0%} | {eta}")
+        # On a narrow terminal the end is cut off.
+        return Text(" | ".join(filter(None, (f"{share:.0%}", eta, self._where, self._doing))), no_wrap=True, overflow="ellipsis")
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

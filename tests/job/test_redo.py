@@ -65,6 +65,13 @@ def test_earlier_blocks_stay_and_later_ones_are_new(job, source, monkeypatch):
     assert len(solved) == 14
 
 
+def test_progress_counts_what_is_done_again(job):
+    progress, started = Progress(), []
+    progress.start = lambda weights, blocks: started.append(weights)
+    report = redo(job, "layers.1.mlp.*", progress=progress)
+    assert started == [sum(r.rows * r.cols for r in report.layers if ".layers.1." in r.name)]
+
+
 def test_later_blocks_see_the_new_calibration(job):
     """As a run would that solved the first block on the old text and the second on the new one."""
     assert redo(job, "*.0.*").redone["from"] == "model.layers.0"

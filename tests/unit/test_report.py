@@ -124,6 +124,18 @@ def test_terminal_output_is_live_and_leaves_the_terminal_clean():
     assert out.getvalue().endswith("\x1b[?25h") or out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
 
 
+def test_on_a_narrow_terminal_the_time_left_is_seen():
+    out = io.StringIO()
+    progress = RichProgress(Console(file=out, force_terminal=True, width=60))
+    with progress:
+        progress.start(2 * 64 * 96, 40)
+        progress.block(0, "model.language_model.layers.0")
+        progress.stage("solving model.language_model.layers.0.self_attn.q_proj")
+        progress.layer(record("model.layers.0.q", 64, 96))
+        progress._live.refresh()
+    assert "50% | 0:00 left | block 1/40 model.language_model.layers.0" in out.getvalue()
+
+
 def test_time_left_goes_by_weights(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(gptvq.report, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -139,6 +151,20 @@ def test_time_left_goes_by_weights(monkeypatch):
     assert progress.seconds_left() == pytest.approx(22 / 3)
     now[0] += 100
     assert progress.seconds_left() == 0
+
+
+def test_time_left_leaves_out_blocks_that_were_only_run(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(gptvq.report, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = RichProgress(Console(file=io.StringIO()))
+    progress.start(2 * 64 * 96, 3)
+    progress.block(0, "kept")
+    now[0] += 50
+    progress.block(1, "first")
+    now[0] += 10
+    progress.layer(record("a", 64, 96))
+    progress.block(2, "second")
+    assert progress.seconds_left() == pytest.approx(10)
 
 
 def test_silent_progress_accepts_everything(capsys):
