@@ -64,15 +64,21 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None, stored: Callabl
     """Writes a model whose config holds the quantization settings; on any failure what was written is removed again.
 
     Tensors keep their dtypes; of tied ones the first is stored; `stored` gives those that the model has on the meta device.
-    Raises ConfigError where the disk is full or fails.
+    An earlier checkpoint stays until all tensors are on the disk.  Raises ConfigError where the disk is full or fails.
     """
-    from .storage import sync_folder, unlink, write_text
+    from .journal import FOLDER
+    from .storage import PARTIAL, sync_folder, unlink, write_text
 
-    stale = [folder / CONFIG, folder / INDEX, folder / REPORT, folder / TIMES, *folder.glob("*.safetensors"), *folder.glob("*.partial")]
-    before = set(folder.iterdir()) - set(stale)
+    kept = {path for path in folder.iterdir() if path.suffix != PARTIAL}
+    stale = [folder / CONFIG, folder / INDEX, folder / REPORT, folder / TIMES, *folder.glob("*.safetensors")]
     try:
-        unlink(stale)           # config.json first: from here on nothing looks complete
-        _write_shards(unique_tensors(model), folder, stored)
+        unlink(folder.glob("*" + PARTIAL))
+        with _written_shards(unique_tensors(model), folder, stored) as (files, index):
+            kept -= set(stale)
+            unlink(stale)       # config.json first: from here on nothing looks complete
+            for file in files:
+                file.seal()
+        write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
         if getattr(model, "generation_config", None) is not None:
             write_text(folder / "generation_config.json", model.generation_config.to_json_string(use_diff=True))
         if tokenizer is not None:
@@ -85,12 +91,14 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None, stored: Callabl
         write_text(folder / CONFIG, model.config.to_json_string(use_diff=True))
         sync_folder(folder)
     except BaseException as error:
-        for path in (folder / CONFIG, *(set(folder.iterdir()) - before)):
+        for path in sorted(set(folder.iterdir()) - kept, key=lambda path: path.name != CONFIG):
             with contextlib.suppress(OSError):      # a folder, or a disk that fails altogether
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept, but what the "
-                              "journal holds is. Free some space or make the folder writable, and run the same command again") from error
+            rest = ["what the journal holds is"] * (folder / FOLDER).is_dir() + ["the checkpoint that was there is"] * (folder / CONFIG in kept)
+            raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept"
+                              f"{', but ' * bool(rest)}{', and '.join(rest)}. Free some space or make the folder writable, and run the same "
+                              "command again (without --fresh, which starts over)") from error
         raise
 
 
@@ -118,9 +126,10 @@ def restore_parameters(module: nn.Module, name: str, files: list[Path]) -> None:
         raise FormatError(f"{files[0].parent}: {next(iter(missing))} is in none of its files; copy the checkpoint again")
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[str], Tensor] | None) -> None:
-    """The tensor files, each written tensor by tensor, and their index."""
-    from .storage import TensorFile, by_alignment, layout_of, write_text
+@contextlib.contextmanager
+def _written_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[str], Tensor] | None):
+    """The tensor files, each written tensor by tensor and synced, which are still to be sealed, and their index."""
+    from .storage import TensorFile, by_alignment, layout_of
 
     shards, size = [{}], 0
     for name, tensor in tensors.items():
@@ -131,17 +140,16 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[st
         shards[-1][name] = tensor
         size += nbytes
     names = [WHOLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes = {}
-    for file, shard in zip(names, shards):
-        shard = by_alignment(shard)
-        with TensorFile(folder / file, layout_of(shard), {"format": "pt"}) as writer:
+    with contextlib.ExitStack() as opened:
+        files = []
+        for file, shard in zip(names, map(by_alignment, shards)):
+            files.append(opened.enter_context(TensorFile(folder / file, layout_of(shard), {"format": "pt"})))
             for name, tensor in shard.items():
-                writer.append(stored(name) if tensor.is_meta else tensor)
-            hashes[file] = writer.seal()["sha256"]
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total, "sha256": hashes},
-             "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+                files[-1].append(stored(name) if tensor.is_meta else tensor)
+            files[-1].sync()
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        yield files, {"metadata": {"total_size": total, "sha256": {file.path.name: file.sha256 for file in files}},
+                      "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
 
 
 # ---- reading

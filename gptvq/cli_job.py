@@ -12,7 +12,8 @@ from .errors import ConfigError
 def options(p: argparse.ArgumentParser) -> None:
     """Adds the options; importing nothing heavy."""
     p.add_argument("--fresh", action="store_true",
-                   help="start over, whatever an earlier run left in OUT; default: the same command goes on behind its last finished block")
+                   help="start over, whatever an earlier run left in OUT, also where the command is given again; default: the same command goes on "
+                        "behind its last finished block")
     p.add_argument("--no-journal", action="store_true", help="keep no journal: an interrupted run is lost")
     p.add_argument("--redo", action="append", default=[], metavar="PATTERN",
                    help="compute these layers of the finished checkpoint in OUT again, and all blocks behind the first of them, for "
@@ -59,12 +60,14 @@ def verdict(report, args: argparse.Namespace) -> tuple[int, str]:
 
 def left(args: argparse.Namespace) -> str:
     """What an interrupted run leaves behind, and how to go on."""
+    from .checkpoint import CONFIG
     from .journal import blocks_done
 
-    done = blocks_done(Path(args.out))
-    if not done:
-        return "nothing half-written was left behind"
-    return f"{done} {'block is' if done == 1 else 'blocks are'} done: the same command goes on with block {done + 1}"
+    folder, over = Path(args.out), [option for option, given in (("--fresh", args.fresh), ("--no-journal", args.no_journal)) if given]
+    if not (done := blocks_done(folder)):
+        return "nothing half-written was left behind" + f"; the checkpoint in {folder} is complete" * (folder / CONFIG).is_file()
+    return (f"{done} {'block is' if done == 1 else 'blocks are'} done: the same command{' without ' * bool(over)}{' and '.join(over)} goes on "
+            f"behind {'it' if done == 1 else 'them'}")
 
 
 def _limit(text: str) -> float:

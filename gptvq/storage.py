@@ -29,7 +29,7 @@ def writing(path: Path):
         yield
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); what was finished before is kept. Free some space or "
-                          "make the folder writable, and run the same command again") from error
+                          "make the folder writable, and run the same command again (without --fresh, which starts over)") from error
 
 
 class DurableFile:
@@ -49,13 +49,22 @@ class DurableFile:
             while len(rest):
                 rest = rest[os.write(self.fd, rest):]
 
-    def seal(self) -> dict:
-        """Gives the file its name -> {"sha256", "bytes"}; the name itself is safe after `sync_folder`."""
+    @property
+    def sha256(self) -> str:
+        """Of what is written so far."""
+        return self._sha256.hexdigest()
+
+    def sync(self) -> None:
         with writing(self.path):
             os.fsync(self.fd)
+
+    def seal(self) -> dict:
+        """Gives the file its name -> {"sha256", "bytes"}; the name itself is safe after `sync_folder`."""
+        self.sync()
+        with writing(self.path):
             os.replace(self.partial, self.path)
         self.close()
-        return {"sha256": self._sha256.hexdigest(), "bytes": self.size}
+        return {"sha256": self.sha256, "bytes": self.size}
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -81,6 +81,11 @@ def test_a_full_disk_loses_nothing(forks, whole, folder, tmp_path):
     assert failed == ["/journal/journal.jsonl", "/journal/block-00000.safetensors", "/journal/hidden-00000.safetensors", ""]
     again = forks.run(model=folder, out=out)
     assert again["error"] is None and files(out) == whole["folder"]["files"]
+    for resume in ("fresh", "never"):                       # what was there stays until the new tensors are on the disk
+        result = forks.run(model=folder, out=out, file_limit=60_000, arguments={"resume": resume, "overwrite": True})
+        kept = "none of it was kept, but " + "what the journal holds is, and " * (resume == "fresh") + "the checkpoint that was there is. "
+        assert kept in result["error"], result
+        assert {name: found for name, found in files(out).items() if name != "journal"} == whole["folder"]["files"]
 
 
 def test_two_writers(forks, folder, tmp_path):

@@ -197,7 +197,7 @@ def test_interrupt_leaves_nothing_that_looks_complete(my_model, tmp_path):
         child.kill()
     assert child.returncode == 130, err
     assert "gptvq: interrupted" in err and "Traceback" not in err
-    assert "the same command goes on with block" in err if (tmp_path / "o").exists() else "nothing half-written" in err
+    assert "the same command goes on behind" in err if (tmp_path / "o").exists() else "nothing half-written" in err
     assert not (tmp_path / "o" / "config.json").exists()
 
 

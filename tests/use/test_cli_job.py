@@ -96,7 +96,7 @@ def test_an_interrupted_command_goes_on(my_model, tmp_path, capsys):
         _, err = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert child.returncode == 130 and err == "\ngptvq: interrupted; 1 block is done: the same command goes on with block 2\n"
+    assert child.returncode == 130 and err == "\ngptvq: interrupted; 1 block is done: the same command goes on behind it\n"
     code, out, err = run(capsys, my_model, tmp_path / "o", "--samples", 32)
     assert code == 0 and "1 of 2 blocks of this job are done" in out and "block 1/2" not in out, err
     assert run(capsys, my_model, tmp_path / "whole", "--samples", 32)[0] == 0
@@ -107,9 +107,14 @@ def test_an_interrupted_command_goes_on(my_model, tmp_path, capsys):
 
 def test_what_is_said_after_an_interrupt(tmp_path):
     class Arguments:
-        out = tmp_path
+        out, fresh, no_journal = tmp_path, False, False
 
     assert cli_job.left(Arguments) == "nothing half-written was left behind"
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / "journal.jsonl").write_text('{"job": {}}\n' + '{"block": 0}\n' * 12 + '{"blo')
-    assert cli_job.left(Arguments) == "12 blocks are done: the same command goes on with block 13"
+    assert cli_job.left(Arguments) == "12 blocks are done: the same command goes on behind them"
+    Arguments.fresh = True
+    assert cli_job.left(Arguments) == "12 blocks are done: the same command without --fresh goes on behind them"
+    (tmp_path / "journal" / "journal.jsonl").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    assert cli_job.left(Arguments) == f"nothing half-written was left behind; the checkpoint in {tmp_path} is complete"
