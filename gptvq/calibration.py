@@ -33,7 +33,7 @@ def calibration_windows(source, tokenizer, samples: int, sequence_length: int, s
     if isinstance(source, Tensor):
         return _checked_ids(source), None
     for name, value in (("samples", samples), ("sequence_length", sequence_length)):
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ConfigError(f"{name} must be a positive integer, got {value!r}")
     tokens = read_tokens(source, tokenizer, "calibration text")
     if len(tokens) < sequence_length:
@@ -169,11 +169,22 @@ def _short(source) -> str:
     return repr(text[:60]) if text.strip() else "it"
 
 
+def text_config(model: nn.Module):
+    """Settings of the language model in it; None for a module without a config."""
+    settings = getattr(model, "config", None)
+    return settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+
+
+def random_tokens(model: nn.Module, samples: int, sequence_length: int) -> Tensor:
+    """Ids [samples, sequence_length or as many positions as the model has], always the same."""
+    settings, generator = text_config(model), torch.Generator().manual_seed(0)
+    length = min(sequence_length, getattr(settings, "max_position_embeddings", None) or sequence_length)
+    return torch.randint(getattr(settings, "vocab_size", None) or 2, (samples, length), generator=generator)
+
+
 def require_usable(model: nn.Module, tokens: Tensor) -> None:
     """Raises ConfigError for ids beyond the vocabulary and for samples longer than the model's positions."""
-    settings = getattr(model, "config", None)
-    if hasattr(settings, "get_text_config"):
-        settings = settings.get_text_config()
+    settings = text_config(model)
     vocabulary = getattr(settings, "vocab_size", None)
     if vocabulary and int(tokens.max()) >= vocabulary:
         raise ConfigError(f"calibration tokens: got the id {int(tokens.max())}, the model's vocabulary ends at {vocabulary - 1}; use the "

@@ -79,6 +79,8 @@ def plan(args):
     from .cli import named_text, quiet, write_json
     config = config_from(args)
     calibration = None if args.calibration is None else named_text(args.calibration, "--calibration")
+    _require_writable(args.out, "--out")
+    _require_writable(args.json, "--json")
     quiet()
     from . import mixed
     from .plan import plan as run
@@ -87,10 +89,23 @@ def plan(args):
         found = run(args.model, config, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
                     device=args.device, dtype=args.dtype, target_bytes=args.target_size, target_bits=args.target_bpv,
                     presets=args.presets or mixed.CANDIDATES, progress=None if args.json == "-" else progress, disk=args.disk)
-    write_json(args.out, found.config.to_dict(), "--out")
-    write_json(args.json, found.to_dict())
     if not args.json:
         _show(found)
+    write_json(args.out, found.config.to_dict(), "--out")
+    write_json(args.json, found.to_dict())
+
+
+def _require_writable(path: str | None, option: str) -> None:
+    """Raises ConfigError for a file that cannot be written, and leaves it as it is."""
+    if path is None or path == "-" or os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):    # a pipe would end
+        return
+    new = not os.path.exists(path)
+    try:
+        open(path, "ab").close()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror}); give another path") from error
+    if new:
+        os.unlink(path)
 
 
 def _show(found) -> None:

@@ -64,7 +64,7 @@ class Recipe:
         for name, least in (("em_iterations", 1), ("em_starts", 1), ("passes", 1), ("sweeps", 0), ("cg_iterations", 0), ("block_cols", 4),
                             ("distill", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
         if not (isinstance(self.compensate, (int, float)) and 0 <= self.compensate <= 1):
             raise ConfigError(f"compensate must be a number from 0 to 1, got {self.compensate!r}")
@@ -111,10 +111,10 @@ class VQConfig:
         object.__setattr__(self, "rules", tuple((str(p), c) for p, c in self.rules))
         if (self.group_rows is None) != (self.group_cols is None):
             raise ConfigError("group_rows and group_cols go together: give both, or neither and group_size")
-        if not isinstance(self.group_size, int) or self.group_size < 1:
+        if type(self.group_size) is not int or self.group_size < 1:
             raise ConfigError(f"group_size must be a positive integer, got {self.group_size!r}")
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+        if type(self.seed) is not int or not -(1 << 63) <= self.seed < 1 << 64:         # what a generator takes
+            raise ConfigError(f"seed must be an integer from -2^63 to 2^64 - 1, got {self.seed!r}")
         self.spec(4096, 4096)       # proves that the settings fit together
         for pattern, change in self.rules:
             if change is not None:

@@ -7,9 +7,11 @@ model's inputs.  The ridge keeps W* near W where only the calibration text's cor
 """
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +31,13 @@ from .model import (
     identity,
     in_list,
 )
+from .model import linears as linears_of
 from .ranks import Samples
 from .shortcuts import Shortcuts
 from .sums import Sums, summed
+
+if TYPE_CHECKING:
+    from .stream import BlockStream
 
 _DRIFT = ""             # its sum's name beside those of linears
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -103,6 +109,20 @@ def find_stages(block: Block, linears: dict[str, nn.Module], hidden: Tensor) -> 
         groups.setdefault(None, []).extend(idle)
     return [Stage(tuple(members), key is not None, key is not None and len(members) == 1 and members[0] in run.sums)
             for key, members in groups.items()]
+
+
+@contextlib.contextmanager
+def uncalled(stream: BlockStream) -> Iterator[set[str]]:
+    """Filled in at the end: linears that a survey within it did not call, which a run leaves dense.  Experts it quantizes nonetheless."""
+    called, found = set(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: called.add(module))
+    try:
+        yield found
+    finally:
+        handle.remove()
+    for block in stream.blocks:
+        found |= {full for full, linear in linears_of(block.module, block.name).items() if linear not in called and not in_list(block, full)
+                  and not any(full.startswith(expert + ".") for expert in stream.experts[block.name])}
 
 
 def agreed_stages(names: Sequence[str], stages: list[Stage]) -> list[Stage]:

@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,14 @@ from torch import Tensor, nn
 
 from . import mixed
 from .ahead import locked_bytes
-from .calibration import calibration_windows, tokens_sha256
+from .calibration import (
+    calibration_windows,
+    random_tokens,
+    text_config,
+    tokens_sha256,
+)
 from .config import DEFAULT_PRESET, VQConfig
-from .drift import Inputs, Stage, collect, find_stages, run_dense
+from .drift import Inputs, Stage, collect, find_stages, run_dense, uncalled
 from .errors import ConfigError
 from .evaluate import divergence_bytes
 from .head import find_head
@@ -30,7 +34,7 @@ from .report import Progress
 from .shortcuts import Shortcuts
 from .solver import solve
 from .spec import QuantSpec
-from .storage import writing
+from .storage import temporary_folder
 from .stream import BlockStream, open_stream, reads_ahead, states_on_device, states_on_disk
 
 #: Sequences that the tried block sees, that layer errors are measured on, and gradients of the loss.
@@ -47,7 +51,7 @@ _UNCOUNTED = {"token_weights": "time and memory for weighing the tokens, which t
 class Plan:
     """What a run with these arguments gives and takes; bytes and seconds.
 
-    `packed_bytes` and `bits_per_value` are exact, `other_bytes` those of all other tensors, `journal_bytes` what the journal takes beside
+    `packed_bytes` and `bits_per_value` are exact (linears that the first sample does not call count as dense), `other_bytes` those of all other tensors, `journal_bytes` what the journal takes beside
     the checkpoint, at most and while the run lasts.  `seconds` by stage (but the check at the end), `cpu_seconds` (of all threads
     together, which other programs disturb less), `peak_ram` and `peak_gpu` are predictions from `probe`, the block that was tried and
     on how many samples.  For a target: `errors` {layer: {preset: relative error by a short recipe}}, and `shares` {layer: what an error
@@ -105,23 +109,28 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     targeted = target_bytes is not None or target_bits is not None
     if target_bytes is not None and target_bits is not None:
         raise ConfigError("target_bytes and target_bits: give one of them")
+    if targeted and not math.isfinite(target := target_bytes if target_bits is None else target_bits):
+        raise ConfigError(f"a target of {target}: need a finite number, like 2.5 bits per weight (target_bits=, --target-bpv)")
     if targeted and calibration is None:
         raise ConfigError("a target needs calibration text, to measure how much each layer suffers")
+    with temporary_folder(disk):              # that it can be written shows before any work
+        pass
     progress.stage("loading the model")
     stream = open_stream(source, dtype, tokenizer)
-    tokens, unused = (_random_tokens(stream.model, samples, sequence_length), None) if calibration is None else calibration_windows(
+    tokens, unused = (random_tokens(stream.model, samples, sequence_length), None) if calibration is None else calibration_windows(
         calibration, stream.tokenizer, samples, sequence_length, config.seed)
     checked = _CHECKED if calibration is None else 0 if unused is None else unused.numel()
     samples, seconds, opened = len(tokens), {"load": _clock() - began}, _clock(device)
     progress.stage("reading the whole model once")
-    stream.survey(tokens[:1], device)
+    with uncalled(stream) as idle:
+        stream.survey(tokens[:1], device)
     trim_memory()
     seconds["survey"] = _clock(device) - opened
     surveyed = resident_memory(reset=True)
     head = find_head(stream) if config.head else None
     errors, shares = {}, {}
     if targeted:
-        choices = mixed.candidates(config, presets, stream.shapes)
+        choices = {full: found for full, found in mixed.candidates(config, presets, stream.shapes).items() if full not in idle}
         rest = stream.nbytes - sum(stream.weight_bytes[full] for full in choices)
         if head is not None:
             rest += sum(spec.nbytes - stream.weight_bytes[name] for name, spec in head.specs(config).items())
@@ -133,7 +142,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
         shares = mixed.loss_shares(stream, tokens[:GRADIENT_SAMPLES], choices, device, progress)
         config = mixed.within_budget(config, choices, errors, shares, budget)
         errors = {full: found for full, found in errors.items() if None not in found}
-    specs = config.resolve(stream.shapes)
+    specs = {full: spec for full, spec in config.resolve(stream.shapes).items() if full not in idle}
     stream.require_finite(specs)
     specs |= head.specs(config) if head is not None else {}
 
@@ -151,7 +160,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     progress.stage("timing the journal")
     seconds["journal"] = probe.journal_seconds(disk, in_blocks, len(stream.blocks), samples)
     # The check keeps logits of the dense model; at last the whole checkpoint and the comparison join them.
-    vocabulary, itemsize = getattr(_settings(stream.model), "vocab_size", None) or 0, next(stream.model.parameters()).element_size()
+    vocabulary, itemsize = getattr(text_config(stream.model), "vocab_size", None) or 0, next(stream.model.parameters()).element_size()
     logits, whole = checked * vocabulary * itemsize, packed + stream.nbytes - dense if checked else 0
     checking = surveyed.now + logits + divergence_bytes(min(checked, tokens.shape[1]), vocabulary, itemsize)
     checking += (whole if device.type == "cpu" else 0) - (0 if stream.streamed else dense - packed)
@@ -243,8 +252,8 @@ class _Probe:
         streams = ("hidden", "dense") if self._config.recipe.compensate else ("hidden",)
         block = torch.randint(256, (max(in_blocks // blocks, 1),), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         written = len(block) + len(streams) * len(self._hidden) * self.state
-        with writing(Path(disk or tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix=".gptvq-plan-", dir=disk) as place:
-            journal, times = Journal(Path(place), {}), [_clock()]
+        with temporary_folder(disk) as place:
+            journal, times = Journal(place, {}), [_clock()]
             try:
                 for index, (tensor, states) in enumerate([(block[:1], []), (block, self._hidden)]):
                     journal.commit({"block": index}, {"block": tensor}, dict.fromkeys(streams, states))
@@ -286,14 +295,3 @@ def _clock(device: torch.device | None = None) -> Tensor:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _settings(model: nn.Module):
-    """Of the language model in it; None for a module without a config."""
-    return model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else getattr(model, "config", None)
-
-
-def _random_tokens(model: nn.Module, samples: int, sequence_length: int) -> Tensor:
-    settings, generator = _settings(model), torch.Generator().manual_seed(0)
-    length = min(sequence_length, getattr(settings, "max_position_embeddings", None) or sequence_length)
-    return torch.randint(getattr(settings, "vocab_size", None) or 2, (samples, length), generator=generator)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,17 @@ def writing(path: Path):
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); what was finished before is kept. Free some space or "
                           "make the folder writable, and run the same command again (without --fresh, which starts over)") from error
+
+
+@contextlib.contextmanager
+def temporary_folder(disk: str | os.PathLike | None) -> Iterator[Path]:
+    """A folder in that one, by default in the system's place for them, gone afterwards; raises ConfigError where there can be none."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".gptvq-plan-", dir=disk) as place:
+            yield Path(place)
+    except OSError as error:
+        raise ConfigError(f"{disk or tempfile.gettempdir()}: cannot be written ({error.strerror or error}); name a writable folder on the "
+                          "disk that the run will write to (disk=, --disk)") from error
 
 
 class DurableFile:

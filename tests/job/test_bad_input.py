@@ -42,6 +42,7 @@ def test_configurations(ids):
     refused("matches no layer", config=preset(rules=(("*.nothing", None),)), calibration=ids)
     refused("excluded by a rule", config=preset(rules=(("*", None),)), calibration=ids)
     refused("samples must be a positive integer", calibration="some text here", samples=0)
+    refused("sequence_length must be a positive integer, got True", calibration="some text here", sequence_length=True)
 
 
 def test_models(tmp_path, ids):

@@ -169,7 +169,8 @@ def test_a_target_for_everything_together(ids):
 
 @pytest.mark.parametrize("arguments, says", [
     (dict(target_bits=1.0), "possible with these presets"), (dict(target_bits=9.0), "possible with these presets"),
-    (dict(target_bytes=1000), "possible with these presets"), (dict(target_bits=3.0, target_bytes=10**6), "give one of them"),
+    (dict(target_bytes=1000), "possible with these presets"), (dict(target_bits=float("nan")), "a target of nan"),
+    (dict(target_bytes=float("inf")), "a target of inf"), (dict(target_bits=3.0, target_bytes=10**6), "give one of them"),
     (dict(target_bits=3.0, calibration=None), "needs calibration text"), (dict(target_bits=3.0, presets=("2d-9",)), "unknown preset"),
     (dict(samples=0, calibration="some text"), "samples must be")])
 def test_what_cannot_be_planned(arguments, says, ids):
@@ -178,8 +179,8 @@ def test_what_cannot_be_planned(arguments, says, ids):
 
 
 def test_what_the_run_would_refuse(ids, tmp_path):
-    with pytest.raises(ConfigError, match="absent: cannot be written"):
-        plan(build(), preset(), calibration=ids, disk=tmp_path / "absent")
+    with pytest.raises(ConfigError, match="absent: cannot be written .*--disk"):
+        plan(None, preset(), calibration=ids, disk=tmp_path / "absent")         # before the model is looked at
     broken = build()
     broken.model.layers[1].mlp.up_proj.weight.data[2, 3] = float("nan")
     with pytest.raises(NumericalError, match="model.layers.1.mlp.up_proj: the weight holds 1 non-finite"):
@@ -198,6 +199,38 @@ def test_the_command_line(tmp_path, capsys, ids):
     assert values["disk"] == values["packed_bytes"] + values["other_bytes"] and len(values["specs"]) == 14
     config = cli.config_from(cli.parser().parse_args(["quantize", "m", "o", "--calibration", "t", "--config", str(tmp_path / "c.json")]))
     assert config == gptvq.VQConfig.preset("2d-3.125")
+
+
+def test_where_the_plan_goes_is_tried_first(tmp_path, capsys):
+    for option in ("--out", "--json"):
+        assert cli.main(["plan", str(tmp_path / "no model"), option, str(tmp_path / "absent" / "c.json")]) == 1
+        assert f"{option} {tmp_path / 'absent' / 'c.json'}: cannot be written" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path / "no model"), "--out", str(tmp_path / "c.json")]) == 1 and not list(tmp_path.iterdir())
+
+
+class Bypassed(torch.nn.Module):
+    """Uses the weight of its linear without a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + torch.nn.functional.linear(x, self.inner.weight)
+
+
+@pytest.mark.parametrize("target", [{}, {"target_bits": 2.9}])
+def test_linears_that_are_never_called_are_not_counted(target, ids):
+    def odd():
+        model = build()
+        for layer in model.model.layers:
+            layer.mlp = torch.nn.Sequential(layer.mlp, Bypassed())
+        return model
+
+    found = plan(odd(), preset(), calibration=ids, **target)
+    report = gptvq.quantize(odd(), None, found.config, calibration=ids)
+    assert found.specs == {record.name: record.spec for record in report.layers} and len(found.specs) == 14
+    assert (found.packed_bytes, found.other_bytes) == (report.packed_bytes, report.other_bytes)
 
 
 def test_the_table_shows_what_the_choice_rests_on(ids, capsys):

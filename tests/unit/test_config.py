@@ -135,7 +135,8 @@ def test_unknown_keys_are_refused_by_name(values, named):
     ({"scale_block": 8}, "scale_block"), ({"scale_block": -16}, "scale_block"),
     ({"scale_block": 64, "group_rows": 8, "group_cols": 32}, "multiple of scale_block"),
     ({"svd_rank": 2}, "dim=1"), ({"dim": 1, "svd_rank": 4}, "svd_rank=4"), ({"dim": 1, "svd_rank": -1}, "svd_rank"),
-    ({"seed": "0"}, "seed"), ({"rules": (("*", "2d-9"),)}, "2d-9"), ({"rules": (("*", 5),)}, "5"),
+    ({"seed": "0"}, "seed"), ({"seed": 10**23}, "seed must be an integer from"), ({"seed": True}, "seed"), ({"group_size": True}, "group_size"),
+     ({"rules": (("*", "2d-9"),)}, "2d-9"), ({"rules": (("*", 5),)}, "5"),
     ({"rules": (("*", {"dim": 3}),)}, "dim=3"), ({"rules": (("*", {"group_rows": 4}),)}, "together")])
 def test_contradictory_settings(values, named):
     with pytest.raises(ConfigError, match=named):
@@ -145,7 +146,7 @@ def test_contradictory_settings(values, named):
 @pytest.mark.parametrize("values, named", [
     ({"method": "gptq"}, "method"), ({"order": "random"}, "order"), ({"damp": 0}, "damp"), ({"damp": float("nan")}, "damp"),
     ({"damp": "0.1"}, "damp"), ({"ridge": -0.1}, "ridge"), ({"shrink": -1}, "shrink"), ({"shrink": "a"}, "shrink"), ({"ridge": float("inf")}, "ridge"), ({"em_iterations": 0}, "em_iterations"), ({"passes": 0}, "passes"),
-    ({"sweeps": -1}, "sweeps"),
+    ({"sweeps": -1}, "sweeps"), ({"em_iterations": True}, "em_iterations must be an integer >= 1, got True"),
     ({"cg_iterations": 2.5}, "cg_iterations"), ({"block_cols": 6}, "block_cols"), ({"dtype": "float16"}, "dtype"),
     ({"compensate": -0.1}, "compensate"), ({"compensate": 1.5}, "compensate"), ({"compensate": float("nan")}, "compensate"),
     ({"method": "paper", "order": "sequential", "passes": 1, "sweeps": 0}, "compensation"), ({"compensate": "all"}, "compensate"),
