@@ -19,7 +19,8 @@ def held_out_tokens(run: Run, check, unused: Tensor | None, calibration, stream:
         require_usable(stream.model, tokens)
         return tokens
     if unused is None and not isinstance(calibration, Tensor):
-        run.note("no calibration text was left over to check the result on; give some (check=, --check)")
+        run.note("sequences of 1 token leave nothing to predict, so the result was not checked; give text for that (check=, --check)"
+                 if sequence_length == 1 else "no calibration text was left over to check the result on; give some (check=, --check)")
     return unused
 
 

@@ -51,8 +51,12 @@ class Run:
         self._noted, self._staged = 0, {}
 
     # ---- the folder
-    def claim(self, out: str | os.PathLike, source) -> Path:
-        """Proves that the folder may be used, before any work."""
+    def claim(self, out: str | os.PathLike | None, source) -> Path | None:
+        """Proves that the folder may be used, before any work; None is none."""
+        if out is None:
+            if self.patterns:
+                raise ConfigError("redo: got out=None, need the folder of the finished checkpoint whose layers to do again")
+            return None
         folder = self.folder = Path(out)
         if ranks.rank():
             return folder
@@ -64,7 +68,9 @@ class Run:
             known = self._known()
             require_same(folder, {key: stored.get(key) for key in known}, known)
         if self.patterns and not ours:
-            raise ConfigError(f"{folder}: only layers of a finished checkpoint can be done again, and there is none")
+            raise ConfigError(f"{folder}: only layers of a finished checkpoint can be done again, and "
+                              + ("this one is not as quantizing left it (tuned, or written by another version); quantize again"
+                                 if _is_packed(folder) else "there is none"))
         self.folder = checkpoint.prepare(out, self.overwrite or ours, source)
         return self.folder
 
@@ -205,14 +211,14 @@ class Run:
                 **self._known(), "calibration": {key: calibration[key] for key in ("samples", "sequence_length", "sha256")}, "redo": {}}
 
     def _finished(self, folder: Path) -> Report | None:
-        """The report of a finished checkpoint of a job that can be compared."""
+        """The report of a finished checkpoint of a job that can be compared; of one that is replaced, an empty one if it is damaged."""
         if self.resume == "never" or not (folder / checkpoint.CONFIG).is_file() or not (folder / checkpoint.REPORT).is_file():
             return None
         try:
             report = Report.load(folder)
         except FormatError:
-            if self.resume == "fresh" or self.overwrite:    # what is replaced may be damaged
-                return None
+            if self.resume == "fresh" or self.overwrite:
+                return Report("", self.config) if _is_packed(folder) else None
             raise
         return report if report.job else None
 
@@ -248,6 +254,12 @@ class Run:
                 return stored.get_tensor(name)
 
         return read
+
+
+def _is_packed(folder: Path) -> bool:
+    with contextlib.suppress(FormatError):
+        return checkpoint.is_packed(folder)
+    return False
 
 
 def _sha256(values: dict) -> str:

@@ -73,8 +73,7 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
               progress if progress and not ranks.rank() else Progress())
     new = out is not None and not ranks.rank() and not Path(out).exists()
     try:
-        if out is not None:
-            run.claim(out, model)
+        run.claim(out, model)
         return _quantize(model, run, calibration, samples, sequence_length, dtype, check, tokenizer)
     except BaseException:
         run.give_up()

@@ -107,7 +107,10 @@ def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], front:
             raise ResumeMismatch(f"{name}: its format was {was}, is {now}; layers before {[*blocks, 'the head'][first]}, the first to redo, "
                                  f"cannot be changed; leave its format as it was, or redo '{block}.*' as well")
     hashes = hashlib.sha256("".join(record.sha256 for record in kept.values()).encode()).hexdigest()
-    return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first)})
+    # The configuration of the new checkpoint says how the others are solved.
+    recipe = report.job.get("config", {}).get("recipe")
+    other = {"recipe": recipe} if first and recipe != job["config"]["recipe"] else {}
+    return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first), **other})
 
 
 def _matching(pattern: str, layers: list[LayerRecord], more: Iterable[str] = ()) -> list[str]:

@@ -37,7 +37,7 @@ class Report:
     were left alone (embeddings, norms, head, biases), a tied one once.  `calibration` holds source, samples,
     sequence_length, tokens and the sha256 of the token ids.  `job` is what decides the bytes of the result; `check` the
     divergence from the dense model after reading back (empty: not measured); `redone` which blocks were computed anew, on
-    top of which calibration (empty: none).
+    top of which calibration, and recipe where that is another one (empty: none).
     """
 
     model_name: str

@@ -166,6 +166,8 @@ def test_no_text_left_to_check(dense, tmp_path):
     report = both("no calibration text was left over", lambda: dense, tmp_path / "out", **arguments)
     assert report.check == {} and len(report.warnings) == 1
     assert not gptvq.quantize(dense, tmp_path / "out2", preset(), check=None, strict=True, **arguments).warnings
+    short = gptvq.quantize(dense, tmp_path / "out3", preset(), **{**arguments, "sequence_length": 1})
+    assert len(short.warnings) == 1 and "sequences of 1 token leave nothing to predict" in short.warnings[0]
 
 
 def test_warnings_of_an_interrupted_run_come_once(dense, tmp_path):

@@ -143,6 +143,18 @@ def test_starting_over(job):
     assert 0 not in progress.said and sorted(os.listdir(job[1]))[0] == "config.json"
 
 
+def test_starting_over_where_the_report_is_damaged(job, tmp_path):
+    go(*job)
+    (job[1] / "report.json").write_text("{")
+    with pytest.raises(FormatError, match="report.json"):
+        go(*job)
+    assert len(go(*job, resume="fresh").layers) == 14 and len(gptvq.Report.load(job[1]).layers) == 14
+    shutil.copytree(job[0], tmp_path / "foreign")           # another program's model and report
+    (tmp_path / "foreign" / "report.json").write_text("{")
+    with pytest.raises(ConfigError, match="not empty"):
+        go(job[0], tmp_path / "foreign", resume="fresh")
+
+
 def test_without_a_journal(job):
     refused(job, "not empty", error=ConfigError, resume="never")
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,5 @@
 """Layers of a finished checkpoint done again: the blocks before them stay as they are, to the byte."""
+import json
 import shutil
 import sys
 
@@ -126,6 +127,12 @@ def test_linears_never_called_stay_dense(job):
     assert report.redone["from"] == "model.layers.1" and len(report.layers) == 14
 
 
+def test_another_recipe_is_told(job):
+    report = redo(job, "layers.1.*", config=gptvq.VQConfig.preset("2d-2.25", recipe=gptvq.Recipe.paper(em_iterations=5)))
+    assert report.redone["recipe"]["method"] == "gptvq" and report.config.recipe.method == "paper"
+    assert "recipe" not in redo(job, "layers.0.*").redone
+
+
 def test_weak_layers():
     class Record:
         def __init__(self, name, error):
@@ -142,10 +149,17 @@ def test_what_cannot_be_redone(job, tmp_path):
             redo(job, pattern)
     with pytest.raises(ConfigError, match="only layers of a finished checkpoint"):
         redo((job[0], tmp_path / "new"), "layers.1.*")
+    with pytest.raises(ConfigError, match="redo: got out=None, need the folder"):
+        redo((build(), None), "layers.1.*")
     with pytest.raises(ConfigError, match="journal"):
         redo(job, "layers.1.*", resume="never")
     with pytest.raises(ResumeMismatch, match="model.weights was"):
         redo(job, "layers.1.*", dtype="bfloat16")
+    shutil.copytree(job[1], tmp_path / "tuned")
+    report = json.loads((job[1] / "report.json").read_text())
+    (tmp_path / "tuned/report.json").write_text(json.dumps({**report, "job": {}}))
+    with pytest.raises(ConfigError, match="tuned: .* is not as quantizing left it .*; quantize again"):
+        redo((job[0], tmp_path / "tuned"), "layers.1.*")
     tensors = load_file(job[1] / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.idx"][0, 0, 0] ^= 1
     save_file(tensors, job[1] / "model.safetensors", metadata={"format": "pt"})
