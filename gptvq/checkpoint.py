@@ -219,12 +219,17 @@ def read_index(folder: Path) -> dict | None:
     return None if _out_of_date(folder, set(names.values())) else index
 
 
+def resaved(file: Path) -> bool:
+    """Whether transformers wrote a tensor file."""
+    return RESAVED.items() <= tensorfile.read_metadata(file).items()
+
+
 def _out_of_date(folder: Path, named: set[str]) -> bool:
     """Whether there is a whole file, and an index of `named` files from before it was written."""
     if not (folder / WHOLE).exists():
         return False
     if WHOLE in named:
-        return RESAVED.items() <= tensorfile.read_metadata(folder / WHOLE).items()      # then no index was written with it
+        return resaved(folder / WHOLE)          # then no index was written with it
     return not any((folder / name).exists() for name in named)
 
 

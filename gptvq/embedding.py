@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .backends.reference_packed import bit_map, centroid_numbers, sign_changes
 from .errors import ConfigError
 from .linear import VQLinear
@@ -67,7 +68,7 @@ class VQEmbedding(VQLinear):
 
 
 def _rows(layer: VQLinear, ids: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or ops.watched(ids)):
         _check_ids(ids, layer)
     rows = lookup(layer.spec, layer._decode_tables(), ids.reshape(-1).to(layer.idx.device)).to(dtype).view(*ids.shape, layer.in_features)
     return rows if scale == 1 else rows * torch.full((), scale, dtype=dtype, device=rows.device)

@@ -105,7 +105,7 @@ def job(request):
     if "poisoned" in request:                               # number of a sample whose hidden states are no numbers
         ids[ids == 255] = 0
         ids[request["poisoned"], 7] = 255
-        model.get_input_embeddings().weight.data[255] = float("nan")
+        model.get_input_embeddings().register_forward_hook(lambda m, args, out: out.masked_fill((args[0] == 255)[..., None], float("nan")))
     if "memory" in request:                                 # as much as is said to be free
         gptvq.stream.available_memory = lambda: request["memory"]
     gptvq.head._LEAST_PART = request.get("least_part", gptvq.head._LEAST_PART)

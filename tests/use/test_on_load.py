@@ -172,6 +172,10 @@ def test_saved_again_where_something_was(packed, tmp_path, capsys):
         assert "files" not in gptvq.verify(folder).hashed and (folder / "model.safetensors.index.json").exists()
         same_state(gptvq.load(folder, "cpu"), model)
     assert cli.main(["inspect", str(tmp_path / "twice")]) == 1 and "save_pretrained writes none" in capsys.readouterr().err
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, VQLinear)).gs.mul_(2)
+    model.save_pretrained(tmp_path / "same")                # report.json is of what was there before
+    assert gptvq.verify(tmp_path / "same").hashed == ()
     model.save_pretrained(tmp_path / "same", max_shard_size="60KB")
     with pytest.raises(FormatError, match=r"reads model\.safetensors, .* names other files"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "same")
