@@ -95,10 +95,11 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None, stored: Callabl
             with contextlib.suppress(OSError):      # a folder, or a disk that fails altogether
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            rest = ["what the journal holds is"] * (folder / FOLDER).is_dir() + ["the checkpoint that was there is"] * (folder / CONFIG in kept)
+            rest = ["what the journal holds is"] * (folder / FOLDER).is_dir()
+            rest += ["the checkpoint that was there is"] * (folder / CONFIG in kept)
             raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept"
-                              f"{', but ' * bool(rest)}{', and '.join(rest)}. Free some space or make the folder writable, and run the same "
-                              "command again (without --fresh, which starts over)") from error
+                              f"{', but ' * bool(rest)}{', and '.join(rest)}. Free some space or make the folder writable, and run "
+                              "the same command again (without --fresh, which starts over)") from error
         raise
 
 

@@ -12,8 +12,8 @@ from .errors import ConfigError
 def options(p: argparse.ArgumentParser) -> None:
     """Adds the options; importing nothing heavy."""
     p.add_argument("--fresh", action="store_true",
-                   help="start over, whatever an earlier run left in OUT, also where the command is given again; default: the same command goes on "
-                        "behind its last finished block")
+                   help="start over, whatever an earlier run left in OUT, also where the command is given again; default: the same "
+                        "command goes on behind its last finished block")
     p.add_argument("--no-journal", action="store_true", help="keep no journal: an interrupted run is lost")
     p.add_argument("--redo", action="append", default=[], metavar="PATTERN",
                    help="compute these layers of the finished checkpoint in OUT again, and all blocks behind the first of them, for "
@@ -66,8 +66,8 @@ def left(args: argparse.Namespace) -> str:
     folder, over = Path(args.out), [option for option, given in (("--fresh", args.fresh), ("--no-journal", args.no_journal)) if given]
     if not (done := blocks_done(folder)):
         return "nothing half-written was left behind" + f"; the checkpoint in {folder} is complete" * (folder / CONFIG).is_file()
-    return (f"{done} {'block is' if done == 1 else 'blocks are'} done: the same command{' without ' * bool(over)}{' and '.join(over)} goes on "
-            f"behind {'it' if done == 1 else 'them'}")
+    return (f"{done} {'block is' if done == 1 else 'blocks are'} done: the same command{' without ' * bool(over)}{' and '.join(over)} "
+            f"goes on behind {'it' if done == 1 else 'them'}")
 
 
 def _limit(text: str) -> float:

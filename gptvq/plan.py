@@ -51,11 +51,11 @@ _UNCOUNTED = {"token_weights": "time and memory for weighing the tokens, which t
 class Plan:
     """What a run with these arguments gives and takes; bytes and seconds.
 
-    `packed_bytes` and `bits_per_value` are exact (linears that the first sample does not call count as dense), `other_bytes` those of all other tensors, `journal_bytes` what the journal takes beside
-    the checkpoint, at most and while the run lasts.  `seconds` by stage (but the check at the end), `cpu_seconds` (of all threads
-    together, which other programs disturb less), `peak_ram` and `peak_gpu` are predictions from `probe`, the block that was tried and
-    on how many samples.  For a target: `errors` {layer: {preset: relative error by a short recipe}}, and `shares` {layer: what an error
-    of 1 adds to the loss per token, in nats}.
+    `packed_bytes` and `bits_per_value` are exact (linears that the first sample does not call count as dense), `other_bytes` those of all
+    other tensors, `journal_bytes` what the journal takes beside the checkpoint, at most and while the run lasts.
+    `seconds` by stage (but the check at the end), `cpu_seconds` (of all threads together, which other programs disturb less), `peak_ram`
+    and `peak_gpu` are predictions from `probe`, the block that was tried and on how many samples.  For a target: `errors`
+    {layer: {preset: relative error by a short recipe}}, and `shares` {layer: what an error of 1 adds to the loss per token, in nats}.
     """
 
     model: str

@@ -104,13 +104,14 @@ def plan_redo(folder: Path, patterns: tuple[str, ...], blocks: list[str], front:
         if was != now:
             was, now = (spec.to_dict() if spec else "dense" for spec in (was, now))
             block = next((block for block in blocks if _inside(name, [block])), blocks[0])
-            raise ResumeMismatch(f"{name}: its format was {was}, is {now}; layers before {[*blocks, 'the head'][first]}, the first to redo, "
-                                 f"cannot be changed; leave its format as it was, or redo '{block}.*' as well")
+            raise ResumeMismatch(f"{name}: its format was {was}, is {now}; layers before {[*blocks, 'the head'][first]}, the first to "
+                                 f"redo, cannot be changed; leave its format as it was, or redo '{block}.*' as well")
     hashes = hashlib.sha256("".join(record.sha256 for record in kept.values()).encode()).hexdigest()
     # The configuration of the new checkpoint says how the others are solved.
     recipe = report.job.get("config", {}).get("recipe")
     other = {"recipe": recipe} if first and recipe != job["config"]["recipe"] else {}
-    return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first), **other})
+    return Redo(folder, first, kept, {"layers": list(patterns), "from": first, "kept": hashes, "calibration": _calibration(report, first),
+                                      **other})
 
 
 def _matching(pattern: str, layers: list[LayerRecord], more: Iterable[str] = ()) -> list[str]:
@@ -120,7 +121,8 @@ def _matching(pattern: str, layers: list[LayerRecord], more: Iterable[str] = ())
         for record in layers:
             kinds.setdefault(record.name.rpartition(".")[2], []).append(record.error)
         return [r.name for r in layers if r.error > _WEAK_FACTOR * statistics.median(kinds[r.name.rpartition(".")[2]])]
-    return [name for name in (*(r.name for r in layers), *more) if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")]
+    return [name for name in (*(r.name for r in layers), *more)
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")]
 
 
 def _before(report: Report | None, blocks: list[str], first: int) -> dict[str, LayerRecord]:

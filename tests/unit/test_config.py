@@ -135,8 +135,8 @@ def test_unknown_keys_are_refused_by_name(values, named):
     ({"scale_block": 8}, "scale_block"), ({"scale_block": -16}, "scale_block"),
     ({"scale_block": 64, "group_rows": 8, "group_cols": 32}, "multiple of scale_block"),
     ({"svd_rank": 2}, "dim=1"), ({"dim": 1, "svd_rank": 4}, "svd_rank=4"), ({"dim": 1, "svd_rank": -1}, "svd_rank"),
-    ({"seed": "0"}, "seed"), ({"seed": 10**23}, "seed must be an integer from"), ({"seed": True}, "seed"), ({"group_size": True}, "group_size"),
-     ({"rules": (("*", "2d-9"),)}, "2d-9"), ({"rules": (("*", 5),)}, "5"),
+    ({"seed": "0"}, "seed"), ({"seed": 10**23}, "seed must be an integer from"), ({"seed": True}, "seed"),
+    ({"group_size": True}, "group_size"), ({"rules": (("*", "2d-9"),)}, "2d-9"), ({"rules": (("*", 5),)}, "5"),
     ({"rules": (("*", {"dim": 3}),)}, "dim=3"), ({"rules": (("*", {"group_rows": 4}),)}, "together")])
 def test_contradictory_settings(values, named):
     with pytest.raises(ConfigError, match=named):
