@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,6 +154,12 @@ def _written_shards(tensors: dict[str, Tensor], folder: Path, stored: Callable[[
 
 
 # ---- reading
+def refuse_missing(names: Collection[str], source) -> None:
+    """Raises ConfigError where a dense model lacks tensors: transformers fills them with random numbers."""
+    if names:
+        raise ConfigError(f"{source}: the tensor {min(names)!r} is in none of its files ({len(names)} are missing); copy the model again")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object of no more bytes than files beside it can account for; raises FormatError naming the file."""
     largest = tensorfile.LEAST_JSON

@@ -228,10 +228,11 @@ def open_dense(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> 
             raise ConfigError(f"{path}: no config.json and no .gguf file in this folder; name a Hugging Face model's folder")
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise ConfigError(f"{source}: no such model; need a folder, a .gguf file or a hub id")
-    model = from_pretrained(source, ConfigError, dtype=dtype)
+    model, found = from_pretrained(source, ConfigError, dtype=dtype, output_loading_info=True)
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if method is not None:
         raise ConfigError(f"{source}: already quantized ({getattr(method, 'value', method)}); start from the dense model")
+    checkpoint.refuse_missing(found["missing_keys"], source)
     return model.eval(), read_tokenizer(source), path.resolve().name if path.is_dir() else str(source)
 
 

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import CONFIG, INDEX, WHOLE, tensor_files
+from .checkpoint import CONFIG, INDEX, WHOLE, refuse_missing, tensor_files
 from .errors import ConfigError
 from .hf import from_pretrained, read_dtype
 
@@ -116,9 +116,7 @@ def largest_list(model: nn.Module) -> str:
 def _read(folder: Path, dtype: str, block: str | None) -> nn.Module:
     model, found = from_pretrained(folder, ConfigError, dtype=read_dtype(dtype), quantization_config=PartConfig(block),
                                    local_files_only=True, output_loading_info=True)
-    if found["missing_keys"]:
-        raise ConfigError(f"{folder}: the tensor {min(found['missing_keys'])!r} is in none of its files ({len(found['missing_keys'])} "
-                          "are missing); copy the model again")
+    refuse_missing(found["missing_keys"], folder)
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):      # some compute in another way where they find it
             part.config.__dict__.pop("_is_quantized", None)

@@ -1,4 +1,5 @@
 """Models from the disk, a block at a time: the same bytes as from memory, in memory that does not grow with the model."""
+import dataclasses
 import json
 
 import pytest
@@ -145,9 +146,9 @@ def test_lists_of_tensors_in_files(tmp_path, dtype):
 
 
 def test_damaged_models_are_refused_before_any_work(dense, tmp_path, ids):
-    def refused(match, error=ConfigError):
+    def refused(match, error=ConfigError, config=preset()):
         with pytest.raises(error, match=match):
-            gptvq.quantize(dense, tmp_path / "out", preset(), calibration=ids)
+            gptvq.quantize(dense, tmp_path / "out", config, calibration=ids)
         assert not (tmp_path / "out").exists()
 
     tensors = load_file(dense / "model.safetensors")
@@ -157,7 +158,9 @@ def test_damaged_models_are_refused_before_any_work(dense, tmp_path, ids):
     refused("model.layers.1.mlp.up_proj: the weight holds 1 non-finite", NumericalError)
     del broken["model.layers.1.mlp.up_proj.weight"]
     save_file(broken, dense / "model.safetensors", metadata={"format": "pt"})
-    refused("'model.layers.1.mlp.up_proj.weight' is in none of its files")
+    whole = dataclasses.replace(preset(), recipe=gptvq.Recipe(token_weights="loss"))
+    for config in (preset(), whole):                        # read block by block, and as a whole
+        refused("'model.layers.1.mlp.up_proj.weight' is in none of its files", config=config)
     (dense / "model.safetensors").write_bytes((dense / "model.safetensors").read_bytes()[:-9])
     refused("cannot load it")
 
