@@ -231,6 +231,11 @@ def resaved(file: Path) -> bool:
     return RESAVED.items() <= tensorfile.read_metadata(file).items()
 
 
+def is_resaved(folder: Path) -> bool:
+    """Whether transformers wrote tensor files into the folder, whatever report and index lie beside them."""
+    return any(map(resaved, folder.glob("*.safetensors")))
+
+
 def _out_of_date(folder: Path, named: set[str]) -> bool:
     """Whether there is a whole file, and an index of `named` files from before it was written."""
     if not (folder / WHOLE).exists():

@@ -167,9 +167,9 @@ def inspect(args):
     from .report import Report, clock, layer_table, size
     from .verify import read_structure
     folder = Path(args.folder)
-    if checkpoint.is_packed(folder) and not (folder / checkpoint.REPORT).exists():
+    if checkpoint.is_packed(folder) and (not (folder / checkpoint.REPORT).exists() or checkpoint.is_resaved(folder)):
         read_structure(folder)
-        raise ConfigError(f"{folder}: has no {checkpoint.REPORT}, as save_pretrained writes none; inspect the folder that `gptvq quantize` "
+        raise ConfigError(f"{folder}: has no {checkpoint.REPORT} of its own, as save_pretrained writes none; inspect the folder that `gptvq quantize` "
                           "wrote, or check this one by `gptvq verify`")
     report = Report.load(args.folder)
     if not os.path.exists(os.path.join(args.folder, "config.json")):

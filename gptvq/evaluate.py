@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor
 
+from .calibration import text_config
 from .errors import ConfigError, NumericalError
 
 DEFAULT_WINDOW = 2048
@@ -20,8 +21,7 @@ def default_window(model) -> int:
 
 
 def _positions(model) -> int | None:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(text_config(model), "max_position_embeddings", None)
 
 
 def learned_positions(model) -> int | None:

@@ -100,7 +100,7 @@ def find_head(stream: BlockStream) -> Head:
 
 def solve_tied(head: Head, specs: dict[str, QuantSpec], tokens: Tensor, stream: BlockStream, run: Run) -> VQWeight:
     """The weight of a head that is the embedding too, solved for the head's inputs in the dense model, on some of `tokens` [samples, n]."""
-    if (kept := _kept(head.name, run)) is not None:
+    if (kept := run.kept_front()) is not None:
         return kept
     some = tokens[: max(_TOKENS // tokens.shape[1], 1)]
     run.progress.stage("collecting Hessians")
@@ -111,7 +111,7 @@ def solve_tied(head: Head, specs: dict[str, QuantSpec], tokens: Tensor, stream: 
 
 def quantize_embedding(head: Head, specs: dict[str, QuantSpec], run: Run) -> None:
     """Solves an embedding with a weight of its own, all of whose columns count the same, and puts it in its place."""
-    if (vq := _kept(head.embedding, run)) is None:
+    if (vq := run.kept_front()) is None:
         hessian = Hessian.from_matrix(torch.eye(specs[head.embedding].cols, device=run.device))
         vq = _solved(head, head.embedding, hessian, specs, run, 0)
     put_embedding(head.model, head.embedding, vq)
@@ -129,14 +129,6 @@ def install(head: Head, vq: VQWeight) -> None:
     """Puts a packed head in its place, and the embedding that is tied to it."""
     packed = VQLinear.from_weight(vq, head.module.bias, head.name).to(head.module.weight.device)
     put_head(head.model, head.name, packed, head.embedding if head.tied else None)
-
-
-def _kept(name: str, run: Run) -> VQWeight | None:
-    """The weight that a redo leaves as it is, which the kept blocks were made for."""
-    if not run.keeps(name):
-        return None
-    run.report.layers.insert(0, run.redo.kept[name])
-    return run.redo.weight(name)
 
 
 def _solved(head: Head, name: str, hessian: Hessian, specs: dict[str, QuantSpec], run: Run, at: int) -> VQWeight:

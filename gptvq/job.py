@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from . import checkpoint, ranks
@@ -23,6 +24,7 @@ from .report import Progress, Report, record_of
 from .solver import LayerRecord
 from .spec import LAYOUT_VERSION, QuantSpec
 from .stream import BlockStream, packed_weight
+from .weight import VQWeight
 
 RESUME = ("auto", "fresh", "never")
 
@@ -48,6 +50,7 @@ class Run:
         self.redo: Redo | None = None
         self.report: Report | None = None
         self._front: str | None = None
+        self._kept_front: tuple[LayerRecord, VQWeight] | None = None
         self._noted, self._staged = 0, {}
 
     # ---- the folder
@@ -148,7 +151,27 @@ class Run:
 
     def keeps(self, name: str) -> bool:
         """Whether a redo leaves the layer as it is."""
-        return self.redo is not None and name in self.redo.kept
+        return self.redo is not None and (name in self.redo.kept or name == self._front and self.redo.first > 0)
+
+    def kept_front(self) -> VQWeight | None:
+        """The weight of what is quantized before the blocks, if a redo keeps it; its record is put into the report.
+
+        From the first block on it is in the journal, as the checkpoint that holds it goes while the new one is written.  Raises
+        FormatError where it is in neither.
+        """
+        if not self.keeps(self._front):
+            return None
+        if self.done and "front" in self.journal.blocks[0]:
+            record = record_of(self.journal.blocks[0]["front"])
+            with safe_open(self.journal.path("block", 0), framework="pt") as stored:
+                self._kept_front = record, packed_weight(record, stored.get_tensor)
+        elif self._front in self.redo.kept:
+            self._kept_front = self.redo.kept[self._front], self.redo.weight(self._front)
+        else:
+            raise FormatError(f"{self.folder}: the weight of {self._front}, which this run keeps, is gone; start over (--fresh, "
+                              "resume=\"fresh\")")
+        self.report.layers.insert(0, self._kept_front[0])
+        return self._kept_front[1]
 
     def commit(self, index: int, block: Block, streams: dict[str, list[Tensor]]) -> None:
         """Puts a finished block and the hidden states behind it into the journal."""
@@ -156,7 +179,11 @@ class Run:
         line = {"block": index, "name": block.name, "warnings": report.warnings[self._noted:], "seconds": now - self._counted,
                 "layers": [r.to_dict() for r in report.layers if r.name.startswith(block.name + ".")],
                 "stages": {stage: value - self._staged.get(stage, 0.0) for stage, value in report.stages.items()}}
-        self.journal.commit(line, block.module.state_dict(prefix=block.name + "."), streams)
+        tensors = block.module.state_dict(prefix=block.name + ".")
+        if index == 0 and self._kept_front:
+            record, weight = self._kept_front
+            line["front"], tensors = record.to_dict(), {**tensors, **{f"{record.name}.{b}": t for b, t in weight.buffers.items()}}
+        self.journal.commit(line, tensors, streams)
         self._counted, self._noted, self._staged = now, len(report.warnings), dict(report.stages)
 
     def finish(self, stream: BlockStream) -> None:
@@ -215,16 +242,16 @@ class Run:
         if self.resume == "never" or not (folder / checkpoint.CONFIG).is_file() or not (folder / checkpoint.REPORT).is_file():
             return None
         try:
-            report = Report.load(folder)
+            report = None if checkpoint.is_resaved(folder) else Report.load(folder)
         except FormatError:
-            if self.resume == "fresh" or self.overwrite:
-                return Report("", self.config) if _is_packed(folder) else None
-            raise
+            if not (self.resume == "fresh" or self.overwrite):
+                raise
+            report = None
+        if report is None:
+            return Report("", self.config) if (self.resume == "fresh" or self.overwrite) and _is_packed(folder) else None
         return report if report.job else None
 
     def _take_over(self, line: dict, stream: BlockStream) -> None:
-        from safetensors import safe_open
-
         records = [record_of(values) for values in line["layers"]]
         with safe_open(self.journal.path("block", line["block"]), framework="pt") as stored:
             read = stored.get_tensor if not stream.streamed else lambda name: torch.empty_like(stored.get_tensor(name), device="meta")
@@ -244,8 +271,6 @@ class Run:
 
     def _stored(self, stream: BlockStream):
         """Reads a tensor of a streamed block from the journal."""
-        from safetensors import safe_open
-
         files = {block.name: self.journal.path("block", index) for index, block in enumerate(stream.blocks)} if self.journal else {}
 
         def read(name: str) -> Tensor:

@@ -27,13 +27,16 @@ class VQLinear(nn.Module):
 
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
     `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.  Buffers and bias may be
-    replaced or changed in place, but for ways that PyTorch does not count (`.data`, inference tensors).
+    replaced or changed in place, but for ways that PyTorch does not count (`.data`, inference tensors); compiled graphs take
+    block scales and SVD factors as they were at the last call without torch.compile.
     """
 
     activations = "a16"
     # What is called on one input, like q, k and v, is computed in one go when the first of them is called; see _with_followers.
     _followers: tuple[VQLinear, ...] = ()
     _ready: tuple | None = None
+    _tables: tuple | None = None        # (tables for decoding, what they were made from), one tuple for the sake of other threads
+    _kernel: tuple | None = None        # (kernel, what it was made from)
 
     def __init__(self, spec: QuantSpec, bias: bool = False, device=None, dtype: torch.dtype | None = None, name: str = ""):
         super().__init__()
@@ -42,7 +45,6 @@ class VQLinear(nn.Module):
         for buffer, (shape, kind) in spec.buffer_shapes().items():
             self.register_buffer(buffer, torch.zeros(shape, dtype=DTYPES[kind], device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.rows, device=device, dtype=dtype)) if bias else None)
-        self._forget()
 
     @classmethod
     def from_weight(cls, vq: VQWeight, bias: Tensor | None = None, name: str = "") -> VQLinear:
@@ -118,7 +120,7 @@ class VQLinear(nn.Module):
                 break
         if not followers:
             return kernel(x, activations)
-        others = [f._kernel or f._prepared(f._buffers, f._own_bias()) for f in followers]
+        others = [f._kernel[0] if f._kernel else f._prepared(f._buffers, f._own_bias()) for f in followers]
         mine, *theirs = kernel.together(others, x, activations)
         version = x._version
         for follower, other, y in zip(followers, others, theirs):
@@ -134,17 +136,16 @@ class VQLinear(nn.Module):
         return parameters["bias"] if "bias" in parameters else self.bias
 
     def _prepared(self, buffers: dict[str, Tensor], bias: Tensor | None):
-        made = self._made_from
-        if made and made[0] is buffers["idx"] and made[1] is buffers["gs"] and made[2] is bias:
-            for tensor, count in made[3]:
+        made = self._kernel
+        if made and made[1] == [*map(id, buffers.values())] and made[4] is bias and (bias is None or made[5] == bias.data_ptr()):
+            for tensor, count in made[2]:
                 if tensor._version != count:
                     break
             else:
-                if bias is None or made[4] == bias.data_ptr():
-                    return self._kernel
-        self._kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
-        self._made_from = (buffers["idx"], buffers["gs"], bias, (*self._tables_of[1], *_counts(bias)), None if bias is None else bias.data_ptr())
-        return self._kernel
+                return made[0]
+        kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
+        self._kernel = kernel, *_state(buffers, bias), bias, None if bias is None else bias.data_ptr()
+        return kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """nn.Linear with the dequantized weight, for inputs of `dtype`; its forward is this one without the error of `activations`."""
@@ -170,29 +171,29 @@ class VQLinear(nn.Module):
 
     def _decode_tables(self) -> tuple:
         # Expanded codebooks and scale tables cost more than a small GEMV: kept until the buffers change.
-        tables, of, buffers = self._tables, self._tables_of, self._buffers
-        if tables is not None and tables[0] is buffers["idx"] and (torch.compiler.is_compiling() or of[0] is buffers["gs"]
-                                                                   and all(t._version == count for t, count in of[1])):
-            return tables
-        if torch.compiler.is_compiling() or ops.watched(buffers["idx"]):        # a new attribute would compile the graph anew
+        made, buffers, compiling = self._tables, self._buffers, torch.compiler.is_compiling()
+        if made is not None and made[0][0] is buffers["idx"] and (compiling or made[1] == [*map(id, buffers.values())]
+                                                                  and all(t._version == count for t, count in made[2])):
+            return made[0]
+        if compiling or ops.watched(buffers["idx"]):            # a new attribute would compile the graph anew
             return decode_tables(self.spec, buffers)
-        for buffer in self.spec.buffer_shapes():        # kernels read the buffers themselves, and so see later changes
-            buffers[buffer] = buffers[buffer].contiguous()
-        self._tables = decode_tables(self.spec, buffers)
-        self._tables_of = buffers["gs"], _counts(*(buffers.get(copied) for copied in ("gs", "sz", "cb_u", "cb_v")))
-        return self._tables
+        with torch.inference_mode(False):                       # tables that backward may keep, whoever calls first
+            for buffer in self.spec.buffer_shapes():            # kernels read the buffers themselves, and so see later changes
+                buffers[buffer] = buffers[buffer].contiguous()
+            tables = decode_tables(self.spec, buffers)
+        self._tables = tables, *_state(buffers)
+        return tables
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)
-        if name == "bias" or name in self._buffers:
+        if name == "bias" or name in self.__dict__.get("_buffers", ()):
             self._forget()
 
     def _forget(self) -> None:
         self._tables = self._kernel = self._ready = None
-        self._tables_of = self._made_from = ()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": None, "_tables_of": (), "_kernel": None, "_made_from": (), "_followers": (), "_ready": None}
+        return {**self.__dict__, "_tables": None, "_kernel": None, "_followers": (), "_ready": None}
 
     def _apply(self, fn, recurse=True):
         before = {buffer: self._buffers[buffer] for buffer in self.spec.buffer_shapes()}
@@ -225,6 +226,10 @@ def set_activations(model: nn.Module, activations: str) -> None:
             module.activations = activations
 
 
-def _counts(*tensors: Tensor | None) -> tuple[tuple[Tensor, int], ...]:
-    """Tensors with how often they were changed in place; inference tensors do not count that."""
-    return tuple((t, t._version) for t in tensors if t is not None and not t.is_inference())
+def _state(buffers: dict[str, Tensor], bias: Tensor | None = None) -> tuple:
+    """(ids of the buffers, what of them and the bias is copied or decoded and how often it was changed in place, the buffers).
+
+    Inference tensors do not count changes.  The buffers are held so that no other can get the id of one.
+    """
+    copied = (*(buffers[name] for name in ("gs", "sz", "cb_u", "cb_v") if name in buffers), bias)
+    return [*map(id, buffers.values())], tuple((t, t._version) for t in copied if t is not None and not t.is_inference()), [*buffers.values()]

@@ -1,4 +1,5 @@
 """Layers of a finished checkpoint done again: the blocks before them stay as they are, to the byte."""
+import errno
 import json
 import shutil
 import sys
@@ -9,7 +10,7 @@ from job.tiny_models import build, preset
 from safetensors.torch import load_file, save_file
 
 import gptvq
-from gptvq import ConfigError, FormatError, ResumeMismatch
+from gptvq import ConfigError, FormatError, ResumeMismatch, checkpoint, storage
 from gptvq.redo import _matching
 from gptvq.report import Progress
 
@@ -165,3 +166,45 @@ def test_what_cannot_be_redone(job, tmp_path):
     save_file(tensors, job[1] / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match="model.layers.0.mlp.up_proj is not what was written"):
         redo(job, "layers.1.*")
+
+
+@pytest.mark.parametrize("at", [checkpoint.WHOLE, checkpoint.INDEX, "generation_config.json", checkpoint.CONFIG])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("pattern", ["layers.1.*", "lm_head"])
+def test_what_was_before_the_blocks_outlives_the_checkpoint_that_is_replaced(name, pattern, at, tmp_path, monkeypatch):
+    """Once more after the disk was full at any file: the journal alone has the embedding then, or the head that is one too."""
+    if (name, pattern) == ("llama-tied", "lm_head"):
+        pytest.skip("begins with the first block")
+    build(name).save_pretrained(tmp_path / "model")
+    config, seal = preset(head="2d-2.25"), storage.DurableFile.seal
+    gptvq.quantize(tmp_path / "model", tmp_path / "out", config, calibration=few(), check=None)
+    shutil.copytree(tmp_path / "out", tmp_path / "want")
+    redo((tmp_path / "model", tmp_path / "want"), pattern, config=config, check=None)
+
+    def full(file):
+        if file.path == tmp_path / "out" / at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return seal(file)
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="run the same command again"):
+        patch.setattr(storage.DurableFile, "seal", full)
+        redo((tmp_path / "model", tmp_path / "out"), pattern, config=config, check=None)
+    assert not (tmp_path / "out" / checkpoint.REPORT).exists()
+    redo((tmp_path / "model", tmp_path / "out"), pattern, config=config, check=None)
+    for file in (checkpoint.WHOLE, checkpoint.REPORT, checkpoint.CONFIG):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "want" / file).read_bytes(), file
+
+
+def test_a_kept_embedding_that_is_gone_is_not_made_anew(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    config, job = preset(head="2d-2.25"), (tmp_path / "model", tmp_path / "out")
+    gptvq.quantize(*job, config, calibration=few(), check=None)
+    with pytest.raises(KeyboardInterrupt):
+        redo(job, "layers.1.*", config=config, check=None, progress=Stops())
+    lines = job[1] / "journal" / "journal.jsonl"
+    first, block = map(json.loads, lines.read_text().splitlines())
+    del block["front"]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in (first, block)))
+    (job[1] / checkpoint.REPORT).unlink()
+    with pytest.raises(FormatError, match="model.embed_tokens, which this run keeps, is gone; start over"):
+        redo(job, "layers.1.*", config=config, check=None)

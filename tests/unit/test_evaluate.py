@@ -122,3 +122,16 @@ def test_no_further_than_the_learned_positions(kind, model, tokens):
     for call in (lambda: perplexity(short, tokens, 25), lambda: agreement(model, short, tokens, 25), lambda: decode(short, tokens[:20], 6)):
         with pytest.raises(ConfigError, match="need .*; the model has learned 24 positions"):
             call()
+
+
+def test_a_module_without_a_config(model, tokens):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = model
+
+        def forward(self, input_ids, **arguments):
+            return self.inside(input_ids, **arguments)
+
+    assert perplexity(Bare(), tokens, 50) == perplexity(model, tokens, 50)
+    assert decode(Bare(), tokens[:5], 6)[0] == decode(model, tokens[:5], 6)[0] and agreement(Bare(), model, tokens, 50)

@@ -1,6 +1,11 @@
 """VQLinear keeps what it computed from its buffers, and must notice when they change; tracers and transformations must see it."""
+import copy
 import gc
+import pickle
+import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,6 +53,54 @@ def test_buffers_of_a_functional_call(name):
     vq, other, x = layer(SPECS[name]), layer(SPECS[name], 1), torch.randn(2, 96)
     for _ in range(2):
         assert near(vq(x), x, vq) and near(torch.func.functional_call(vq, dict(other.state_dict()), x), x, other)
+    for buffer, tensor in other.state_dict().items():
+        some = VQLinear.from_weight(random_weight(SPECS[name]), vq.bias)
+        setattr(some, buffer, nn.Parameter(tensor, requires_grad=False) if buffer == "bias" else tensor)
+        assert near(vq(x), x, vq) and near(torch.func.functional_call(vq, {buffer: tensor}, x), x, some)
+
+
+@torch.no_grad()
+def test_first_calls_of_several_threads():
+    before, x = sys.getswitchinterval(), torch.randn(2, 96)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            for _ in range(300):
+                vq, start = layer(SPECS["scales"]), threading.Barrier(3)
+                calls = [threads.submit(lambda vq=vq, start=start: start.wait() * 0 + vq(x)) for _ in range(3)]
+                assert torch.equal(calls[0].result(), calls[1].result()) and near(calls[2].result(), x, vq)
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_called_first_in_inference_mode_and_trained_through_then(name):
+    vq, x = layer(SPECS[name]), torch.randn(2, 96, requires_grad=True)
+    with torch.inference_mode():
+        vq(x)
+    ops.linear(x, *vq._decode_tables(), vq.bias, vq.spec).sum().backward()
+    torch.testing.assert_close(x.grad, vq.dequantize().sum(0).expand(2, -1))
+
+
+def test_subclasses_and_pickles():
+    """Of a class that sets an attribute first, of a tensor's subclass, and a pickle without what is kept."""
+    class Own(VQLinear):
+        def __init__(self, *args, **kwargs):
+            self.own = 1
+            super().__init__(*args, **kwargs)
+
+    class Kind(torch.Tensor):
+        pass
+
+    x = torch.randn(2, 96)
+    vq = Own.from_weight(random_weight(SPECS["scales"]))
+    old = copy.deepcopy(vq)
+    for name in ("_tables", "_kernel", "_ready"):
+        old.__dict__.pop(name, None)
+    with torch.no_grad():
+        assert near(vq(x), x, vq) and torch.equal(old(x), vq(x)) and torch.equal(pickle.loads(pickle.dumps(layer(SPECS["svd"])))(x), layer(SPECS["svd"])(x))
+        vq.idx = vq.idx.as_subclass(Kind)
+        assert torch.equal(vq(x), old(x))
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def test_memory_that_is_too_small_for_the_map(packed, tmp_path):
         AutoModelForCausalLM.from_pretrained(packed, device_map="auto", max_memory={"cpu": 30_000}, offload_folder=tmp_path)
 
 
-def test_saved_again_where_something_was(packed, tmp_path, capsys):
+def test_saved_again_where_something_was(dense, packed, tmp_path, capsys):
     """transformers leaves the index of the files it replaces."""
     model = AutoModelForCausalLM.from_pretrained(packed)
     for limit in ("60KB", "5GB"):
@@ -176,6 +176,10 @@ def test_saved_again_where_something_was(packed, tmp_path, capsys):
         next(m for m in model.modules() if isinstance(m, VQLinear)).gs.mul_(2)
     model.save_pretrained(tmp_path / "same")                # report.json is of what was there before
     assert gptvq.verify(tmp_path / "same").hashed == ()
+    assert cli.main(["inspect", str(tmp_path / "same")]) == 1 and "save_pretrained writes none" in capsys.readouterr().err
+    for again, error in (({}, "not empty"), ({"redo": "layers.1.*"}, "not as quantizing left it")):
+        with pytest.raises(ConfigError, match=error):
+            gptvq.quantize(dense, tmp_path / "same", preset("2d-2.25"), calibration=IDS, **again)
     model.save_pretrained(tmp_path / "same", max_shard_size="60KB")
     with pytest.raises(FormatError, match=r"reads model\.safetensors, .* names other files"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "same")
