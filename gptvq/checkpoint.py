@@ -232,8 +232,12 @@ def resaved(file: Path) -> bool:
 
 
 def is_resaved(folder: Path) -> bool:
-    """Whether transformers wrote tensor files into the folder, whatever report and index lie beside them."""
-    return any(map(resaved, folder.glob("*.safetensors")))
+    """Whether transformers wrote tensor files into the folder, whatever report, index and damaged files lie beside them."""
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(FormatError):
+            if resaved(file):
+                return True
+    return False
 
 
 def _out_of_date(folder: Path, named: set[str]) -> bool:
