@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .calibration import text_config
 from .errors import ConfigError
 from .evaluate import learned_positions
 
@@ -61,8 +62,7 @@ class Chat:
 
     def _fitting(self, turns: list[dict[str, str]]):
         """(turns, their ids [1, n]) without the oldest exchanges, where the model's positions would not hold them."""
-        config = self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
-        room = getattr(config, "max_position_embeddings", None)
+        room = getattr(text_config(self.model), "max_position_embeddings", None)
         while True:
             ids = self.tokenizer.apply_chat_template(self._opening + turns, add_generation_prompt=True, return_tensors="pt",
                                                      return_dict=True)["input_ids"]

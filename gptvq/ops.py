@@ -115,6 +115,7 @@ def transformed() -> bool:
 
 def watched(x: Tensor) -> bool:
     """Whether something has to see operators on x: a tracer, a dispatch mode, a transformation, a type of x's own."""
+    # `transformed` written out: this is asked on every call of a layer.
     return type(x) not in _PLAIN or _modes() > 0 or _tracing() is not None or _level() is not None or forward_ad._current_level >= 0
 
 
