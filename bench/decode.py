@@ -16,6 +16,7 @@ from gptvq.checkpoint import is_packed
 from gptvq.cli import encode
 from gptvq.config import PRESETS, VQConfig
 from gptvq.demo import bundled_model
+from gptvq.dense import quicken
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.evaluate import decode
 from gptvq.head import find_head, install
@@ -258,7 +259,7 @@ def with_random_weights(dense: nn.Module, prompt: Tensor, config: VQConfig) -> n
     if config.head:
         head = find_head(BlockStream(model, None, ""))
         install(head, packed(head.name, head.module, VQConfig.preset(config.head)).packed)
-    return model
+    return quicken(model)
 
 
 def copied(model: nn.Module, activations: str) -> nn.Module:

@@ -1,4 +1,8 @@
-"""llama.cpp's own decoding of a GGUF file, through the package llama-cpp-python."""
+"""llama.cpp's own decoding of a GGUF file, through the package llama-cpp-python.
+
+On processors with AMX it dies of a segmentation fault where GCC 12 compiled it: that compiler leaves most of the tiles' configuration unwritten before
+_tile_loadconfig.  CC=clang CXX=clang++ before pip install helps.
+"""
 from __future__ import annotations
 
 import ctypes

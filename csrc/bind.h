@@ -68,10 +68,10 @@ inline Packed checked_weight(const Arg& idx_arg, const Arg& cb_arg, const Arg& g
 }
 
 // Null without a bias.
-inline const float* checked_bias(const std::optional<Arg>& arg, const Spec& s) {
+inline const float* checked_bias(const std::optional<Arg>& arg, std::int64_t rows) {
   if (!arg) return nullptr;
   const TensorArg bias = tensor(*arg);
-  bias.require("bias", "float32", {s.rows});
+  bias.require("bias", "float32", {rows});
   return bias.data<const float>();
 }
 

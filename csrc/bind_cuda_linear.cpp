@@ -11,7 +11,7 @@ std::unique_ptr<cuda::Linear> prepare(const Arg& idx, const Arg& cb, const Arg& 
                                       const std::optional<Arg>& table, const std::optional<Arg>& bias, const SpecArg& fields, int,
                                       std::uint64_t) {
   const Spec spec = checked_spec(fields);
-  return std::make_unique<cuda::Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, checked_bias(bias, spec));
+  return std::make_unique<cuda::Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, checked_bias(bias, spec.rows));
 }
 
 cuda::Arithmetic arithmetic_of(int code) {

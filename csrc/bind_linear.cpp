@@ -1,6 +1,7 @@
 // gptvq._C.Linear: a packed weight prepared once, so that a call passes little more than addresses.
 #include "bind.h"
 #include "cpu/linear.h"
+#include "cpu/matvec.h"
 
 namespace py = pybind11;
 
@@ -10,7 +11,7 @@ namespace {
 std::unique_ptr<Linear> prepare(const Arg& idx, const Arg& cb, const Arg& gs, const std::optional<Arg>& sc, const std::optional<Arg>& table,
                                 const std::optional<Arg>& bias, const SpecArg& fields, const std::string& instruction_set) {
   const Spec spec = checked_spec(fields);
-  return std::make_unique<Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, checked_bias(bias, spec), instruction_set);
+  return std::make_unique<Linear>(checked_weight(idx, cb, gs, sc, table, spec), spec, checked_bias(bias, spec.rows), instruction_set);
 }
 
 // Addresses of contiguous x [tokens, cols] and y [tokens, rows], which the caller has checked: one call per layer and token.
@@ -40,6 +41,20 @@ void unpack(const Linear& layer, std::int64_t row, std::int64_t rows, std::uintp
   });
 }
 
+void dense_matvec(const Arg& weight_arg, const Arg& x_arg, const std::optional<Arg>& bias_arg, const Arg& y_arg, int threads) {
+  const TensorArg weight = tensor(weight_arg), x = tensor(x_arg), y = tensor(y_arg);
+  if (weight.shape.size() != 2)
+    throw std::invalid_argument("weight: got " + std::to_string(weight.shape.size()) + " dimensions, need 2");
+  const std::int64_t rows = weight.shape[0], cols = weight.shape[1];
+  weight.require("weight", "bfloat16", {rows, cols});
+  x.require("x", "bfloat16", {cols});
+  y.require("y", "bfloat16", {rows});
+  const float* bias = checked_bias(bias_arg, rows);
+  without_gil([&] {
+    matvec(weight.data<const std::uint16_t>(), x.data<const std::uint16_t>(), bias, rows, cols, y.data<std::uint16_t>(), threads);
+  });
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
@@ -54,6 +69,8 @@ void bind_linear(py::module_& m) {
            "out [rows, cols] = the weights from `row` on, a multiple of 16");
   m.def("linear", &run, py::arg("layers"), py::arg("x"), py::arg("type"), py::arg("tokens"), py::arg("y"), py::arg("activations"),
         py::arg("threads"), "y[i] = x W_i^T + b_i; type 0 float32, 1 float16, 2 bfloat16; activations 0 a16, 1 a8, 2 float32");
+  m.def("matvec", &dense_matvec, py::arg("weight"), py::arg("x"), py::arg("bias").none(true), py::arg("y"), py::arg("threads"),
+        "y = weight x + bias, of a dense bfloat16 weight");
   m.def("instruction_sets", &instruction_sets, "those this module was built with and this processor has, best first");
 }
 

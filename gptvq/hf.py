@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint, on_load
 from .calibration import read_tokens
+from .dense import quicken
 from .embedding import VQEmbedding, put_head, scale_of
 from .errors import ConfigError, FormatError, GptvqError
 from .experts import is_fused, unfuse
@@ -148,7 +146,7 @@ class GptvqQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, VQLinear):
                 module.check(name)
-        return model
+        return quicken(model)
 
     def update_weight_conversions(self, weight_conversions, *_):
         if not self.pre_quantized:          # here, and not above, where transformers builds everything on the meta device
@@ -168,12 +166,13 @@ class GptvqQuantizer(HfQuantizer):
 
 
 def attach(model: nn.Module, settings: dict) -> None:
-    """Marks a model whose linears were replaced in memory, so that save_pretrained writes a checkpoint that loads."""
+    """Finishes a model whose linears were replaced in memory: save_pretrained writes a checkpoint that loads, a dense head is made quick."""
     config = PackedGptvqConfig(**settings)
     model.hf_quantizer = GptvqQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, checkpoint.METHOD
     model.config.quantization_config = config
     model._weight_conversions = []
+    quicken(model)
 
 
 def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dtype: str | torch.dtype = "auto",

@@ -119,6 +119,11 @@ def watched(x: Tensor) -> bool:
     return type(x) not in _PLAIN or _modes() > 0 or _tracing() is not None or _level() is not None or forward_ad._current_level >= 0
 
 
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of one token x [.., cols] with a dense weight [rows, cols], all bfloat16, without gradients."""
+    return backend(x.device).matvec(x, weight, bias)
+
+
 def matmul(A: Tensor, B: Tensor) -> Tensor:
     """A [m, k] @ B [k, n]; on the CPU in float32 with the same bits for any number of threads."""
     return backend(A.device).matmul(A, B)

@@ -15,6 +15,7 @@ from . import cuda_call, native, reference
 from .cuda_call import call, dense
 from .cuda_linear import linear, prepare_linear  # noqa: F401
 from .cuda_quantize import column_block, descent_block, fit  # noqa: F401
+from .reference import matvec  # noqa: F401
 
 LEAST = 8, 0                    # compute capability: what the kernels are compiled for
 PANEL_COLS = 2048               # columns of a split product at a time

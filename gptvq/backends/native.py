@@ -174,6 +174,13 @@ prepare_linear = PreparedLinear
 linear = Remembered(PreparedLinear)
 
 
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _output(x, len(weight))
+    bias = None if bias is None else bias.detach().float()
+    _call(_C.matvec, weight.detach().contiguous(), x.detach().reshape(-1).contiguous(), bias, y.view(-1), torch.get_num_threads())
+    return y
+
+
 def _all_float32(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
 

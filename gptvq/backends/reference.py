@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The operators on packed weights belong to this backend too.
@@ -15,6 +16,10 @@ from .reference_packed import (  # noqa: F401
     sign_changes,
     unpack_codes,
 )
+
+
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:

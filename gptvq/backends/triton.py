@@ -18,6 +18,7 @@ from .reference import (  # noqa: F401
     cross,
     gram,
     matmul,
+    matvec,
     pack_codes,
     submatmul,
     unpack_codes,

@@ -28,7 +28,7 @@ LAYERS = [
     {"refine"},
     {"solver"},
     {"linear"},
-    {"embedding", "learning"},
+    {"embedding", "learning", "dense"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",
      "redo", "parts", "plan", "sums", "mixed", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor", "bands", "code_use",
      "plots", "page_style", "page", "chat", "ahead", "kernel_speed", "tasks", "shard", "token_weights", "on_load",
