@@ -17,11 +17,12 @@ from gptvq.model import InputCollector, dense_weight, find_blocks, linears
 from gptvq.solver import solve
 from gptvq.spec import QuantSpec
 
+from . import mended
 from .gptq import gptq
 from .rounding import bits_per_value, nearest_group, round_to_nearest
 from .runner import log
 
-RECIPES = {"paper": Recipe.paper(), "gptvq": Recipe()}
+RECIPES = {"paper": Recipe.paper(), mended.METHOD: Recipe.paper(), "gptvq": Recipe()}
 SIDES = ("calibration", "heldout")
 
 
@@ -101,7 +102,7 @@ def measure(layers: list[Layer], presets: list[str], methods: list[str], device:
                 row = {"operation": "layer error", "preset": preset, "layer": layer.name, "shape": [spec.rows, spec.cols],
                        "method": method, "device": str(device), "threads": torch.get_num_threads(), **_quantize(layer, spec, method)}
                 rows.append(row)
-                log(f"{preset:<11} {layer.name:<34} {method:<6} {row['bits_per_value']:.3f} bpv, "
+                log(f"{preset:<11} {layer.name:<34} {method:<12} {row['bits_per_value']:.3f} bpv, "
                     f"error {100 * row['error_calibration']:.3f} %, held out {100 * row['error_heldout']:.3f} %, "
                     f"{row['seconds']:.1f} s")
         yield rows + [_mean([row for row in rows if row["method"] == method]) for method in methods]
@@ -118,7 +119,8 @@ def _quantize(layer: Layer, spec: QuantSpec, method: str) -> dict:
     else:
         # A fresh Hessian: a factor kept from the method before would not be in the seconds of this one.
         hessian = Hessian.from_matrix(layer.hessians["calibration"].matrix())
-        vq, record = solve(layer.weight, hessian, spec, RECIPES[method], layer.name)
+        with mended.solving(method):
+            vq, record = solve(layer.weight, hessian, spec, RECIPES[method], layer.name)
         quantized = vq.dequantize()
         row = {"format": describe_format(spec), "bits_per_value": vq.bits_per_value, "seconds": time.perf_counter() - began,
                "repair": record.repair, "stages": record.stages}

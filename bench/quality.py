@@ -11,7 +11,7 @@ from gptvq.demo import bundled_model
 from gptvq.errors import ConfigError
 from gptvq.report import clock
 
-from . import runner, whole, whole_tables
+from . import mended, runner, whole, whole_tables
 
 EXAMPLES = """examples:
   python -m bench.quality --model smollm2 --calibration wiki.train.txt --text wiki.test.txt --plot docs/quality.png
@@ -33,10 +33,13 @@ heads' values, and on the residual stream too).
 
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
 Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.
-gptq (--layers): such integers by GPTQ, arXiv 2210.17323, its columns in the order of their activations."""
-METHODS = {"layers": ["rtn", "gptq", "paper", "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"], "whole": [*whole.METHODS, *whole.TRIED]}
+gptq (--layers): such integers by GPTQ, arXiv 2210.17323, its columns in the order of their activations.
+paper: the published procedure as its authors' code has it.  paper-mended: without two defects of that code, weights of the EM that
+are the reciprocal of what the loss asks for, and block scales that divide columns as they were when a block of 128 began."""
+METHODS = {"layers": ["rtn", "gptq", "paper", mended.METHOD, "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"],
+           "whole": [*whole.METHODS, *whole.TRIED]}
 DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"], "whole": ["2d-2.25", "2d-3.125"]}
-BASELINES = ("dense", "rtn", "gptq", "paper")
+BASELINES = ("dense", "rtn", "gptq", "paper", mended.METHOD)
 ORDER = tuple(dict.fromkeys(["dense", "rtn", "gptq", *whole.METHODS, *whole.TRIED]))
 MEASURES = {"perplexity": {"ratio": "perplexity"},              # operation -> name of the ratio -> value compared
             "layer error": {"ratio": "error_calibration", "ratio_heldout": "error_heldout"}}
@@ -221,15 +224,18 @@ def show(rows: list[dict]) -> str:
     def error(method: str, side: str):
         return lambda line: f"{100 * line[method][f'error_{side}']:.3f} %"
 
-    def change(side: str, kind: str = "ratio"):
-        return lambda line: f"{100 * (line['gptvq'][f'{kind}{side}']['paper'] - 1):+.1f} %"
+    def change(side: str, kind: str = "ratio", baseline: str = "paper"):
+        return lambda line: f"{100 * (line['gptvq'][f'{kind}{side}'][baseline] - 1):+.1f} %"
 
+    others = [method for method in ("gptq", mended.METHOD) if any(line[method] for line in lines)]
     return runner.table(lines, {
         "preset": lambda n: n["preset"], "bits per value": lambda n: f"{(n['gptvq'] or n['paper'])['bits_per_value']:.3f}",
-        "rtn": error("rtn", "calibration"), **({"gptq": error("gptq", "calibration")} if any(n["gptq"] for n in lines) else {}),
-        "paper": error("paper", "calibration"), "gptvq": error("gptvq", "calibration"),
-        "change": change(""), "paper, held out": error("paper", "heldout"), "gptvq, held out": error("gptvq", "heldout"),
+        "rtn": error("rtn", "calibration"),
+        "paper": error("paper", "calibration"), **{method: error(method, "calibration") for method in others},
+        "gptvq": error("gptvq", "calibration"), "change": change(""), "paper, held out": error("paper", "heldout"),
+        **{f"{method}, held out": error(method, "heldout") for method in others}, "gptvq, held out": error("gptvq", "heldout"),
         "change, held out": change("_heldout"),
+        **{f"change to {method}, held out": change("_heldout", baseline=method) for method in others[-1:] if method == mended.METHOD},
         "mean of the layers' changes": lambda n: f"{change('', 'layer_ratio')(n)} / {change('_heldout', 'layer_ratio')(n)}"})
 
 

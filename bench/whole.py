@@ -26,7 +26,7 @@ from gptvq.plan import plan
 from gptvq.quantize import quantize
 from gptvq.tune import tune
 
-from . import runner
+from . import mended, runner
 from .decode import PROMPT
 from .gptq import gptq_model
 from .layers import RECIPES
@@ -36,7 +36,7 @@ from .rotation import rotate
 from .speed import Decode, speed
 from .whole_tables import show
 
-METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune",
+METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", mended.METHOD, "gptvq", "gptvq+tune", "gptvq+loss", "gptvq+loss+tune",
            "gptvq+distill", "gptvq+distill+tune", "gptvq+mixed", "gptvq+head")
 HEAD = "2d-4.125-s64"                                           # of gptvq+head
 SEEDLESS = (*NO_PRESET, "rtn", "hqq-64")                        # no calibration text, nothing drawn at random
@@ -143,8 +143,9 @@ def build(args, source: str, method: str, preset: str | None, seed: int, found: 
         config = _mixed(source, config, found, dense, args)
     again = args.fresh and base == method
     began = time.perf_counter() - began
-    report = quantize(given, out, config, calibration=found.calibration, device=args.device, dtype=args.dtype, check=None, overwrite=again,
-                      resume="fresh" if again else "auto", progress=LayerLog())
+    with mended.solving(method):
+        report = quantize(given, out, config, calibration=found.calibration, device=args.device, dtype=args.dtype, check=None,
+                          overwrite=again, resume="fresh" if again else "auto", progress=LayerLog())
     model, seconds = report.model, report.seconds + began
     row = {"format": _formats(model), "bits_per_value": report.bits_per_value,
            "linear_bytes": report.packed_bytes, "added_bytes": added, "solver_error": report.mean_error, "stages": report.stages,

@@ -28,13 +28,16 @@ def test_layers(my_model, tmp_path, capsys):
     rows = check_file(out, "quality")
     at = {(r["preset"], r["layer"], r["method"]): r for r in rows}
     names = [f"model.layers.{b}.{name}" for b in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
-    assert len(rows) == len(at) == 2 * 4 * (len(names) + 1)
+    assert len(rows) == len(at) == 2 * 5 * (len(names) + 1)
     for preset in ("2d-2.25", "1d-3.125"):
         for layer in (*names, "mean"):
             rtn, scalar, paper, ours = (at[preset, layer, method] for method in ("rtn", "gptq", "paper", "gptvq"))
             assert scalar["error_calibration"] < rtn["error_calibration"] and scalar["bits_per_value"] == rtn["bits_per_value"]
             assert ours["bits_per_value"] == paper["bits_per_value"] and ours["format"] == paper["format"]
             assert 0 < ours["error_calibration"] < paper["error_calibration"] < 1
+            mended = at[preset, layer, "paper-mended"]
+            assert mended["error_calibration"] != paper["error_calibration"] and mended["format"] == paper["format"]
+            assert ours["ratio_heldout"]["paper-mended"] == pytest.approx(ours["error_heldout"] / mended["error_heldout"])
             assert ours["error_heldout"] > 0 and rtn["error_calibration"] > 0
             assert ours["ratio"]["paper"] == pytest.approx(ours["error_calibration"] / paper["error_calibration"])
             assert ours["ratio_heldout"]["rtn"] == pytest.approx(ours["error_heldout"] / rtn["error_heldout"])
@@ -46,7 +49,8 @@ def test_layers(my_model, tmp_path, capsys):
         assert mean["layer_ratio"]["paper"] == pytest.approx(sum(r["ratio"]["paper"] for r in parts) / 4)
         change = f"{100 * (mean['ratio']['paper'] - 1):+.1f} %"
         line = next(line for line in capsys_lines(capsys, out) if f"| {preset} " in line)
-        assert change in line and f"{100 * mean['error_calibration']:.3f} %" in line
+        mended = f"{100 * (mean['ratio_heldout']['paper-mended'] - 1):+.1f} %"
+        assert change in line and mended in line and f"{100 * mean['error_calibration']:.3f} %" in line
     assert bench(quality, "--table", out, "--stages") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "| 1d-3.125 " in line)
     after = sum(at["1d-3.125", layer, "gptvq"]["stages"]["sweep 2"] for layer in names) / 4
