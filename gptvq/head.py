@@ -25,7 +25,7 @@ from .job import Run
 from .linear import VQLinear
 from .model import Block, InputCollector, Stop, call
 from .ranks import Samples
-from .scaling import scale_bounds, scale_norm
+from .scaling import block_sizes, scale_norm, scale_range, scale_reach
 from .solver import LayerRecord, solve
 from .spec import TILE_ROWS, QuantSpec
 from .storage import digest_of
@@ -164,23 +164,23 @@ def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recip
     # SVD codebooks tie all groups together, and left to right a strip's scales depend on the strips before it.
     if rows >= spec.rows or spec.svd_rank or spec.scale_block and recipe.order == "sequential":
         return solve(weight.to(device).float(), hessian, spec, recipe, name, together)
-    pieces, bounds = weight.split(rows), None
+    pieces, scales = weight.split(rows), None
     if spec.scale_block:
         norm = scale_norm(spec, recipe.method)
-        least, largest = zip(*(scale_bounds(piece.float(), spec.scale_block, norm) for piece in pieces))
-        bounds = torch.stack(least).amin(0).to(device), torch.stack(largest).amax(0).to(device)
+        log = torch.cat([block_sizes(piece.float(), spec.scale_block, norm) for piece in pieces])
+        scales = tuple(bound.to(device) for bound in scale_range(log, scale_reach(recipe.method)))
     solved, losses, power = [], Counter(), 0.0
     for piece in pieces:
         piece = piece.to(device).float()
         vq, record = solve(piece, hessian, dataclasses.replace(spec, rows=len(piece), group_rows=min(spec.group_rows, len(piece))), recipe,
-                           name, together, bounds)
+                           name, together, scales)
         own = float((ops.matmul(piece, hessian.matrix()).double() * piece).sum())
         power += own
         losses.update({"": own * record.error, **{stage: own * error for stage, error in record.stages.items()}})
         solved.append((vq, record))
     record, power = solved[0][1], power or 1.0
     buffers = {key: torch.cat([vq.buffers[key] for vq, _ in solved]) for key in solved[0][0].buffers if key != "sz"}
-    vq = VQWeight(spec, buffers | ({"sz": solved[0][0].buffers["sz"]} if bounds else {}))
+    vq = VQWeight(spec, buffers | ({"sz": solved[0][0].buffers["sz"]} if scales else {}))
     return vq, dataclasses.replace(record, spec=spec, error=losses[""] / power, stages={key: losses[key] / power for key in record.stages},
                                    seconds=sum(each.seconds for _, each in solved), sha256=digest_of(vq.buffers.values()))
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import ops
 from .ranks import Rows
-from .scaling import fit_scales, scale_norm, scales_of
+from .scaling import fit_scales, scale_norm, scale_reach, scales_of
 from .spec import QuantSpec
 
 
@@ -58,7 +58,7 @@ class Problem:
         if self.scale is None:
             return
         block = self.spec.scale_block
-        codes, sz = fit_scales(W[:, : self.spec.cols - first], block, self.rows, scale_norm(self.spec, self.method))
+        codes, sz = fit_scales(W[:, : self.spec.cols - first], block, self.rows, scale_norm(self.spec, self.method), scale_reach(self.method))
         at = slice(first // block, first // block + codes.shape[1])
         self.scale_codes[:, at], self.sz[at] = codes, sz
         vector = torch.arange(first // self.spec.dim, -(-last // self.spec.dim), device=W.device)

@@ -1,9 +1,8 @@
 """One job on several processes, on torch.distributed: process groups of torchrun or of the caller, nothing of our own.
 
 The calibration samples are shared out in chunks, and rows, which are independent given the Hessian, at the borders of a layer's
-groups.  All that ranks tell each other is exact, whoever says it first: least and largest values, pieces put together in the
-order of ranks, and sums that any number of processes adds up in one order (`sums`).  So the result is that of one process, byte
-by byte, for any number of them.
+groups.  All that ranks tell each other is exact, whoever says it first: pieces put together in the order of ranks, and sums
+that any number of processes adds up in one order (`sums`).  So the result is that of one process, byte by byte, for any number of them.
 """
 from __future__ import annotations
 
@@ -128,12 +127,12 @@ class Rows:
     """The share of this rank in a layer: rows [first, last), whole groups of them, of format `spec`.
 
     `shared` False, a layer with one group, and SVD codebooks, which tie all groups together: every rank has them all.  Where there
-    are more ranks than groups, some do the work of the last share as well.  `bounds`, where the layer is itself a part of one: what
-    `least` and `largest` are of over all of that.
+    are more ranks than groups, some do the work of the last share as well.  `scales`, where the layer is itself a part of one:
+    `scaling.scale_range` of all of that.
     """
 
-    def __init__(self, spec: QuantSpec, shared: bool = False, bounds: tuple[Tensor, Tensor] | None = None):
-        self._bounds = bounds
+    def __init__(self, spec: QuantSpec, shared: bool = False, scales: tuple[Tensor, Tensor] | None = None):
+        self.scales = scales
         self.parts = min(size(), spec.row_groups) if shared and not spec.svd_rank else 1
         bounds = [spec.row_groups * part // self.parts for part in range(self.parts + 1)]
         self.groups = list(zip(bounds, bounds[1:]))
@@ -142,16 +141,6 @@ class Rows:
         self.first, self.last = self.rows[self.mine]
         self.before, self.total = self.groups[self.mine][0], spec.row_groups
         self.spec = spec if self.parts == 1 else dataclasses.replace(spec, rows=self.last - self.first)
-
-    def least(self, x: Tensor) -> Tensor:
-        """Elementwise over all shares."""
-        x = self._reduce(x, dist.ReduceOp.MIN) if self.parts > 1 else x
-        return x if self._bounds is None else torch.minimum(x, self._bounds[0])
-
-    def largest(self, x: Tensor) -> Tensor:
-        """Elementwise over all shares."""
-        x = self._reduce(x, dist.ReduceOp.MAX) if self.parts > 1 else x
-        return x if self._bounds is None else torch.maximum(x, self._bounds[1])
 
     def join(self, x: Tensor, groups: bool = False) -> Tensor:
         """[rows of the share, or its groups, ..] -> those of the layer."""
@@ -162,12 +151,6 @@ class Rows:
         sent = x.new_zeros(max(counts), *x.shape[1:])
         sent[: len(x)] = x
         return torch.cat([piece[:count] for piece, count in zip(gather(sent), counts)])
-
-    def _reduce(self, x: Tensor, operation) -> Tensor:
-        sent = _placed(x.contiguous().clone())
-        with _together():
-            dist.all_reduce(sent, operation)
-        return sent.to(x.device)
 
 
 def _placed(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Block scales: one 4-bit logarithmic scale per row and block of columns."""
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,32 +21,45 @@ def scale_norm(spec: QuantSpec, method: str) -> int:
     return 4 if (spec.index_bits == 2 or spec.signs) and method != "paper" else 0
 
 
-def fit_scales(weight: Tensor, block: int, rows: Rows | None = None, norm: int = 0) -> tuple[Tensor, Tensor]:
+def scale_reach(method: str) -> float:
+    """Octaves that the scales of a column of blocks go below its typical large block; without end as published.
+
+    A row of nearly nothing would take most of the 16 steps for itself, and leave coarse ones to all the others. Rows that are small but
+    mean something, like a third of them for another purpose, do have scales of their own: those down to a 64th.
+    """
+    return math.inf if method == "paper" else 6.0
+
+
+def fit_scales(weight: Tensor, block: int, rows: Rows | None = None, norm: int = 0, reach: float = 6.0) -> tuple[Tensor, Tensor]:
     """[rows, cols] -> (codes u8 [rows, blocks], (z, a) f16 [blocks, 2]) with scale 2**(z + a * code) about the norm |w| of a block.
 
-    `norm` is 0, the largest |w|, or 4, the fourth root of the mean of w^4.  z is the least log2 |w| of a block column over the rows, a
-    a fifteenth of its range; a block of zeros counts as scale 1 unless its column holds larger ones.  `rows`: of which share of a layer
-    the weight is.  Formula: arXiv 2402.15319 section 3.2, "blockwise data normalization", there with the largest |w|.
+    `norm` is 0, the largest |w|, or 4, the fourth root of the mean of w^4.  z is the least log2 |w| of a block column over the rows, but
+    no less than `scale_range` says, a a fifteenth of the range; a block below z has the code 0, and one of zeros too, which counts for
+    nothing else; in a column of zeros that is the scale 1.  `rows`: of which share of a layer the weight is.  Formula: arXiv 2402.15319
+    section 3.2, "blockwise data normalization", there with the largest |w|, and from the least block on.
     """
-    least, largest = (rows.least, rows.largest) if rows is not None else (lambda x: x, lambda x: x)
-    peak, log = _sizes(weight, block, norm)
-    # A zero block follows its column: as an outlier at log2 = 0 it would stretch the range of all other rows.
-    log = torch.where(peak > 1e-30, log, least(log.masked_fill(peak <= 1e-30, torch.inf).amin(0)).nan_to_num(posinf=0.0))
-    low, high = least(log.amin(0)), largest(log.amax(0))
+    log = block_sizes(weight, block, norm)
+    low, high = scale_range(log, reach) if rows is None else rows.scales or scale_range(rows.join(log), reach)
     sz = torch.stack([low, (high - low) / 15], 1).to(torch.float16)
     z, a = sz.double().unbind(1)
-    codes = ((log - z) / a.clamp_min(1e-12)).round().clamp(0, 15)
+    codes = ((log.maximum(low) - z) / a.clamp_min(1e-12)).round().clamp(0, 15)
     return codes.to(torch.uint8), sz
 
 
-def scale_bounds(weight: Tensor, block: int, norm: int = 0) -> tuple[Tensor, Tensor]:
-    """(least, largest) log2 |w| of every block column of [rows, cols], float64 [blocks]; of one of zeros inf and -inf."""
-    peak, log = _sizes(weight, block, norm)
-    return log.masked_fill(peak <= 1e-30, torch.inf).amin(0), log.masked_fill(peak <= 1e-30, -torch.inf).amax(0)
+def scale_range(log: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """`block_sizes` of all rows of a layer -> log2 of (the least, the largest) scale of every block column, float64 [blocks].
+
+    The least is that of a block, but at most `reach` below the block that a tenth of a column is larger than.
+    """
+    rising = log.sort(0).values                     # blocks of zeros first
+    live = (rising > -torch.inf).sum(0)
+    least, typical = ((len(log) - count).clamp_max(len(log) - 1) for count in (live, (live + 9) // 10))
+    low = rising.gather(0, least[None])[0].maximum(rising.gather(0, typical[None])[0] - reach)
+    return tuple(bound.where(live > 0, 0.0) for bound in (low, rising[-1]))
 
 
-def _sizes(weight: Tensor, block: int, norm: int) -> tuple[Tensor, Tensor]:
-    """max|w| of every block, and the log2 of its norm, 0 for one of zeros: [rows, blocks] each."""
+def block_sizes(weight: Tensor, block: int, norm: int) -> Tensor:
+    """log2 of the norm of every block of [rows, cols], float64 [rows, blocks]; of one of zeros -inf."""
     count, cols = weight.shape
     blocks = -(-cols // block)
     padded = weight.new_zeros(count, blocks * block)
@@ -54,14 +68,14 @@ def _sizes(weight: Tensor, block: int, norm: int) -> tuple[Tensor, Tensor]:
     peak = padded.amax(2)
     size = torch.where(peak > 1e-30, peak, torch.ones_like(peak)).double()
     if norm == 0:
-        return peak, size.log2()
+        return torch.where(peak > 1e-30, size.log2(), -torch.inf)
     power = padded.div_(size.to(padded.dtype).unsqueeze(2)).square_().square_()
     while power.shape[2] > 1:           # halves added up in one order: the same for any number of rows, threads and devices
         half = power.shape[2] // 2
         power = power[..., :half] + power[..., half:]
     used = torch.tensor([min(block, cols - first) for first in range(0, cols, block)], device=weight.device)
     mean = power[..., 0].double() / used
-    return peak, torch.where(peak > 1e-30, size * mean.pow(1 / norm), size).log2()
+    return torch.where(peak > 1e-30, (size * mean.pow(1 / norm)).log2(), -torch.inf)
 
 
 def scale_table(sz: Tensor) -> Tensor:

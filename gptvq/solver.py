@@ -80,15 +80,15 @@ def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec
 
 @torch.no_grad()
 def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Recipe = Recipe(),
-          name: str = "weight", shared: bool = False, bounds: tuple[Tensor, Tensor] | None = None) -> tuple[VQWeight, LayerRecord]:
+          name: str = "weight", shared: bool = False, scales: tuple[Tensor, Tensor] | None = None) -> tuple[VQWeight, LayerRecord]:
     """Quantizes one layer to `spec` -> the packed weight and its record.
 
-    shared: every process of the group is here with the same layer, and each solves some of its rows.  bounds: where `weight` is some rows
-    of a layer with block scales, `scaling.scale_bounds` of all of it.
+    shared: every process of the group is here with the same layer, and each solves some of its rows.  scales: where `weight` is some rows
+    of a layer with block scales, `scaling.scale_range` of all of it.
     """
     start = time.perf_counter()
     hessian = hessian if isinstance(hessian, Hessian) else Hessian.from_matrix(hessian)
-    rows = Rows(spec, shared, bounds)
+    rows = Rows(spec, shared, scales)
     ops.require_memory(weight.device, solving_bytes(rows.spec.rows, spec), f"{name}: solving {rows.spec.rows} x {spec.cols} weights",
                        lambda free: solvable(spec, free))
     problem = _problem(weight, hessian, spec, recipe, name, rows)

@@ -182,16 +182,17 @@ def adam(c, gradient, steps=25, lr=1e-3):
 
 # ---- storage
 
-def scales(W, block, norm=0):
+def scales(W, block, norm=0, reach=6):
     """Codes [rows, blocks] and (z, a) in float16: log2 of each block's norm to 4 bits, per column of blocks.
 
-    norm 0 is max|w|, p the p-th root of the mean of |w|^p."""
+    norm 0 is max|w|, p the p-th root of the mean of |w|^p.  reach: octaves below the block that a tenth are larger than."""
     blocks = math.ceil(W.shape[1] / block)
     codes, za = np.zeros((len(W), blocks), int), np.zeros((blocks, 2))
     for b in range(blocks):
         parts = [np.abs(w[b * block:(b + 1) * block]) for w in W]
         log = [math.log2(np.mean(part ** norm) ** (1 / norm) if norm else part.max()) for part in parts]
-        z, a = float(np.float16(min(log))), float(np.float16((max(log) - min(log)) / 15))
+        low = max(min(log), sorted(log)[-math.ceil(len(log) / 10)] - reach)
+        z, a = float(np.float16(low)), float(np.float16((max(log) - low) / 15))
         za[b] = z, a
         for r, value in enumerate(log):
             codes[r, b] = 0 if a == 0 else min(max(round((value - z) / a), 0), 15)
@@ -249,7 +250,8 @@ def one_pass(W, H, spec, damp, iterations, order="importance", paper=False):
         mine = [v for v in range(vectors) if strip[v] == s]
         if spec.scale_block:
             first, last = mine[0] * d, min(mine[-1] * d + d, spec.cols)
-            codes, za = scales(current[:, first:last], spec.scale_block, 4 if (spec.index_bits == 2 or signed) and not paper else 0)
+            codes, za = scales(current[:, first:last], spec.scale_block, 4 if (spec.index_bits == 2 or signed) and not paper else 0,
+                               math.inf if paper else 6)
             for v in mine:
                 b = (v * d - first) // spec.scale_block
                 scale[:, v] = np.float32(2.0 ** (za[b, 0] + za[b, 1] * codes[:, b]))

@@ -274,6 +274,7 @@ def test_in_parts_it_is_as_good_and_its_scales_are_those_of_the_whole(label, row
     weight, x = torch.randn(rows, 96, generator=generator), torch.randn(500, 96, generator=generator)
     weight[:, 64:] *= torch.rand(rows, 1, generator=generator)
     weight[300:400, :64] = 0                            # a part with a block of zeros that the others have not
+    weight[500] *= 1e-9                                 # and one with a row whose scales would be below all others
     hessian, spec = Hessian.from_matrix(2 / 500 * x.T @ x), VQConfig.preset(label, group_size=4096).spec(rows, 96)
     arguments = weight, hessian, spec, QUICK, "lm_head"
     (one, whole), (many, parts) = (solve_parts(*arguments, most, torch.device("cpu")) for most in (rows * 96, 96 * 100))

@@ -1,4 +1,6 @@
 """Block scales: 4-bit codes in the log domain against the formula, and the table that all decoders share."""
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptvq.config import VQConfig
-from gptvq.scaling import fit_scales, scale_bounds, scale_norm, scale_table, scales_of
+from gptvq.scaling import block_sizes, fit_scales, scale_norm, scale_range, scale_reach, scale_table, scales_of
 
 
 def draw(rows, cols, seed, spread=1.0):
@@ -17,11 +19,12 @@ def draw(rows, cols, seed, spread=1.0):
 
 @pytest.mark.parametrize("norm", [0, 4])
 @pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("reach", [math.inf, 6.0, 1.0])
 @pytest.mark.parametrize("rows, cols", [(1, 64), (7, 64), (16, 100), (5, 7), (33, 129)])
-def test_codes_follow_the_formula(rows, cols, block, norm):
+def test_codes_follow_the_formula(rows, cols, block, norm, reach):
     W = draw(rows, cols, rows * cols)
-    codes, za = fit_scales(torch.from_numpy(W), block, norm=norm)
-    want, want_za = oracle.scales(W, block, norm)
+    codes, za = fit_scales(torch.from_numpy(W), block, norm=norm, reach=reach)
+    want, want_za = oracle.scales(W, block, norm, reach)
     assert codes.dtype == torch.uint8 and za.dtype == torch.float16
     np.testing.assert_array_equal(za.double().numpy(), want_za)
     matters = za[:, 1].numpy() > 0              # a column of equal scales decodes alike with every code
@@ -44,7 +47,7 @@ def test_table_and_lookup():
 
 def test_scales_stay_within_half_a_step_of_the_peak():
     W = draw(64, 256, 4, 2.0)
-    codes, za = fit_scales(torch.from_numpy(W), 64)
+    codes, za = fit_scales(torch.from_numpy(W), 64, reach=math.inf)
     peak = np.abs(W.reshape(64, 4, 64)).max(2)
     distance = np.abs(np.log2(scales_of(codes, za).numpy()) - np.log2(peak))
     assert (distance <= 0.5 * za[:, 1].double().numpy() + 0.02).all()       # z and a are float16
@@ -91,13 +94,36 @@ def test_scales_are_finite_and_positive_whatever_the_weights(rows, cols, block, 
 def test_a_share_of_the_rows_gives_the_same_bytes():
     """What ranks and parts of a head rely on: a row's norm does not depend on the rows beside it."""
     W = torch.from_numpy(draw(301, 200, 8)).float()
-    whole, bounds = fit_scales(W, 64, norm=4), scale_bounds(W, 64, 4)
+    W[5] *= 1e-9
+    whole, log = fit_scales(W, 64, norm=4), block_sizes(W, 64, 4)
     for first, last in ((0, 1), (1, 130), (130, 301)):
+        class Part:
+            scales = scale_range(log, 6.0)
+
         class Share:
-            least = staticmethod(lambda x: torch.minimum(x, bounds[0]))
-            largest = staticmethod(lambda x: torch.maximum(x, bounds[1]))
-        codes, sz = fit_scales(W[first:last], 64, Share, 4)
-        assert torch.equal(sz, whole[1]) and torch.equal(codes, whole[0][first:last])
+            scales = None
+            join = staticmethod(lambda x: log)
+        for rows in (Part, Share):
+            codes, sz = fit_scales(W[first:last], 64, rows, 4)
+            assert torch.equal(sz, whole[1]) and torch.equal(codes, whole[0][first:last])
+
+
+@pytest.mark.parametrize("norm", [0, 4])
+@pytest.mark.parametrize("tiny", [1, 30, 57])
+def test_rows_of_nearly_nothing_leave_the_scales_of_all_others_fine(norm, tiny):
+    W = torch.from_numpy(draw(64, 128, 9, 0.3))
+    W[:tiny] *= 1e-12
+    codes, za = fit_scales(W, 64, norm=norm)
+    log, wanted = scales_of(codes, za)[tiny:].log2(), block_sizes(W[tiny:], 64, norm)
+    assert float((log - wanted).abs().max()) < 0.3 and not codes[:tiny].any()
+    as_published, _ = fit_scales(W, 64, norm=norm, reach=scale_reach("paper"))
+    assert int(as_published[tiny:].min()) >= 13                                         # three steps for all that matters
+
+
+def test_small_rows_with_a_purpose_have_scales_of_their_own():
+    W = torch.from_numpy(draw(96, 64, 10, 0.2))
+    W[64:] /= 16
+    assert all(map(torch.equal, fit_scales(W, 64), fit_scales(W, 64, reach=math.inf)))
 
 
 @pytest.mark.parametrize("preset, method, norm", [
