@@ -54,8 +54,9 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
     """Trains `model` in place on tokens [samples, length], `batch` samples a step, once through -> the loss of every step.
 
     The loss is the mean KL divergence of the model's next-token distribution from the dense model's, in nats (Hinton et al.,
-    arXiv 1503.02531, at temperature 1).  Adam; the rate rises over a tenth of the steps and falls to 0.  What learns: the
-    codebooks and block scales of all packed linears but a head tied to the embedding, their biases, and parameters of one dimension, such as norms.  `progress(step, steps, loss)`.
+    arXiv 1503.02531, at temperature 1), both without dropout.  Adam; the rate rises over a tenth of the steps and falls to 0.  What
+    learns: the codebooks and block scales of all packed linears but a head tied to the embedding, their biases, and parameters of one
+    dimension, such as norms.  `progress(step, steps, loss)`.
     Raises ConfigError for a model without packed linears or of another vocabulary, NumericalError for a loss that is not finite;
     whatever happens, the model is left packed, and as it was after a NumericalError.
     """
@@ -64,9 +65,10 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
               if isinstance(module, VQLinear) and not isinstance(module, VQEmbedding) and module not in tied}
     if not layers:
         raise ConfigError("tune: got a model without packed linears; quantize it first")
-    steps, training, losses = tokens.split(batch), model.training, []
+    steps, training, losses = tokens.split(batch), [(each, each.training) for each in (model, dense)], []
     place = next(model.parameters()).device
-    model.train()
+    for each, _ in training:            # with dropout codebooks would learn to make up for noise that is not there afterwards
+        each.eval()
     try:
         with Learning(model, layers, len(steps), rate) as learning:
             for i, ids in enumerate(steps):
@@ -78,7 +80,8 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
                 if progress is not None:
                     progress(i + 1, len(steps), losses[-1])
     finally:
-        model.train(training)
+        for each, before in training:
+            each.train(before)
     return losses
 
 
