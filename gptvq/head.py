@@ -24,6 +24,7 @@ from .hessian import Hessian
 from .job import Run
 from .linear import VQLinear
 from .model import Block, InputCollector, Stop, call
+from .problem import gs_of, in_units, unit_of
 from .ranks import Samples
 from .scaling import block_sizes, scale_norm, scale_range, scale_reach
 from .solver import LayerRecord, solve
@@ -164,14 +165,15 @@ def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recip
     # SVD codebooks tie all groups together, and left to right a strip's scales depend on the strips before it.
     if rows >= spec.rows or spec.svd_rank or spec.scale_block and recipe.order == "sequential":
         return solve(weight.to(device).float(), hessian, spec, recipe, name, together)
+    unit = unit_of(weight, name)
     pieces, scales = weight.split(rows), None
     if spec.scale_block:
         norm = scale_norm(spec, recipe.method)
-        log = torch.cat([block_sizes(piece.float(), spec.scale_block, norm) for piece in pieces])
+        log = torch.cat([block_sizes(in_units(piece, unit, torch.float32), spec.scale_block, norm) for piece in pieces])
         scales = tuple(bound.to(device) for bound in scale_range(log, scale_reach(recipe.method)))
     solved, losses, power = [], Counter(), 0.0
     for piece in pieces:
-        piece = piece.to(device).float()
+        piece = in_units(piece.to(device), unit, torch.float32)
         vq, record = solve(piece, hessian, dataclasses.replace(spec, rows=len(piece), group_rows=min(spec.group_rows, len(piece))), recipe,
                            name, together, scales)
         own = float((ops.matmul(piece, hessian.matrix()).double() * piece).sum())
@@ -180,6 +182,7 @@ def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recip
         solved.append((vq, record))
     record, power = solved[0][1], power or 1.0
     buffers = {key: torch.cat([vq.buffers[key] for vq, _ in solved]) for key in solved[0][0].buffers if key != "sz"}
+    buffers["gs"] = gs_of(buffers["gs"], unit)
     vq = VQWeight(spec, buffers | ({"sz": solved[0][0].buffers["sz"]} if scales else {}))
     return vq, dataclasses.replace(record, spec=spec, error=losses[""] / power, stages={key: losses[key] / power for key in record.stages},
                                    seconds=sum(each.seconds for _, each in solved), sha256=digest_of(vq.buffers.values()))

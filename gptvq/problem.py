@@ -1,10 +1,13 @@
 """The least-squares problem of one layer: decode codes to weights, measure the loss, collect gradients per centroid."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import ops
+from .errors import NumericalError
 from .ranks import Rows
 from .scaling import fit_scales, scale_norm, scale_reach, scales_of
 from .spec import QuantSpec
@@ -30,6 +33,30 @@ def solvable(spec: QuantSpec, free: int) -> str:
     return f"{smaller}; free memory, use a larger GPU, or device='cpu'"
 
 
+def unit_of(weight: Tensor, name: str) -> float:
+    """The power of two that `weight` is solved in units of, lest squares under- or overflow: 1 unless it lies far beside all usual ones.
+
+    Raises NumericalError where what is stored could overflow.
+    """
+    least, largest = weight.detach().aminmax()
+    peak = max(-float(least), float(largest))
+    if not math.isfinite(peak) or peak == 0 or 2.0 ** -40 < peak < 2.0 ** 40:
+        return 1.0
+    if peak > 2.0 ** 120:
+        raise NumericalError(f"{name}: got weights up to {peak:.3g}, need them below {2.0 ** 120:.3g} for float32 to hold what is stored")
+    return 2.0 ** (math.frexp(peak)[1] - 1)
+
+
+def in_units(weight: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
+    """weight / unit in `dtype`."""
+    return (weight if unit == 1 else weight.double() / unit).to(dtype)
+
+
+def gs_of(gs: Tensor, unit: float) -> Tensor:
+    """The scales of codebooks for weights in units of `unit` -> those for the weights; exact but for the very smallest."""
+    return (gs.double() * unit).to(gs.dtype)
+
+
 class Problem:
     """Weights W [rows, n] and Hessian H [n, n] of a layer, n = vectors * dim (columns past the layer's are zero).
 
@@ -46,7 +73,9 @@ class Problem:
         self.H = hessian
         self.strip = torch.arange(spec.vectors, device=weight.device) * spec.dim // spec.group_cols
         self.group = torch.arange(spec.rows, device=weight.device) // spec.group_rows
-        self.power = float(weight_loss(self.W, self.H, self.rows))
+        self.power = weight_loss(self.W, self.H, self.rows)
+        if not self.power:          # weights where no input is: what they are is measured as if all inputs counted the same
+            self.power = _loss(self.W, self.W * self.H.diagonal().mean(), self.rows)
         self.scale: Tensor | None = None
         if spec.scale_block:
             self.scale_codes = torch.zeros(spec.rows, spec.scale_blocks, dtype=torch.uint8, device=weight.device)
@@ -97,15 +126,16 @@ class Problem:
         """(the error, (W - Q) H [rows, n])."""
         residual = self.W - self.decode(index, centroids)
         pull = ops.matmul(residual, self.H)
-        loss = float(_loss(residual, pull, self.rows))
+        loss = _loss(residual, pull, self.rows)
         return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf"), pull
 
 
-def weight_loss(W: Tensor, H: Tensor, rows: Rows) -> Tensor:
-    """tr(W H W^T) of the layer as a float64 scalar, W the rows of a share."""
+def weight_loss(W: Tensor, H: Tensor, rows: Rows) -> float:
+    """tr(W H W^T) of the layer, summed in float64, W the rows of a share."""
     return _loss(W, ops.matmul(W, H), rows)
 
 
-def _loss(W: Tensor, WH: Tensor, rows: Rows) -> Tensor:
-    # A copy, as WH goes on to the next stage.  Row by row: the same for any number of threads and shares.
-    return rows.join(WH.to(torch.float64, copy=True).mul_(W).sum(1)).sum()
+def _loss(W: Tensor, WH: Tensor, rows: Rows) -> float:
+    # A copy, as WH goes on to the next stage.  Row by row, then exactly: the same for any number of threads and shares.
+    each = rows.join(WH.to(torch.float64, copy=True).mul_(W).sum(1)).tolist()
+    return math.fsum(each) if all(map(math.isfinite, each)) else math.nan

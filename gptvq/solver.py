@@ -16,7 +16,7 @@ from .codebook import Codebooks
 from .config import DEFAULT_PRESET, Recipe, VQConfig
 from .errors import ConfigError, NumericalError
 from .hessian import Hessian, HessianFactor, pad
-from .problem import Problem, solvable, solving_bytes
+from .problem import Problem, gs_of, in_units, solvable, solving_bytes, unit_of
 from .ranks import Rows
 from .refine import absolute, adam_codebook, coordinate_descent, svd_codebook, update_codebook
 from .spec import QuantSpec
@@ -87,11 +87,12 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     of a layer with block scales, `scaling.scale_range` of all of it.
     """
     start = time.perf_counter()
+    unit = 1.0 if scales else unit_of(weight, name)
     hessian = hessian if isinstance(hessian, Hessian) else Hessian.from_matrix(hessian)
     rows = Rows(spec, shared, scales)
     ops.require_memory(weight.device, solving_bytes(rows.spec.rows, spec), f"{name}: solving {rows.spec.rows} x {spec.cols} weights",
                        lambda free: solvable(spec, free))
-    problem = _problem(weight, hessian, spec, recipe, name, rows)
+    problem = _problem(weight, hessian, spec, recipe, name, rows, unit)
     order = _visiting_order(problem, recipe)
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
     factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype, recipe.shrink)
@@ -105,7 +106,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
                              "and the calibration activations, or use dtype float64")
     tables = best.codebooks.tables if spec.svd_rank else {
         name: rows.join(table, groups=True) for name, table in best.codebooks.tables.items()}
-    vq = VQWeight.from_parts(spec, rows.join(best.index), tables, rows.join(best.codebooks.gs, groups=True),
+    vq = VQWeight.from_parts(spec, rows.join(best.index), tables, rows.join(gs_of(best.codebooks.gs, unit), groups=True),
                              *((rows.join(problem.scale_codes), problem.sz) if spec.scale_block else ()))
     digest = hashlib.sha256()
     for buffer in vq.buffers.values():
@@ -133,7 +134,7 @@ def stages(problem: Problem, factor: HessianFactor, order: Tensor, recipe: Recip
         yield best
 
 
-def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str, rows: Rows) -> Problem:
+def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, name: str, rows: Rows, unit: float) -> Problem:
     if tuple(weight.shape) != (spec.rows, spec.cols):
         raise ConfigError(f"{name}: got a weight {tuple(weight.shape)}, the spec is for ({spec.rows}, {spec.cols})")
     if not bool(torch.isfinite(weight).all()):
@@ -146,7 +147,7 @@ def _problem(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recipe, 
     if len(H) != spec.cols:
         raise ConfigError(f"{name}: got a Hessian {tuple(H.shape)} for a weight with {spec.cols} columns")
     dtype = getattr(torch, recipe.dtype)
-    share = weight.detach()[rows.first: rows.last].to(dtype)
+    share = in_units(weight.detach()[rows.first: rows.last], unit, dtype)
     return Problem(share, pad(H.to(weight.device, dtype), spec.vectors * spec.dim), rows.spec, rows, recipe.method)
 
 
@@ -222,13 +223,15 @@ def fit_strip(problem: Problem, centroids: Tensor, strip: int, W: Tensor, metric
     x = W.view(spec.rows, spec.vectors, d)[:, at]
     weight = x.new_ones(spec.rows, width)
     if problem.scale is not None:
-        x, weight = x / problem.scale[:, at, None], problem.scale[:, at].square()
+        x, weight = x / problem.scale[:, at, None], problem.scale[:, at]
     metric = metric[at]
     if spec.signs:              # of absolute values, whose coupling within a vector would change its sign from one to the next
         x, metric = x.abs(), torch.diag_embed(metric.diagonal(dim1=1, dim2=2))
     missing = spec.row_groups * spec.group_rows - spec.rows          # a last shorter group is filled with points of weight 0
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).reshape(spec.row_groups, -1, d)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)).reshape(spec.row_groups, -1)
+    peak = weight.amax(1, keepdim=True)
+    weight = (weight / (peak / peak.frexp().mantissa)).square()      # by a power of two: squares of scales of 1e-23 would be 0, and so padding
     centroids[:, strip] = codebook.fit(x, metric, weight, spec.codewords, recipe.em_iterations, recipe.em_starts,
                                        problem.rows)
 

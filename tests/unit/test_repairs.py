@@ -7,8 +7,12 @@ from hypothesis import strategies as st
 
 from gptvq.config import Recipe, VQConfig
 from gptvq.errors import NumericalError
+from gptvq.head import solve_parts
 from gptvq.hessian import Hessian, borrow
-from gptvq.solver import solve
+from gptvq.problem import Problem, weight_loss
+from gptvq.ranks import Rows
+from gptvq.solver import fit_strip, solve
+from gptvq.spec import QuantSpec
 
 QUICK = Recipe(em_iterations=3, em_starts=1, passes=2, sweeps=1, cg_iterations=2)
 PAPER = Recipe.paper(em_iterations=3)
@@ -73,7 +77,62 @@ def test_weights_of_any_size(rows, cols, seed, exponent, scaled):
     try:
         checked(weight, 2 / 64 * x.T @ x, spec(rows, cols, scale_block=16 if scaled else 0))
     except NumericalError as error:
-        assert str(error).startswith("layer: ") and exponent > 15
+        assert str(error).startswith("layer: ") and exponent > 35
+
+
+@pytest.mark.parametrize("factor", [1e-29, 1e-20, 1e20, 1e35])
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-2.25-s64", "4d-3.125-s64"])
+def test_far_from_usual_weights_are_solved_as_well_as_any(label, factor):
+    generator = torch.Generator().manual_seed(4)
+    weight, x = torch.randn(64, 64, generator=generator), torch.randn(300, 64, generator=generator)
+    hessian, spec = 2 / 300 * x.T @ x, VQConfig.preset(label).spec(64, 64)
+    far = weight * factor
+    for solver in (solve, lambda *arguments: solve_parts(*arguments, most=16 * 64, device=torch.device("cpu"))):
+        want = solver(weight, Hessian.from_matrix(hessian), spec, QUICK, "layer")[1].error
+        vq, record = solver(far, Hessian.from_matrix(hessian), spec, QUICK, "layer")
+        assert record.error == pytest.approx(want, rel=0.1)
+        lost = far.double() - vq.dequantize().double()
+        relative = ((lost @ hessian.double()) * lost).sum() / ((far.double() @ hessian.double()) * far.double()).sum()
+        assert float(relative) == pytest.approx(record.error, rel=1e-3)
+    with pytest.raises(NumericalError, match="layer: got weights up to"):
+        solve(weight * 1e37, hessian, spec, QUICK, "layer")
+
+
+def test_row_groups_of_tiny_scales_have_codebooks_like_all_others():
+    """As published block scales go down without end, and the squares of these are no float32."""
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    target, usual = QuantSpec(32, 64, 2, 2, 16, 64, 32), []
+    for factor in (1.0, 1e-26):
+        weight[:16] *= factor
+        problem = Problem(weight, torch.eye(64), target, method="paper")
+        problem.rescale(weight, 0, 64)
+        centroids = torch.zeros(2, 1, 16, 2)
+        fit_strip(problem, centroids, 0, weight, torch.eye(2).expand(32, 2, 2), Recipe(em_starts=4))
+        x = weight.view(32, 32, 2) / problem.scale.unsqueeze(-1)
+        nearest = (x[:16, :, None, :] - centroids[0, 0]).square().sum(-1).amin(-1)
+        usual.append(float(nearest.sum() / x[:16].square().sum()))
+    assert usual[1] < 2 * usual[0] < 0.2
+
+
+def test_weights_of_inputs_that_never_come():
+    """No output depends on them: the error is that of the weights, all of which count the same."""
+    weight, hessian = torch.zeros(32, 32), torch.zeros(32, 32)
+    weight[:, 1::2] = torch.randn(32, 16, generator=torch.Generator().manual_seed(6))
+    hessian[::2, ::2] = torch.eye(16)
+    vq, record = checked(weight, hessian, VQConfig.preset("4d-3.125").spec(32, 32))        # none of whose entries is 0
+    assert record.error < 1 and vq.dequantize().any()
+
+
+def test_the_loss_of_many_rows_does_not_depend_on_threads():
+    weight = torch.randn(70_000, 4, generator=torch.Generator().manual_seed(7))
+    threads, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.add(float(weight_loss(weight, torch.eye(4), Rows(spec(70_000, 4)))))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
 
 
 def test_what_was_repaired_is_on_record():
