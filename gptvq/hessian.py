@@ -120,8 +120,10 @@ class Hessian:
             found.append(f"{self.dropped} of {self.tokens + self.dropped} tokens dropped: not finite")
         if self.borrowed:
             found.append(f"{self.tokens} tokens: {self.borrowed / (self.tokens + self.borrowed):.0%} from other experts")
-        if self._given and float((self.sum - self.sum.T).abs().max()) > 1e-5 * float(self.sum.abs().max()):
-            found.append("symmetrized")
+        if self._given:
+            given = wide(self.sum) / 2
+            if float((given - given.T).abs().max()) > 1e-5 * float(given.abs().max()):
+                found.append("symmetrized")
         return found
 
     def dead(self) -> int:
@@ -148,7 +150,12 @@ class HessianFactor:
     U: Tensor
     damp: float
     repair: str
-    unweighted: bool = False            # H was zero: U is the identity's
+    unweighted: bool = False            # H was zero, or nothing on its diagonal was positive: U is the identity's
+
+    @property
+    def changed(self) -> bool:
+        """Whether another H than the given one was factorized."""
+        return self.repair not in ("", "float64")
 
     def weighting(self, H: Tensor) -> Tensor:
         """H [cols, cols] as far as the factor could use it: positive semidefinite, or a descent along it would never end."""
@@ -203,12 +210,18 @@ def packed_size(cols: int) -> int:
 
 
 def checked(matrix: Tensor) -> Tensor:
-    """A square, finite, symmetrized Hessian; raises NumericalError otherwise."""
+    """A square, finite Hessian, symmetrized, in float32 where it is in fewer digits; raises NumericalError for any other."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise NumericalError(f"Hessian: got shape {tuple(matrix.shape)}, need a square matrix")
+    matrix = wide(matrix)
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError("Hessian: got non-finite entries; check the calibration activations")
-    return (matrix + matrix.T) / 2
+    return matrix / 2 + matrix.T / 2                    # halves, as a sum of large ones could overflow
+
+
+def wide(x: Tensor) -> Tensor:
+    """x as it is in float32 and float64, as float32 in any other type."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _bands(flat: Tensor, cols: int) -> Iterator[tuple[int, Tensor]]:
@@ -229,12 +242,13 @@ def factorize(matrix: Tensor, damp: float, dtype: torch.dtype = torch.float32) -
     """Damps and factorizes H [n, n]; climbs the repair ladder until the factor reproduces the inverse.
 
     Ladder: float32, float64, damping x 2, 5, 10, 100 in float64, the diagonal alone.  A Hessian of zeros (a layer that
-    saw no token) counts as the identity: plain least squares on the weights.
+    saw no token) counts as the identity: plain least squares on the weights; so does one without a positive entry on its diagonal.
     """
     diag = matrix.diagonal().double()
     mean = diag.clamp_min(0).mean()
     if not mean > 0:
-        return HessianFactor(torch.eye(len(matrix), dtype=dtype, device=matrix.device), damp, "no calibration data: unweighted", True)
+        why = "nothing positive on its diagonal" if bool(matrix.any()) else "no calibration data"
+        return HessianFactor(torch.eye(len(matrix), dtype=dtype, device=matrix.device), damp, f"{why}: unweighted", True)
     attempts = [(1, dtype), (1, torch.float64)] if dtype != torch.float64 else [(1, torch.float64)]
     attempts += [(step, torch.float64) for step in DAMP_STEPS[1:]]
     for step, precision in attempts:

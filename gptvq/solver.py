@@ -15,7 +15,7 @@ from . import codebook, ops
 from .codebook import Codebooks
 from .config import DEFAULT_PRESET, Recipe, VQConfig
 from .errors import ConfigError, NumericalError
-from .hessian import Hessian, HessianFactor, pad
+from .hessian import Hessian, HessianFactor, pad, wide
 from .problem import Problem, gs_of, in_units, solvable, solving_bytes, unit_of
 from .ranks import Rows
 from .refine import absolute, adam_codebook, coordinate_descent, svd_codebook, update_codebook
@@ -68,10 +68,16 @@ class LayerRecord:
 def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec | str = DEFAULT_PRESET) -> VQWeight:
     """W [rows, cols], H [cols, cols] or a Hessian -> VQWeight; `config` may be a VQConfig, a preset's name or a QuantSpec.
 
-    Raises ConfigError for shapes that do not fit and NumericalError for non-finite values.
+    Raises ConfigError for shapes and types that do not fit and NumericalError for non-finite values.
     """
     if W.ndim != 2:
         raise ConfigError(f"weight: got shape {tuple(W.shape)}, need [rows, cols]")
+    if isinstance(H, Tensor) and (H.ndim != 2 or H.shape[0] != H.shape[1]):
+        raise ConfigError(f"Hessian: got shape {tuple(H.shape)}, need a square matrix")
+    for name, given in (("weight", W), ("Hessian", H)):
+        if isinstance(given, Tensor) and given.is_complex():
+            raise ConfigError(f"{name}: got complex numbers ({given.dtype}), need real ones")
+    W = wide(W) if W.element_size() == 1 else W         # torch does not compute with float8
     if isinstance(config, str):
         config = VQConfig.preset(config)
     spec = config if isinstance(config, QuantSpec) else config.spec(*W.shape)
@@ -97,7 +103,7 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     columns = (order[:, None] * spec.dim + torch.arange(spec.dim, device=order.device)).flatten()
     factor = hessian.factor((recipe.order, spec.dim), columns, recipe.damp, problem.W.dtype, recipe.shrink)
     usable = factor.weighting(problem.H[: spec.cols, : spec.cols])
-    if factor.repair not in ("", "float64"):
+    if factor.changed:
         problem = Problem(problem.W[:, : spec.cols], pad(usable, len(problem.H)), rows.spec, rows, recipe.method)
 
     *_, best = stages(problem, factor, order, recipe)
@@ -111,7 +117,11 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
     digest = hashlib.sha256()
     for buffer in vq.buffers.values():
         digest.update(buffer.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    repair = "inputs of zeros: unweighted" if factor.unweighted and hessian.tokens else factor.repair
+    repair = factor.repair
+    if factor.unweighted and hessian.tokens and not bool(hessian.matrix().any()):
+        repair = "inputs of zeros: unweighted"
+    elif factor.changed and not factor.unweighted:
+        repair += ", by which errors are measured too"
     return vq, LayerRecord(name, spec, best.error, best.stages, "; ".join(filter(None, [*hessian.repairs(), repair])), factor.damp,
                            hessian.tokens, time.perf_counter() - start, digest.hexdigest(), hessian.dropped, hessian.dead())
 

@@ -149,6 +149,14 @@ def test_zeros_are_unweighted_and_say_so():
     assert torch.equal(factor.U, torch.eye(4)) and "no calibration data" in factor.repair
 
 
+def test_large_entries_in_few_digits_do_not_overflow():
+    H = torch.tensor([[60000.0, 40000.0], [40000.0, 50000.0]])
+    for dtype in (torch.float16, torch.bfloat16):
+        given = Hessian.from_matrix(H.to(dtype))
+        assert torch.equal(given.matrix(), H.to(dtype).float()) and given.repairs() == []
+    assert torch.equal(Hessian.from_matrix(H * 5e33).matrix(), H * 5e33)
+
+
 def test_the_ladder_damps_an_indefinite_matrix_until_it_works():
     """Eigenvalues down to -0.1 of the mean diagonal: 0.03 and 0.06 cannot do, 0.15 can."""
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 16)))[0]

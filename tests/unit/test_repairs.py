@@ -161,11 +161,12 @@ def test_what_was_repaired_is_on_record():
     assert checked(weight, matrix, target)[1].repair == "symmetrized"
     indefinite = hessian(x, bad)
     indefinite.sum[0, 1] = 30 * indefinite.sum[0, 0]
-    assert checked(weight, indefinite, target)[1].repair == "3 of 403 tokens dropped: not finite; diagonal only"
+    assert checked(weight, indefinite, target)[1].repair == "3 of 403 tokens dropped: not finite; diagonal only, by which errors are measured too"
     slightly = hessian(x).matrix()
     slightly -= (torch.linalg.eigvalsh(slightly)[0] + 0.1 * slightly.diagonal().mean()) * torch.eye(16)
     record = checked(weight, slightly, target)[1]
-    assert record.repair == f"damping x {round(record.damp / QUICK.damp)}" and record.damp > QUICK.damp
+    assert record.repair == f"damping x {round(record.damp / QUICK.damp)}, by which errors are measured too" and record.damp > QUICK.damp
+    assert checked(weight, -hessian(x).matrix(), target)[1].repair == "nothing positive on its diagonal: unweighted"
     with pytest.raises(NumericalError, match="layer: Hessian: got non-finite entries"):
         solve(weight, hessian(x * 1e30), target, QUICK, "layer")
 

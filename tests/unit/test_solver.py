@@ -260,6 +260,12 @@ def test_quantize_weight_takes_a_spec_a_config_or_a_label():
     assert not torch.equal(quantize_weight(W, H, short).dequantize(), results[0])
     with pytest.raises(ConfigError, match=r"\(32,\).*\[rows, cols\]"):
         quantize_weight(W[:, 0], H)
+    for weight, hessian, named in ((W, H[:, :31], "Hessian: .* square"), (W, H[0], "Hessian: .* square"), (W + 0j, H, "weight: .* complex"),
+                                   (W, H + 0j, "Hessian: .* complex")):
+        with pytest.raises(ConfigError, match=named):
+            quantize_weight(weight, hessian)
+    small = W.to(torch.float8_e4m3fn)
+    assert torch.equal(quantize_weight(small, H).dequantize(), quantize_weight(small.float(), H).dequantize())
 
 
 def test_repairs_are_on_record():
@@ -267,7 +273,7 @@ def test_repairs_are_on_record():
     assert "unweighted" in checked(W, torch.zeros(32, 32), VQConfig().spec(16, 32))[1].repair
     indefinite = H - 0.05 * H.diagonal().mean() * torch.eye(32)
     record = solve(W, indefinite, VQConfig().spec(16, 32), Recipe(damp=0.03, shrink=0))[1]
-    assert record.repair == f"damping x {round(record.damp / 0.03)}" and record.damp in (0.06, 0.15)
+    assert record.repair == f"damping x {round(record.damp / 0.03)}, by which errors are measured too" and record.damp in (0.06, 0.15)
     values = record.to_dict()
     assert values["repair"] == record.repair and values["spec"] == dataclasses.asdict(record.spec) and values["rows"] == 16
 
