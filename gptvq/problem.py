@@ -118,14 +118,14 @@ class Problem:
         values = blocks.expand(spec.rows, -1, -1) if self.scale is None else blocks * self.scale.square().unsqueeze(-1)
         return self.collect(index, values).unflatten(-1, (d, d))
 
-    def error(self, index: Tensor, centroids: Tensor) -> float:
-        """Relative layer error tr((W - Q) H (W - Q)^T) / tr(W H W^T)."""
-        return self.measure(index, centroids)[0]
+    def error(self, index: Tensor, centroids: Tensor, pull: Tensor | None = None) -> float:
+        """Relative layer error tr((W - Q) H (W - Q)^T) / tr(W H W^T); pull: (W - Q) H, where it is known."""
+        return self.measure(index, centroids, pull)[0]
 
-    def measure(self, index: Tensor, centroids: Tensor) -> tuple[float, Tensor]:
+    def measure(self, index: Tensor, centroids: Tensor, pull: Tensor | None = None) -> tuple[float, Tensor]:
         """(the error, (W - Q) H [rows, n])."""
         residual = self.W - self.decode(index, centroids)
-        pull = ops.matmul(residual, self.H)
+        pull = ops.matmul(residual, self.H) if pull is None else pull
         loss = _loss(residual, pull, self.rows)
         return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf"), pull
 

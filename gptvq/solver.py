@@ -129,18 +129,28 @@ def solve(weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, recipe: Re
 def stages(problem: Problem, factor: HessianFactor, order: Tensor, recipe: Recipe) -> Iterator[Best]:
     """The passes, then the sweeps, each from the best state so far, which is given after every one of them.
 
-    The updates between the first stage and the last take half the iterations: what they leave is for the next.
+    The updates between the first stage and the last take half the iterations: what they leave is for the next.  Where few inputs outweigh
+    all others, rounding to int8 costs more than an update brings: then new codes count with the codebooks that they were found with, in
+    the end or where the next stage would find the same codes again.
     """
-    best, last = Best(problem), recipe.passes + recipe.sweeps
+    best, last, aside = Best(problem), recipe.passes + recipe.sweeps, (math.inf,)
     for stage in range(1, last + 1):
         iterations, pull = recipe.cg_iterations if stage in (1, last) else (recipe.cg_iterations + 1) // 2, None
-        centroids = best.codebooks.centroids if best.codebooks else None
+        before, error = best.codebooks, math.inf
+        centroids = before.centroids if before else None
         if stage <= recipe.passes:
             index, centroids = column_pass(problem, factor, order, recipe, centroids)
+            if before:
+                error, pull = problem.measure(index, centroids)
         else:
             index, pull = coordinate_descent(problem, best.index, centroids, recipe.block_cols, best.pull)
-        best.offer(f"pass {stage}" if stage <= recipe.passes else f"sweep {stage - recipe.passes}",
-                   *_refit(problem, index, centroids, recipe.method, iterations, pull))
+            error = problem.error(index, centroids, pull)
+        if error < aside[0]:
+            aside = error, index, before
+        name = f"pass {stage}" if stage <= recipe.passes else f"sweep {stage - recipe.passes}"
+        best.offer(name, *_refit(problem, index, centroids, recipe.method, iterations, pull))
+        if aside[0] < best.error and (stage == last or best.codebooks is before):
+            best.offer(name, *aside[1:])
         yield best
 
 
@@ -279,6 +289,6 @@ class Best:
 
     def offer(self, stage: str, index: Tensor, codebooks: Codebooks) -> None:
         error, pull = self.problem.measure(index, codebooks.centroids)
-        self.stages[stage] = error
+        self.stages[stage] = min(error, self.stages.get(stage, math.inf))
         if self.index is None or error < self.error:
             self.index, self.codebooks, self.error, self.pull = index, codebooks, error, pull
