@@ -56,6 +56,7 @@ class VQEmbedding(VQLinear):
         self = cls(vq.spec, dtype, scale, vq.buffers["idx"].device, name)
         for buffer, tensor in vq.buffers.items():
             setattr(self, buffer, tensor)
+        self.make_tables()
         return self
 
     @property

@@ -146,6 +146,7 @@ class GptvqQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, VQLinear):
                 module.check(name)
+                module.make_tables()
         return quicken(model)
 
     def update_weight_conversions(self, weight_conversions, *_):

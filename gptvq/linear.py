@@ -28,7 +28,7 @@ class VQLinear(nn.Module):
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
     `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.  Buffers and bias may be
     replaced or changed in place, but for ways that PyTorch does not count (`.data`, inference tensors); compiled graphs take
-    block scales and SVD factors as they were at the last call without torch.compile.
+    block scales and SVD factors as they were when the layer was last made, moved, loaded or called without torch.compile.
     """
 
     activations = "a16"
@@ -56,6 +56,7 @@ class VQLinear(nn.Module):
             setattr(self, buffer, tensor)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.make_tables()
         return self
 
     @property
@@ -169,6 +170,11 @@ class VQLinear(nn.Module):
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {s.form} "
                 f"in groups of {s.group_rows}x{s.group_cols}{scales}{svd}, {s.bits_per_value:.3f} bits per value")
 
+    def make_tables(self) -> None:
+        """What decoding takes besides the buffers, made now: a compiled graph would make it on each call, and wait for the CPU."""
+        if not self._buffers["idx"].is_meta:
+            self._decode_tables()
+
     def _decode_tables(self) -> tuple:
         # Expanded codebooks and scale tables cost more than a small GEMV: kept until the buffers change.
         made, buffers, compiling = self._tables, self._buffers, torch.compiler.is_compiling()
@@ -195,6 +201,10 @@ class VQLinear(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": None, "_kernel": None, "_followers": (), "_ready": None}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.make_tables()
+
     def _apply(self, fn, recurse=True):
         before = {buffer: self._buffers[buffer] for buffer in self.spec.buffer_shapes()}
         super()._apply(fn, recurse)
@@ -202,6 +212,7 @@ class VQLinear(nn.Module):
             if self._buffers[buffer].dtype != tensor.dtype:     # fn was a cast: redo the move alone
                 self._buffers[buffer] = tensor.to(self._buffers[buffer].device)
         self._forget()
+        self.make_tables()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -216,6 +227,7 @@ class VQLinear(nn.Module):
             state_dict = {**state_dict, prefix + buffer: getattr(self, buffer)}     # what is refused changes nothing
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
+        self.make_tables()
 
 
 def set_activations(model: nn.Module, activations: str) -> None:

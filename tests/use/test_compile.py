@@ -45,6 +45,23 @@ def test_a_decoding_step_is_one_graph(model):
     assert counter.frame_count <= 2                         # the first step's cache is a fresh one: it may compile twice
 
 
+def test_a_step_of_a_model_just_opened_makes_no_tables(model, tmp_path):
+    """Else each call would wait for scales made on the CPU, and no CUDA graph could be captured."""
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(tmp_path)
+    opened, called = AutoModelForCausalLM.from_pretrained(tmp_path), []
+
+    def backend(graph, example):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(opened, fullgraph=True, backend=backend)(input_ids=IDS, use_cache=False)
+    assert "gptvq.linear" in called and not any("exp2" in name for name in called)
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_tokens(model):
     torch._dynamo.reset()
