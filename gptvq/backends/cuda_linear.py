@@ -6,13 +6,13 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import ACTIVATIONS
 from ..errors import BackendUnavailable, ConfigError
 from ..spec import QuantSpec
 from . import cuda_call
 from .cuda_call import call, dense
-from .prepared import Remembered
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -26,15 +26,23 @@ class PreparedLinear:
     A call queues kernels on torch's current stream and allocates nothing but its outputs and scratch memory, so that a CUDA graph can
     capture it.  Up to `most_tokens` tokens at once are multiplied with the packed weight, more with the weight unpacked.  Where
     `GPTVQ_CUDA_LINEAR` is "fp16" when it is made, products are those of float16 instead of integers, to compare the two.
+    `views`, if given, remembers the view of each `idx`, which is of addresses alone.
     """
 
-    def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec):
+    def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec, views: WeakTensorKeyDictionary | None = None):
         self.spec, self.rows, self.device = spec, spec.rows, idx.device
         self.fields = tuple(spec.to_dict().values())[:7]
         self.packed = [dense(None if t is None else t.detach(), _ALIGNMENT) for t in (idx, cb, gs, sc, table)]
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.modes = {**_MODES, **_chosen()}
-        self.kernel = call("Linear", *self.packed, self.bias, self.fields)
+        if views is None:
+            self.kernel = call("Linear", *self.packed, self.bias, self.fields)
+            return
+        of = self.fields, [None if t is None else (t.data_ptr(), t.dtype) for t in (*self.packed, self.bias)]
+        known = views.get(idx)
+        if known is None or known[0] != of:
+            known = views[idx] = of, call("Linear", *self.packed, self.bias, self.fields)
+        self.kernel = known[1]
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         if x.numel() > self.spec.cols * cuda_call.kernels.most_tokens:
@@ -77,5 +85,13 @@ def _chosen() -> dict[str, int]:
     return {"a16": _FP16, "a8": _FP16} if choice else {}
 
 
+_views = WeakTensorKeyDictionary()
+
+
+def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None, spec: QuantSpec,
+           activations: str) -> Tensor:
+    """The operator.  No tensor outlives the call: in a compiled graph it may lie in the memory of a CUDA graph, which others reuse."""
+    return PreparedLinear(idx, cb, gs, sc, table, bias, spec, _views)(x, activations)
+
+
 prepare_linear = PreparedLinear
-linear = Remembered(PreparedLinear)

@@ -10,6 +10,7 @@ from ..spec import QuantSpec
 class Remembered:
     """linear(x, idx, cb, gs, sc, table, bias, spec, activations) by way of prepare(idx, cb, gs, sc, table, bias, spec).
 
+    For the CPU: on a GPU what prepare makes may lie in the memory of a CUDA graph, and must not outlive the call.
     Prepares again where a tensor is another one or was changed in place since.
     """
 

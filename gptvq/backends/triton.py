@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..spec import BLOCK_COLS, QuantSpec
 from . import reference
-from .prepared import Remembered
 from .reference import (  # noqa: F401
     cross,
     gram,
@@ -111,7 +110,12 @@ def _operands(dtype: torch.dtype) -> dict:
 
 
 prepare_linear = PreparedLinear
-linear = Remembered(PreparedLinear)
+
+
+def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None, spec: QuantSpec,
+           activations: str) -> Tensor:
+    """The operator; prepared anew on each call, as tensors that outlive one must not lie in the memory of a CUDA graph."""
+    return PreparedLinear(idx, cb, gs, sc, table, bias, spec)(x, activations)
 
 
 # ---- quantization

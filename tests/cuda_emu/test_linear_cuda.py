@@ -1,4 +1,7 @@
 """y = W x by the CUDA kernels, against float64 on the integers that activations become, and against float64 as such."""
+import gc
+import weakref
+
 import pytest
 import torch
 from emulated_cuda import Machine
@@ -204,6 +207,23 @@ def test_module_and_operator(machine):
                 assert relative(layer(x).cpu(), want) < 1e-4
                 assert relative(ops.linear(x, *layer._decode_tables(), None, layer.spec).cpu(), want) < 1e-4
     assert layers[0]._followers == (layers[1],)
+
+
+@pytest.mark.parametrize("dtype", OUTPUT)
+def test_the_operator_keeps_no_tensor(machine, dtype):
+    """What it keeps would stay in the memory of the CUDA graph that it was first called for."""
+    layer, x = Layer(QuantSpec(48, 384, 2, 2, 16, 192, 64), machine), inputs(machine, 2, 384, dtype)
+    bias = layer.bias.to(machine.device, dtype)
+    want = ops.prepare_linear(*layer.tensors[:5], bias, layer.spec)(x, "a16")
+    for _ in range(2):
+        given = [layer.tensors[0], *(t.clone() for t in layer.tensors[1:5]), bias.clone()]
+        gone = [weakref.ref(t) for t in given[1:]]
+        held = {id(t) for t in gc.get_objects() if type(t) is torch.Tensor}
+        assert torch.equal(ops.linear(x, *given, layer.spec), want)
+        machine.guarded.check()
+        assert all(id(t) in held for t in gc.get_objects() if type(t) is torch.Tensor)
+        del given
+        assert not any(ref() is not None for ref in gone)
 
 
 @pytest.mark.gpu
