@@ -85,7 +85,8 @@ class VQLinear(nn.Module):
         kernel, ready = self._prepared(buffers, bias), self._ready
         if ready is not None:
             self.__dict__["_ready"] = None              # nn.Module's own way to set an attribute takes a microsecond
-            if ready[0] is x and ready[1] == x._version and ready[2] is kernel and ready[3] == self.activations:
+            if ready[0] is x and ready[1] == x._version and ready[2] is kernel and ready[3] == self.activations and (
+                    ready[5] is None or ready[5] == kernel.turn()):
                 return ready[4]
         if self.activations not in ops.ACTIVATIONS:
             ops.check_activations(self.activations)
@@ -104,8 +105,8 @@ class VQLinear(nn.Module):
         """y of a few tokens.  Learns which layers are called next on the very same tensor, and computes theirs along with it.
 
         A follower takes its result only for that tensor, unchanged since (inference tensors do not count changes and so are
-        left out; nor does memory that is shared with NumPy), if it is itself unchanged; one that leaves a result lying is followed
-        no more.
+        left out; nor does memory that is shared with NumPy), if it is itself unchanged, and on a GPU where the same stream runs or is
+        captured; one that leaves a result lying, or that was moved, is followed no more.
         """
         global _leader
         leader, of = _leader
@@ -115,17 +116,22 @@ class VQLinear(nn.Module):
         else:
             _leader = weakref.ref(self), weakref.ref(x)
         activations, followers = self.activations, self._followers
+        if not followers:
+            return kernel(x, activations)
+        here = type(kernel) if kernel.turn is None else None        # a kernel of that type is on the CPU: devices compare slowly
         for follower in followers:
-            if follower._ready is not None or follower.activations != activations:
-                followers = self._followers = tuple(f for f in followers if f._ready is None and f.activations == activations)
+            if follower._ready is not None or follower.activations != activations or (
+                    follower._kernel is None or type(follower._kernel[0]) is not here) and follower._buffers["idx"].device != x.device:
+                followers = self._followers = tuple(f for f in followers if f._ready is None and f.activations == activations
+                                                    and f._buffers["idx"].device == x.device)
                 break
         if not followers:
             return kernel(x, activations)
         others = [f._kernel[0] if f._kernel else f._prepared(f._buffers, f._own_bias()) for f in followers]
         mine, *theirs = kernel.together(others, x, activations)
-        version = x._version
+        version, turn = x._version, kernel.turn and kernel.turn()
         for follower, other, y in zip(followers, others, theirs):
-            follower.__dict__["_ready"] = x, version, other, activations, y
+            follower.__dict__["_ready"] = x, version, other, activations, y, turn
         return mine
 
     def _learnable(self, leader: VQLinear) -> bool:
@@ -198,6 +204,11 @@ class VQLinear(nn.Module):
     def _forget(self) -> None:
         self._tables = self._kernel = self._ready = None
 
+    def _replicate_for_data_parallel(self) -> VQLinear:
+        replica = super()._replicate_for_data_parallel()
+        replica._followers, replica._ready = (), None       # those of this module, on its device
+        return replica
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": None, "_kernel": None, "_followers": (), "_ready": None}
 
@@ -212,6 +223,7 @@ class VQLinear(nn.Module):
             if self._buffers[buffer].dtype != tensor.dtype:     # fn was a cast: redo the move alone
                 self._buffers[buffer] = tensor.to(self._buffers[buffer].device)
         self._forget()
+        self._followers = ()
         self.make_tables()
         return self
 

@@ -72,6 +72,10 @@ class PreparedLinear:
             raise BackendUnavailable(f"linear on {device}: {error}") from None
         return outputs
 
+    def turn(self) -> tuple | None:
+        """What a result is ordered by: the stream, and whether its work runs or is captured.  None by the emulator."""
+        return (cuda_call.stream(self.device), torch.cuda.is_current_stream_capturing()) if self.device.type == "cuda" else None
+
     def _check(self, x: Tensor) -> None:
         if x.device != self.device:
             raise ConfigError(f"linear: got x on {x.device} and a weight on {self.device}, need both on one device")

@@ -103,6 +103,8 @@ def cuda_text() -> str:
 class PreparedLinear:
     """f(x, activations) on the CPU: keeps the packed tensors alive and the kernels' view of them."""
 
+    turn = None                         # results are there when a call returns; see cuda_linear
+
     def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec):
         self.spec, self.rows, self.cols = spec, spec.rows, spec.cols
         self.packed = [None if t is None else t.detach().contiguous() for t in (idx, cb, gs, sc, table)]

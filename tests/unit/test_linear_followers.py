@@ -102,3 +102,44 @@ def test_copies_and_moves_start_anew():
     model.double().float()
     assert torch.equal(model.v(x), alone(model, x)[1])
     assert torch.equal(model.o(x := torch.randn(1, 64)), model.o(x))    # one layer twice on one input
+
+
+@torch.no_grad()
+def test_a_result_of_another_stream_is_not_taken(calls, monkeypatch):
+    """`turn` is what the results of a GPU are ordered by: its stream, and whether that is captured."""
+    turn, model = ["a stream", False], Attention()
+    monkeypatch.setattr(native.PreparedLinear, "turn", lambda kernel: tuple(turn))
+    for _ in range(2):
+        model(torch.randn(2, 96))
+    for changed in (["another", False], ["another", True], ["another", True]):
+        model.k(x := torch.randn(2, 96))
+        assert model.v._ready[5] == tuple(turn)
+        ahead, same, turn[:] = model.v._ready[4], turn == changed, changed
+        v = model.v(x)
+        assert torch.equal(v, alone(model, x)[1]) and (v is ahead) == same
+        model.q(x)
+
+
+@torch.no_grad()
+def test_a_layer_that_was_moved_is_followed_no_more(calls):
+    model = Attention()
+    for _ in range(2):
+        model(torch.randn(2, 96))
+    model.v.to("meta")
+    k = model.k(x := torch.randn(2, 96))
+    assert torch.equal(k, native.PreparedLinear(*model.k._decode_tables(), None, model.k.spec)(x, "a16"))
+    assert model.k._followers == (model.q,) and calls[-1] == 2
+
+
+@torch.no_grad()
+def test_moved_layers_and_replicas_follow_none():
+    """nn.DataParallel copies a module's attributes, and its replicas run on devices of their own."""
+    model = Attention()
+    for _ in range(2):
+        model(torch.randn(2, 96))
+    model.k(torch.randn(2, 96))
+    replicas = [m._replicate_for_data_parallel() for m in (model.k, model.v)]
+    assert model.k._followers and model.v._ready is not None
+    assert all(not r._followers and r._ready is None for r in replicas)
+    model.to("cpu")
+    assert all(not m._followers and m._ready is None for m in model.children())
