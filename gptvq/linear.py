@@ -23,7 +23,7 @@ class VQLinear(nn.Module):
     `activations`: how x enters the kernels; "a16" (the default; error of 1e-4 of the output and mostly less), "a8" (faster on a
     CPU, about 1e-2, what 4-bit integer formats do) or "fp32" (exact, slow).  Many tokens at once (but for "a16" where AMX is the
     faster way), devices without kernels and anything that needs gradients go through F.linear with the dequantized weight, and
-    so follow autocast.
+    so follow autocast; backward unpacks the weight again, so that none is kept for it.
 
     The buffers are the packed ones of `spec.buffer_shapes()`.  Their dtypes are part of the format: `.to()` and
     `.half()` move them and convert the bias only.  Gradients reach x and the bias, never the weight.  Buffers and bias may be
@@ -81,7 +81,7 @@ class VQLinear(nn.Module):
         if torch.compiler.is_compiling() or ops.watched(x):
             return self._by_operators(x, bias)
         if x.device != buffers["idx"].device or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
-            return F.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+            return _Unpacked.apply(x, bias, self.spec, *self._decode_tables())
         kernel, ready = self._prepared(buffers, bias), self._ready
         if ready is not None:
             self.__dict__["_ready"] = None              # nn.Module's own way to set an attribute takes a microsecond
@@ -240,6 +240,29 @@ class VQLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
         self.make_tables()
+
+
+class _Unpacked(torch.autograd.Function):
+    """F.linear with the dequantized weight, which is not kept for backward but unpacked again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, spec: QuantSpec, *tables: Tensor | None) -> Tensor:
+        ctx.spec, ctx.x_dtype, ctx.bias_dtype = spec, x.dtype, None if bias is None else bias.dtype
+        if any(t is not None and t.is_inference() for t in tables):
+            ctx.tables = tables                 # which cannot be saved, and count no changes
+        else:
+            ctx.save_for_backward(*tables)
+        return F.linear(x, ops.dequantize(*tables, spec, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:             # the product is in the type of the outputs, which autocast may have chosen
+            weight = ops.dequantize(*(ctx.saved_tensors or ctx.tables), ctx.spec, ctx.x_dtype).to(grad.dtype)
+            to_x = (grad @ weight).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return to_x, to_bias, *(None,) * 6
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
