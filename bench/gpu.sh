@@ -107,13 +107,14 @@ if [ -n "$gpu" ] && wants sanitizer; then
         skip sanitizer "compute-sanitizer is not installed"
     else
         share=1
-        # Without torch's caching of memory the end of a tensor is the end of an allocation; initcheck has to see all that writes.
+        # Without torch's caching of memory the end of a tensor is the end of an allocation, but no CUDA graph can be captured;
+        # initcheck has to see all that writes.
         for tool in memcheck racecheck synccheck initcheck; do
             only=(--kernel-name kernel_substring=gptvq)
             [ "$tool" != initcheck ] || only=()
             step "$tool" 900 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes all \
                 --error-exitcode 9 "${only[@]}" "$python" -m pytest -v -m gpu tests/cuda_emu --deselect tests/cuda_emu/test_pipeline.py \
-                >/dev/null &
+                --deselect tests/cuda_emu/test_linear_cuda.py::test_cuda_graph_and_streams >/dev/null &
         done
         wait
         for tool in memcheck racecheck synccheck initcheck; do
