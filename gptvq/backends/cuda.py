@@ -30,8 +30,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
+@functools.lru_cache(maxsize=None)
+def _runtime_works() -> bool:
+    """Whether the driver takes the runtime that this was built with; torch's may be an older one."""
+    return native.cuda_info()["available"]
+
+
 def serves(device: torch.device) -> bool:
-    return device.type == "cuda" and cuda_call.kernels is not None and _capability(device) >= LEAST
+    return device.type == "cuda" and cuda_call.kernels is not None and _runtime_works() and _capability(device) >= LEAST
 
 
 def why_not(device: torch.device) -> str:

@@ -11,6 +11,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FOUND = {"available": True, "device_count": 1, "runtime": 13000, "driver": 13000, "why": ""}
 MISSING = {"available": False, "device_count": 0, "runtime": 13000, "driver": 0}
 
+#: enough for the runtime of torch, and not for that of the kernels
+OLD_DRIVER = {**MISSING, "driver": 12080, "why": "CUDA driver version is insufficient for CUDA runtime version"}
+
 
 @pytest.fixture
 def gpu(monkeypatch):
@@ -18,11 +21,13 @@ def gpu(monkeypatch):
     def pretend(capability=(9, 0), found=FOUND, kernels=True):
         monkeypatch.setattr(native, "_C", object())
         monkeypatch.setattr(native, "cuda_info", lambda: found)
+        cuda._runtime_works.cache_clear()
         monkeypatch.setattr(cuda_call, "kernels", object() if kernels else None)
         monkeypatch.setattr(cuda, "_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: found["available"])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: found["driver"] > 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA T4")
-    return pretend
+    yield pretend
+    cuda._runtime_works.cache_clear()
 
 
 def test_the_first_that_serves_is_taken(gpu, monkeypatch):
@@ -35,6 +40,8 @@ def test_the_first_that_serves_is_taken(gpu, monkeypatch):
         assert ops.backend(GPU) is expected
         gpu(kernels=False)
         assert ops.backend(GPU) is expected
+        gpu(found=OLD_DRIVER)
+        assert ops.backend(GPU) is expected
     monkeypatch.setenv("GPTVQ_BACKEND", "reference")
     assert ops.backend(CPU) is reference
 
@@ -44,6 +51,7 @@ def test_the_first_that_serves_is_taken(gpu, monkeypatch):
     (GPU, dict(kernels=False), "gptvq was built without CUDA"),
     (GPU, dict(capability=(0, 0), found={**MISSING, "why": "CUDA driver version is insufficient for CUDA runtime version"}),
      "no NVIDIA GPU can be used: CUDA driver version is insufficient"),
+    (GPU, dict(found=OLD_DRIVER), "no NVIDIA GPU can be used: CUDA driver version is insufficient"),
     (CPU, dict(found={**MISSING, "why": "the driver reports no CUDA device"}), "the driver reports no CUDA device"),
     (CPU, dict(), "its kernels are for device type 'cuda', and the tensor is on 'cpu'"),
 ])
