@@ -86,11 +86,13 @@ def test_a_decoding_step_is_captured_and_replayed(model):
             token = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
             at = torch.tensor([[ids.shape[1]]], device="cuda")
             found, stream = [int(token)], torch.cuda.Stream()
-            saved = [t.clone() for layer in cache.layers for t in (layer.keys, layer.values)]
+            state = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+            saved = [t.clone() for t in state]              # keys, values, and how many tokens they are of
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 step(model, token, at, cache)               # warms up: nothing may be allocated for the first time in a capture
             torch.cuda.current_stream().wait_stream(stream)
-            for kept, t in zip(saved, (t for layer in cache.layers for t in (layer.keys, layer.values))):
+            for kept, t in zip(saved, state):
                 t.copy_(kept)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
