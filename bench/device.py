@@ -36,15 +36,16 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     """Replays what `run` launches, without Python's cost; `run` itself on the CPU."""
     if device.type != "cuda":
         return run
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):                              # allocations and choices of algorithms belong to no graph
+    with torch.cuda.device(device):                     # a capture and its stream are those of the current device
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):                          # allocations and choices of algorithms belong to no graph
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
     return graph.replay
 
 
@@ -55,12 +56,13 @@ def seconds(run: Callable[[], object], loops: int, device: torch.device) -> floa
         for _ in range(loops):
             run()
         return (time.perf_counter() - began) / loops
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(loops):
-        run()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):                     # whose stream the events are recorded on
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(loops):
+            run()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / 1e3 / loops
 
 
