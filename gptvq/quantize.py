@@ -58,7 +58,8 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
     needs only one; `Recipe(token_weights="loss")` needs the whole model, and `Recipe(distill=1)` a block, with the activations of one
     sample.  The report holds the quantized model (`.model`, runs at once) and the tokenizer.
     Where torch.distributed is initialized, all its processes make this call with the same arguments and share the work; `out` is
-    one folder that all of them see.  The result is the same, byte by byte, as of one process.
+    one folder that all of them see.  The result is the same as of one process, on CPUs byte by byte; on GPUs products of other
+    sizes may be summed in another order.
     Raises ConfigError for unusable arguments, before any work, ResumeMismatch where `out` holds another job, NumericalError
     for non-finite weights or activations, and GptvqError under `strict`.
     """

@@ -2,7 +2,9 @@
 
 The calibration samples are shared out in chunks, and rows, which are independent given the Hessian, at the borders of a layer's
 groups.  All that ranks tell each other is exact, whoever says it first: pieces put together in the order of ranks, and sums
-that any number of processes adds up in one order (`sums`).  So the result is that of one process, byte by byte, for any number of them.
+that any number of processes adds up in one order (`sums`).  So the result is that of one process, byte by byte, for any number of them,
+on CPUs, whose products give the same bits for any number of rows.  The libraries of a GPU may sum in another order where a matrix has
+other rows.
 """
 from __future__ import annotations
 
