@@ -80,8 +80,9 @@ py::dict describe_columns(std::int64_t rows, std::int64_t n, std::int64_t d, std
   return out;
 }
 
-py::dict describe_fit(std::int64_t groups, std::int64_t points, std::int64_t d, std::int64_t k, std::int64_t starts, std::int64_t metrics) {
-  const cuda::EmPlan plan = cuda::em_plan({groups, points, d, k, starts, metrics, nullptr, nullptr, nullptr});
+py::dict describe_fit(std::int64_t groups, std::int64_t points, std::int64_t d, std::int64_t k, std::int64_t starts, std::int64_t metrics,
+                      int device) {
+  const cuda::EmPlan plan = cuda::em_plan({groups, points, d, k, starts, metrics, nullptr, nullptr, nullptr}, device);
   py::dict out;
   out["text"] = plan.text();
   out["scratch"] = plan.scratch;
@@ -139,7 +140,8 @@ void bind_cuda_quantize(py::module_& m) {
         py::arg("loss").none(true), py::arg("scratch").none(true), py::arg("device"), py::arg("stream"));
   m.def("fit_1d", &fit_1d, py::arg("x"), py::arg("metric"), py::arg("weight"), py::arg("seeds"), py::arg("rounds"), py::arg("centroids"),
         py::arg("scratch").none(true), py::arg("device"), py::arg("stream"));
-  m.def("fit_plan", &describe_fit, py::arg("groups"), py::arg("points"), py::arg("d"), py::arg("k"), py::arg("starts"), py::arg("metrics"));
+  m.def("fit_plan", &describe_fit, py::arg("groups"), py::arg("points"), py::arg("d"), py::arg("k"), py::arg("starts"), py::arg("metrics"),
+        py::arg("device") = 0);
 }
 
 }  // namespace gptvq

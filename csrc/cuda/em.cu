@@ -1,5 +1,6 @@
 #include "cuda/em.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cuda/em.cuh"
@@ -8,13 +9,13 @@
 namespace gptvq::cuda {
 namespace {
 
-constexpr std::int64_t kShared = 160 * 1024;        // that devices from sm_80 on give a thread block
+constexpr std::int64_t kMostShared = 160 * 1024;    // of a thread block; devices of 8.6, 8.9 and 12.x have 99 KB
 constexpr std::int64_t kSumsShared = 20 * 1024;     // for replicas of the sums: several blocks share a multiprocessor
 constexpr int kMostReplicas = 8;
 constexpr std::int64_t kMostSorted = 4096;          // points that a thread block sorts
 
 template <int D>
-EmPlan plan_vectors(const Points& p) {
+EmPlan plan_vectors(const Points& p, std::int64_t shared) {
   const std::int64_t rows_of_group = p.points / p.metrics;
   EmPlan plan{};
   plan.rows = D == 4 || rows_of_group >= 16 ? 8 : 4;
@@ -23,7 +24,7 @@ EmPlan plan_vectors(const Points& p) {
   plan.replicas = kMostReplicas;
   while (plan.replicas > 1 && 8 * kSums<D> * p.k * plan.replicas > kSumsShared) plan.replicas /= 2;
   plan.shared_bytes = EmShared<D>::bytes(static_cast<int>(p.k), plan.replicas);
-  plan.scratch = plan.shared_bytes + p.points > kShared;
+  plan.scratch = plan.shared_bytes + p.points > shared;
   if (!plan.scratch) plan.shared_bytes += p.points;
   return plan;
 }
@@ -39,15 +40,16 @@ Em1dArgs sorted_args(const Points& p, int size) {
   return args;
 }
 
-EmPlan plan_sorted(const Points& p) {
+EmPlan plan_sorted(const Points& p, std::int64_t shared) {
   EmPlan plan{};
-  plan.scratch = p.points > kMostSorted;
-  int size = plan.scratch ? 0 : 1;
-  while (size > 0 && size < p.points) size *= 2;
+  int size = 1;
+  while (size < p.points && size < kMostSorted) size *= 2;
   const int warps = static_cast<int>(p.starts >= kMostWarps ? kMostWarps : p.starts <= 4 ? 4 : p.starts);
   plan.threads = 32 * warps;
   plan.shared_bytes = Em1dShared::bytes(sorted_args(p, size), warps);
-  if (plan.shared_bytes > kShared)
+  plan.scratch = p.points > kMostSorted || plan.shared_bytes > shared;
+  if (plan.scratch) plan.shared_bytes = Em1dShared::bytes(sorted_args(p, 0), warps);
+  if (plan.shared_bytes > shared)
     throw std::invalid_argument("starts: got " + std::to_string(p.starts) + " of " + std::to_string(p.k) +
                                 " centroids, more than shared memory holds");
   return plan;
@@ -72,7 +74,7 @@ std::string EmPlan::text() const {
          std::to_string(threads) + " threads, " + std::to_string(shared_bytes) + " bytes shared" + (scratch ? ", scratch" : "");
 }
 
-EmPlan em_plan(const Points& p) {
+EmPlan em_plan(const Points& p, int device) {
   if (p.d != 1 && p.d != 2 && p.d != 4) throw std::invalid_argument("d: got " + std::to_string(p.d) + ", need 1, 2 or 4");
   if (p.k < 1 || p.k > 256) throw std::invalid_argument("k: got " + std::to_string(p.k) + ", need 1 to 256 centroids");
   if (p.groups < 1 || p.points < 1 || p.starts < 1 || p.metrics < 1 || p.points % p.metrics)
@@ -80,12 +82,13 @@ EmPlan em_plan(const Points& p) {
   constexpr std::int64_t most = std::int64_t{1} << 31;
   if (p.points >= most / 16 || p.metrics >= most / 64 || p.groups >= most / p.starts || p.starts >= most / p.k)
     throw std::invalid_argument("x, seeds: got sizes past what one launch takes");
-  return p.d == 1 ? plan_sorted(p) : p.d == 2 ? plan_vectors<2>(p) : plan_vectors<4>(p);
+  const std::int64_t shared = std::min(kMostShared, shared_memory(device));
+  return p.d == 1 ? plan_sorted(p, shared) : p.d == 2 ? plan_vectors<2>(p, shared) : plan_vectors<4>(p, shared);
 }
 
 void fit_round(const Points& p, float* tried, std::int64_t iterations, double* loss, std::uint8_t* scratch, int device,
                std::uint64_t stream) {
-  const EmPlan plan = em_plan(p);
+  const EmPlan plan = em_plan(p, device);
   if (p.d == 1) throw std::invalid_argument("fit_round: got points of dimension 1, need 2 or 4");
   if (iterations < 1) throw std::invalid_argument("iterations: got " + std::to_string(iterations) + ", need at least 1");
   if (plan.scratch && !scratch) throw std::invalid_argument("scratch: got None, need a tensor because the groups are large");
@@ -99,7 +102,7 @@ void fit_round(const Points& p, float* tried, std::int64_t iterations, double* l
 
 void fit_1d(const Points& p, const float* seeds, const std::vector<Round>& rounds, float* centroids, double* scratch, int device,
             std::uint64_t stream) {
-  const EmPlan plan = em_plan(p);
+  const EmPlan plan = em_plan(p, device);
   if (p.d != 1) throw std::invalid_argument("fit_1d: got points of dimension " + std::to_string(p.d) + ", need 1");
   if (rounds.empty() || rounds.size() > kRounds)
     throw std::invalid_argument("rounds: got " + std::to_string(rounds.size()) + ", need 1 to " + std::to_string(kRounds));

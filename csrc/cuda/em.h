@@ -17,8 +17,8 @@ struct EmPlan {
   std::string text() const;
 };
 
-// Throws std::invalid_argument where no kernel takes the points: k over 256 or sizes past 31 bits.
-EmPlan em_plan(const Points& p);
+// For the shared memory of `device`.  Throws std::invalid_argument where no kernel takes the points: k over 256 or sizes past 31 bits.
+EmPlan em_plan(const Points& p, int device);
 
 // All iterations of one round for d = 2 or 4 on device pointers: tried [starts, groups, k, d] in and out, loss [starts, groups]
 // before the last step, or null; scratch [groups, starts, points] where the plan asks for it.  x is aligned to a vector.

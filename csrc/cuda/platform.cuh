@@ -54,6 +54,13 @@ inline int multiprocessors(int device) {
   return count;
 }
 
+// Bytes that a thread block may have.
+inline std::int64_t shared_memory(int device) {
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "the size of shared memory");
+  return bytes;
+}
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::size_t dynamic_bytes, std::uint64_t stream, A&&... args) {
   if (dynamic_bytes > 16 * 1024)                // with up to 32 KB of static shared memory: a kernel has 48 KB unless it asks for more

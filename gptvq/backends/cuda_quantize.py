@@ -26,7 +26,7 @@ def fit(x: Tensor, metric: Tensor, weight: Tensor, seeds: Tensor, rounds: tuple[
     starts, groups, k, d = seeds.shape
     x, metric, weight = dense(x, 16), dense(metric), dense(weight)
     try:
-        large = cuda_call.kernels.fit_plan(groups, x.shape[1], d, k, starts, len(metric))["scratch"]
+        large = cuda_call.kernels.fit_plan(groups, x.shape[1], d, k, starts, len(metric), x.device.index or 0)["scratch"]
     except ValueError as error:
         raise ConfigError(f"fit: {error}") from None
     if d == 1:

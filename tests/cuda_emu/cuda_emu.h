@@ -63,7 +63,8 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::
     throw Error(what + "grid (" + std::to_string(grid.x) + "," + std::to_string(grid.y) + "," + std::to_string(grid.z) + ")");
   const long threads = static_cast<long>(block.x) * block.y * block.z;
   if (threads < 1 || threads > 1024 || block.z > 64) throw Error(what + std::to_string(threads) + " threads in a block");
-  if (dynamic_bytes > 227 * 1024) throw Error(what + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory (most: 227 KB)");
+  if (static_cast<long>(dynamic_bytes) > shared_limit())
+    throw Error(what + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory (most: " + std::to_string(shared_limit()) + ")");
   Block b(grid, block, dynamic_bytes, options().order, options().seed);
   std::tuple<P...> values(static_cast<P>(args)...);
   const std::function<void()> body = [&] { std::apply(kernel, values); };

@@ -8,6 +8,12 @@
 
 namespace emu {
 
+// Bytes of shared memory that a block may have.
+inline long& shared_limit() {
+  static long bytes = 227 * 1024;
+  return bytes;
+}
+
 class Block {
  public:
   static thread_local Block* current;
@@ -53,7 +59,7 @@ class Block {
     std::size_t total = 0;
     for (const SharedArray& s : statics_) total += s.bytes();
     if (total > 48 * 1024) fail("more than 48 KB of static shared memory");
-    if (total + dynamic_.bytes() > 227 * 1024) fail("more than 227 KB of shared memory");
+    if (static_cast<long>(total + dynamic_.bytes()) > shared_limit()) fail("more shared memory than a block may have");
     return statics_.back().data();
   }
 

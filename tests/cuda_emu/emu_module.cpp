@@ -14,6 +14,8 @@ void set_order(const std::string& name, std::uint64_t seed) {
   emu::options() = {found->second, seed};
 }
 
+void set_shared_memory(long bytes) { emu::shared_limit() = bytes; }
+
 py::dict stats() {
   const emu::Stats s = emu::stats();
   emu::stats() = {};
@@ -30,5 +32,6 @@ py::dict stats() {
 PYBIND11_MODULE(gptvq_cuda_emu, m) {
   gptvq::bind_cuda(m);
   m.def("set_order", &set_order, py::arg("name"), py::arg("seed") = 1, "The order of threads from now on");
+  m.def("set_shared_memory", &set_shared_memory, py::arg("bytes"), "What a block may have from now on");
   m.def("stats", &stats, "{launches, blocks, threads, switches} since the last call");
 }

@@ -5,6 +5,7 @@
 namespace gptvq {
 
 inline int multiprocessors(int) { return 4; }
+inline std::int64_t shared_memory(int) { return emu::shared_limit(); }
 
 // ---- cp.async: a copy is kept aside and lands at the wait, so that a missing wait reads poison
 namespace emulated {

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from cases import DEGENERATE, GENERIC, ids
+from emulated_cuda import using
 from quantize_cases import in_orders, inputs, to
 
 from gptvq import ops
@@ -137,6 +138,22 @@ def test_groups_too_large_for_shared_memory(machine, d, points):
     rounds = ((2, 1), (3, 1))
     got, = in_orders(machine, lambda: [ops.fit(*to(machine, x, metric, weight, seeds), rounds)], ("forward",))
     torch.testing.assert_close(got, reference.fit(x, metric, weight, seeds, rounds), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cloud", [Cloud(1, 4000, 1, 256, groups=1), Cloud(2, 110_000, 1, 3, groups=1), Cloud(4, 9, 6, 256, groups=1)], ids=str)
+def test_devices_with_less_shared_memory(emulator, cloud, monkeypatch):
+    """99 KB, as compute capability 8.6, 8.9 and 12.x have: groups move to global memory earlier, and nothing else changes."""
+    x, metric, weight, seeds = cloud.build(starts=2)
+    points, rounds, found = cloud.rows * cloud.metrics, ((2, 1), (3, 1)), []
+    with using(emulator, monkeypatch):
+        for limit, scratch in ((227, False), (99, points > 1000)):
+            emulator.set_shared_memory(limit * 1024)
+            try:
+                assert emulator.fit_plan(1, points, cloud.d, cloud.k, 2, cloud.metrics)["scratch"] == scratch
+                found.append(ops.fit(x, metric, weight, seeds, rounds))
+            finally:
+                emulator.set_shared_memory(227 * 1024)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("points, d, k, metrics, text", [
