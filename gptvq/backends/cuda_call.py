@@ -1,6 +1,8 @@
 """Calls of the CUDA kernels: tensors as addresses, the current stream, refusals as errors of gptvq."""
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,14 @@ empty = torch.empty             # what outputs and scratch are made with; tests 
 def stream(device: torch.device) -> int:
     """Handle of torch's current stream on `device`; 0 for CPU tensors, which only the emulator takes."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_nothing = contextlib.nullcontext()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the current one.  Torch goes back to the one before without a context on it, where it has none; kernels would not."""
+    return torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else _nothing
 
 
 def dense(t: Tensor | None, alignment: int = 1) -> Tensor | None:
@@ -36,7 +46,8 @@ def call(name: str, *args):
             raise ConfigError(f"{name}: got tensors on {device} and {a.device}, need all on one device")
     passed = ((a.data_ptr(), str(a.dtype)[6:], tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a for a in args)
     try:
-        return getattr(kernels, name)(*passed, device.index or 0, stream(device))
+        with on(device):
+            return getattr(kernels, name)(*passed, device.index or 0, stream(device))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
     except RuntimeError as error:

@@ -64,8 +64,9 @@ class PreparedLinear:
             size = kernels.linear_scratch(handles, tokens, mode, index)
             scratch = cuda_call.empty(size, dtype=torch.uint8, device=device)
             outputs = [cuda_call.empty(*x.shape[:-1], layer.rows, dtype=x.dtype, device=device) for layer in layers]
-            kernels.linear(handles, x.data_ptr(), _TYPES[x.dtype], tokens, [y.data_ptr() for y in outputs], mode, scratch.data_ptr(), size,
-                           index, cuda_call.stream(device))
+            with cuda_call.on(device):
+                kernels.linear(handles, x.data_ptr(), _TYPES[x.dtype], tokens, [y.data_ptr() for y in outputs], mode, scratch.data_ptr(),
+                               size, index, cuda_call.stream(device))
         except ValueError as error:
             raise ConfigError(f"linear: {error}") from None
         except RuntimeError as error:

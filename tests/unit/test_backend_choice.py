@@ -62,6 +62,35 @@ def test_what_is_missing_is_said(gpu, monkeypatch, device, machine, message):
         ops.backend(device)
 
 
+def test_kernels_find_their_device_current(monkeypatch):
+    """Else they would go back to the one before, and so make a context on a GPU that nobody uses."""
+    class Kernels:
+        @staticmethod
+        def look(tensor, device, stream):
+            return current[-1], device
+
+    current = [0]
+
+    class Entered:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    for index in (0, 1):
+        with cuda_call.on(torch.device("cuda", index)):
+            assert current[-1] == index and len(current) == 1 + index
+    monkeypatch.setattr(cuda_call, "kernels", Kernels)
+    monkeypatch.setattr(cuda_call, "on", lambda device: Entered(torch.device("cuda", 3)))
+    assert cuda_call.call("look", torch.zeros(2)) == (3, 0) and current == [0]
+
+
 def test_unknown_backend_is_named(monkeypatch):
     monkeypatch.setenv("GPTVQ_BACKEND", "magic")
     with pytest.raises(BackendUnavailable, match="'magic' is unknown; choose one of native, cuda"):
