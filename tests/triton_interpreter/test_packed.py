@@ -1,4 +1,5 @@
 """Triton's kernels on packed weights against the reference: every format, ragged shapes, all float types, few and many tokens."""
+import gc
 import itertools
 
 import pytest
@@ -117,6 +118,16 @@ def test_vqlinear_with_every_kind_of_input(form, device, force):
         torch._dynamo.reset()
         compiled = torch.compile(vq, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), vq(x))
+
+
+def test_the_operator_keeps_no_tensor(device, force):
+    """What it keeps would stay in the memory of the CUDA graph that it was first called for."""
+    spec = QuantSpec(20, 32, 2, 2, 8, 32)
+    weight, x, bias = packed(spec, device), torch.randn(1, 32, device=device), torch.randn(20, device=device).half()
+    force()
+    held = {id(t) for t in gc.get_objects() if type(t) is torch.Tensor}
+    ops.linear(x, *weight, bias, spec)
+    assert all(id(t) in held for t in gc.get_objects() if type(t) is torch.Tensor)
 
 
 def test_changes_of_the_tensors_are_seen(device, force):
