@@ -95,11 +95,12 @@ def save(model: nn.Module, tokenizer, folder: Path, report=None, stored: Callabl
             with contextlib.suppress(OSError):      # a folder, or a disk that fails altogether
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            rest = ["what the journal holds is"] * (folder / FOLDER).is_dir()
+            journal = (folder / FOLDER).is_dir()
+            rest = ["what the journal holds is"] * journal
             rest += ["the checkpoint that was there is"] * (folder / CONFIG in kept)
             raise ConfigError(f"{folder}: writing the checkpoint failed ({error.__cause__ or error}); none of it was kept"
                               f"{', but ' * bool(rest)}{', and '.join(rest)}. Free some space or make the folder writable, and run "
-                              "the same command again (without --fresh, which starts over)") from error
+                              f"the same command again{' (without --fresh, which starts over)' * journal}") from error
         raise
 
 

@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from . import __version__, cli_job, cli_plan, cli_use
 from .cli_plan import config_from, positive
@@ -163,18 +162,9 @@ def generate(args):
 
 
 def inspect(args):
-    from . import checkpoint
-    from .report import Report, clock, layer_table, size
-    from .verify import read_structure
-    folder = Path(args.folder)
-    if checkpoint.is_packed(folder) and (not (folder / checkpoint.REPORT).exists() or checkpoint.is_resaved(folder)):
-        read_structure(folder)
-        raise ConfigError(f"{folder}: has no {checkpoint.REPORT} of its own, as save_pretrained writes none; inspect the folder that `gptvq quantize` "
-                          "wrote, or check this one by `gptvq verify`")
-    report = Report.load(args.folder)
-    if not os.path.exists(os.path.join(args.folder, "config.json")):
-        raise ConfigError(f"{args.folder}: no config.json, so this checkpoint was never finished; quantize again with --overwrite")
-    read_structure(folder)
+    from .report import clock, layer_table, size
+    from .verify import own_report
+    report = own_report(args.folder)
     if args.html is not None:
         cli_use.write_page(args.folder, args.html)
         return

@@ -150,7 +150,8 @@ def tune(args):
     from .tune import tune_folder
     losses = tune_folder(args.folder, args.out, args.dense, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
                          batch=args.batch, rate=args.rate, device=args.device, overwrite=args.overwrite, progress=Steps())
-    print(f"\nKL {losses[0]:.4f} -> {losses[-1]:.4f} nats per token in {len(losses)} steps; written to {args.out}")
+    print(f"\nKL to the dense model {losses.before:.4f} -> {losses.after:.4f} nats per token on the text of the first step, in {len(losses)} steps; "
+          f"written to {args.out}")
 
 
 class Steps:

@@ -55,7 +55,7 @@ def perplexity(model, tokens: Tensor, window: int | None = None, max_windows: in
         model.to(device)
     place = next(model.parameters()).device
     total = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for i, ids in enumerate(parts):
             total += _nll(model, ids[None].to(place))
             if not math.isfinite(total):
@@ -86,7 +86,7 @@ def _require_window(window: int, *models) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(*models):
+def evaluating(*models):
     """Evaluation mode, and afterwards what it was."""
     training = [model.training for model in models]
     try:
@@ -109,7 +109,7 @@ def agreement(model, dense, tokens: Tensor, window: int | None = None, max_windo
     parts = windows_of(tokens, default_window(dense) if window is None else window, max_windows)
     _require_window(parts.shape[1], model, dense)
     total = torch.zeros(4, dtype=torch.float64)
-    with _evaluating(model, dense):
+    with evaluating(model, dense):
         for i, ids in enumerate(parts):
             ours, theirs = (one(input_ids=ids[None].to(next(one.parameters()).device), use_cache=False).logits[0, :-1].cpu()
                             for one in (model, dense))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import codebook, ops
-from .errors import ConfigError, NumericalError
+from .errors import ConfigError, FormatError, NumericalError
 from .linear import VQLinear
 from .weight import VQWeight, unpack_scale_codes
 
@@ -106,6 +106,7 @@ class Learning:
         self.model, self.layers, self.steps, self.rate = model, layers, steps, rate
         self.learners = {name: LearningLinear(layer) for name, layer in layers.items()}
         self.small: list[nn.Parameter] = []
+        self._packed: dict[str, VQLinear] = {}
         self._wanted: dict[nn.Parameter, bool] = {}
 
     def __enter__(self) -> Learning:
@@ -149,13 +150,29 @@ class Learning:
                 p.copy_(master)
         return value
 
+    def settle(self) -> None:
+        """Ends learning: packed layers are in their places again.  Raises NumericalError where what was learnt cannot be stored."""
+        advice = f"try a smaller rate than {self.rate}"
+        for p in self.small:
+            if not bool(torch.isfinite(p).all()):
+                name = next(name for name, other in self.model.named_parameters() if other is p)
+                raise NumericalError(f"{name}: values that learnt are not finite; {advice}")
+        for name, learner in self.learners.items():
+            self._packed[name] = learner.frozen()
+            try:
+                self._packed[name].check(name)
+            except FormatError as error:
+                raise NumericalError(f"{error} after learning; {advice}") from error
+        for name, layer in self._packed.items():
+            self.model.set_submodule(name, layer)
+
     def __exit__(self, kind, *_) -> None:
         lost = kind is not None and issubclass(kind, NumericalError)
         for p, was in self._wanted.items():
             p.requires_grad_(was)
             p.grad = None
         for name, learner in self.learners.items():
-            self.model.set_submodule(name, self.layers[name] if lost else learner.frozen())
+            self.model.set_submodule(name, self.layers[name] if lost else self._packed.get(name) or learner.frozen())
         if lost:
             self.restore()
 

@@ -1,6 +1,7 @@
 """report.html: what a quantization run did, for people; one file that shows the same anywhere and for ever."""
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from .page_style import FRAME, STYLE
 from .plots import Axis, Point, columns, scatter, shares
 from .report import Report, clock, size
 from .solver import LayerRecord
+from .verify import own_report
 
 PAGE = "report.html"
 WORST = 8                   # layers that are named with a remedy
@@ -24,16 +26,19 @@ WORST = 8                   # layers that are named with a remedy
 def write_page(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
     """Writes the page of a checkpoint folder to `out` (default report.html in it) and returns its path.
 
-    Raises FormatError for a damaged or unfinished checkpoint and ConfigError where the file cannot be written.
+    Raises FormatError for a damaged checkpoint and ConfigError for an unfinished one, one that transformers wrote, and where the file
+    cannot be written.
     """
     folder = Path(folder)
     path = Path(out) if out is not None else folder / PAGE
-    text = page(Report.load(folder), code_use(folder))
+    text = page(own_report(folder), code_use(folder))
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); name another file") from error
     return path
 

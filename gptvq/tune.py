@@ -10,20 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
-from .calibration import calibration_tokens, tokens_sha256
+from .calibration import calibration_tokens, require_usable, tokens_sha256
 from .embedding import TiedEmbedding, VQEmbedding
-from .errors import ConfigError
+from .errors import ConfigError, NumericalError
+from .evaluate import evaluating
 from .learning import Learning
 from .linear import VQLinear
-from .report import Report
 from .storage import digest_of
+from .verify import own_report
 
 _CHUNK = 256                    # positions per float32 log-softmax
 
 
+class Losses(list[float]):
+    """The loss of every step, each before that step and on other samples; `before` and `after` on the first step's, of the packed model."""
+
+    before = after = float("nan")
+
+
 def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | os.PathLike, *, calibration, samples: int = 256,
                 sequence_length: int = 512, batch: int = 4, rate: float = 1e-3, device=None, overwrite: bool = False,
-                progress: Callable[[int, int, float], None] | None = None) -> list[float]:
+                progress: Callable[[int, int, float], None] | None = None) -> Losses:
     """Tunes the packed checkpoint in `folder` on the dense model `dense` and writes it into the folder `out` -> the losses.
 
     `calibration`, `samples`, `sequence_length`: the text to learn on, as for quantize().  The report goes along, with a warning that its
@@ -31,18 +38,18 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
     """
     from .hf import open_dense, open_model, pick_device
 
-    device = pick_device(device)
+    device, report = pick_device(device), own_report(folder)
     for source in (folder, dense):                          # proven before any work
         checkpoint.prepare(out, overwrite, source)
+    checkpoint.require_space(Path(out), sum(file.stat().st_size for file in checkpoint.tensor_files(Path(folder))))
     model, tokenizer = open_model(folder, device)
     tokens = calibration_tokens(calibration, tokenizer, samples, sequence_length, seed=0)
     losses = tune(model, open_dense(dense)[0].to(device), tokens, batch=batch, rate=rate, progress=progress)
-    report = Report.load(folder)
     packed = {name: module.packed for name, module in model.named_modules() if isinstance(module, VQLinear)}
     for record in report.layers:
         record.sha256 = digest_of(packed[record.name].buffers.values())
-    report.warnings.append(f"codebooks, scales, norms and biases were tuned in {len(losses)} steps (KL {losses[0]:.4f} -> {losses[-1]:.4f} on the training "
-                           "text); the layer errors are those before")
+    report.warnings.append(f"codebooks, scales, norms and biases were tuned in {len(losses)} steps "
+                           f"(KL {losses.before:.4f} -> {losses.after:.4f} on the first step's text); the layer errors are those before")
     report.calibration["tuned_on"] = {"tokens": tokens.numel(), "sha256": tokens_sha256(tokens), "rate": rate, "batch": batch}
     report.job, report.check = {}, {}               # it is no longer what that job gives
     checkpoint.save(model, tokenizer, Path(out), report)
@@ -50,26 +57,33 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
 
 
 def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, rate: float = 1e-3,
-         progress: Callable[[int, int, float], None] | None = None) -> list[float]:
+         progress: Callable[[int, int, float], None] | None = None) -> Losses:
     """Trains `model` in place on tokens [samples, length], `batch` samples a step, once through -> the loss of every step.
 
     The loss is the mean KL divergence of the model's next-token distribution from the dense model's, in nats (Hinton et al.,
     arXiv 1503.02531, at temperature 1), both without dropout.  Adam; the rate rises over a tenth of the steps and falls to 0.  What
     learns: the codebooks and block scales of all packed linears but a head tied to the embedding, their biases, and parameters of one
     dimension, such as norms.  `progress(step, steps, loss)`.
-    Raises ConfigError for a model without packed linears or of another vocabulary, NumericalError for a loss that is not finite;
-    whatever happens, the model is left packed, and as it was after a NumericalError.
+    Raises ConfigError for a model without packed linears or of another vocabulary, and for tokens that it cannot take; NumericalError
+    for a loss that is not finite, weights that cannot be stored, and where the packed model is afterwards further from the dense one on
+    the first step's samples than it was.  Whatever happens, the model is left packed, and as it was after a NumericalError.
     """
+    if type(batch) is not int or batch < 1:
+        raise ConfigError(f"batch: got {batch!r}, need a positive integer, for instance 4")
+    tokens = calibration_tokens(tokens, None, 1, 1, seed=0)
+    for one in (model, dense):
+        require_usable(one, tokens)
     tied = {module.head for module in model.modules() if isinstance(module, TiedEmbedding)}
     layers = {name: module for name, module in model.named_modules()
               if isinstance(module, VQLinear) and not isinstance(module, VQEmbedding) and module not in tied}
     if not layers:
         raise ConfigError("tune: got a model without packed linears; quantize it first")
-    steps, training, losses = tokens.split(batch), [(each, each.training) for each in (model, dense)], []
+    steps, training, losses = tokens.split(batch), [(each, each.training) for each in (model, dense)], Losses()
     place = next(model.parameters()).device
     for each, _ in training:            # with dropout codebooks would learn to make up for noise that is not there afterwards
         each.eval()
     try:
+        losses.before = _measured(model, dense, steps[0].to(place))
         with Learning(model, layers, len(steps), rate) as learning:
             for i, ids in enumerate(steps):
                 ids = ids.to(place)
@@ -79,10 +93,22 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
                 losses.append(learning.step(loss, f"tune: the loss of step {i + 1}"))
                 if progress is not None:
                     progress(i + 1, len(steps), losses[-1])
+            learning.settle()
+            losses.after = _measured(model, dense, steps[0].to(place))
+            if not losses.after <= losses.before:
+                raise NumericalError(f"tune: the KL to the dense model on the first step's samples rose from {losses.before:.6g} to "
+                                     f"{losses.after:.6g}; try a smaller rate than {rate}, or more text")
     finally:
         for each, before in training:
             each.train(before)
     return losses
+
+
+@torch.no_grad()
+def _measured(model: nn.Module, dense: nn.Module, ids: Tensor) -> float:
+    """The loss of the model as it is used."""
+    with evaluating(model):
+        return float(_divergence(dense(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits))
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:

@@ -7,12 +7,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import checkpoint, tensorfile
 from .checkpoint import ANY_FLOAT, CONFIG, INDEX, METHOD, REPORT
 from .errors import ConfigError, FormatError
 from .spec import QuantSpec
 from .tensorfile import Entry, shorten
+
+if TYPE_CHECKING:
+    from .report import Report
 
 #: Settings in config.json that are numbers of modules.
 _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks|experts)")
@@ -81,6 +85,31 @@ def _layer_hashes(folder: Path, found: Structure) -> dict[str, str]:
         extra = next(name for name in records if name not in found.specs)
         raise FormatError(f"{folder / REPORT}: layer {shorten(extra, 200)} is not in {CONFIG}; the files do not fit together")
     return {name: record.sha256 for name, record in records.items()}
+
+
+def own_report(folder: str | os.PathLike) -> Report:
+    """The report of a finished checkpoint that quantize() or tune_folder() wrote; no tensor is read.
+
+    Raises ConfigError where the folder is none, or transformers wrote its files, and FormatError for a damaged or unfinished one.
+    """
+    from .report import Report
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; need one written by `gptvq quantize`")
+    packed = checkpoint.is_packed(folder)
+    if not packed and not (folder / REPORT).exists():
+        what = "a model that is not packed" if (folder / CONFIG).exists() else f"a folder without {CONFIG} and {REPORT}"
+        raise ConfigError(f"{folder}: got {what}, need a folder written by `gptvq quantize`")
+    if packed and (not (folder / REPORT).exists() or checkpoint.is_resaved(folder)):
+        read_structure(folder)
+        raise ConfigError(f"{folder}: no {REPORT} of its own, as save_pretrained writes none; use the folder that `gptvq quantize` "
+                          "wrote, or check this one by `gptvq verify`")
+    report = Report.load(folder)
+    if not (folder / CONFIG).exists():
+        raise ConfigError(f"{folder}: no {CONFIG}, so this checkpoint was never finished; quantize again with --overwrite")
+    _layer_hashes(folder, read_structure(folder))
+    return report
 
 
 @dataclass(frozen=True)

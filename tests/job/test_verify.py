@@ -79,10 +79,16 @@ def test_inspect_checks_the_structure(copy, capsys):
     assert cli.main(["inspect", str(copy)]) == 1 and ".safetensors: cannot be read" in capsys.readouterr().err
 
 
+def test_inspect_refuses_the_report_of_another_checkpoint(copy, capsys):
+    path = copy / "report.json"
+    path.write_text(path.read_text().replace("model.layers.0.mlp.up_proj", "model.layers.9.mlp.up_proj"))
+    assert cli.main(["inspect", str(copy)]) == 1 and "the files do not fit together" in capsys.readouterr().err
+
+
 def test_names_are_no_markup(copy, capsys):
     """A layer may be called whatever it likes: it is printed, not interpreted."""
-    path = copy / "report.json"
-    path.write_text(path.read_text().replace("model.layers.0.mlp.up_proj", "[/bold]"))
+    for path in copy.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"0.mlp.up_proj", b"0.mlp.[/bold]"))
     assert cli.main(["inspect", str(copy)]) == 0 and "[/bold]" in capsys.readouterr().out
 
 

@@ -167,7 +167,8 @@ def test_chat_uses_the_template(my_model, tmp_path, capsys):
     (("generate", "MODEL", "a", "--temperature", "nan"), "--temperature: got nan"),
     (("generate", "MODEL", "a", "--seed", 2 ** 64), "--seed"),
     (("generate", "MODEL", "a", "--device", "meta"), "no META device"),
-    (("inspect", "MODEL"), "report.json"),
+    (("inspect", "MODEL"), "got a model that is not packed, need a folder written by `gptvq quantize`"),
+    (("inspect", "NONE"), "no such folder"),
 ])
 def test_errors_are_one_line_and_1(words, says, my_model, tmp_path, capsys):
     names = {"MODEL": my_model, "OUT": tmp_path / "out", "TEXT": my_model.parent / "test.txt", "NONE": tmp_path / "no-model"}

@@ -81,7 +81,7 @@ def test_the_model_gets_nearer_to_the_dense_one(dtype):
     heard = []
     losses = tune(model, dense, IDS.repeat(4, 1), batch=4, rate=3e-3, progress=lambda *said: heard.append(said))
     assert divergence(model, dense) < 0.9 * before
-    assert len(losses) == 16 and heard[-1] == (16, 16, losses[-1])
+    assert len(losses) == 16 and heard[-1] == (16, 16, losses[-1]) and losses.after < losses.before
     assert codes and all(torch.equal(b, codes[n]) for n, b in model.named_buffers() if n in codes)
     assert not any(isinstance(m, LearningLinear) for m in model.modules()) and not model.training
     assert all(p.dtype == dtype and p.grad is None for p in model.parameters())
@@ -186,3 +186,38 @@ def test_block_by_block_from_the_command_line(my_model, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(line) == 0 and "nothing to do" in capsys.readouterr().out
     assert cli.main([*line, "--method", "paper", "--overwrite"]) == 1 and "needs compensate" in capsys.readouterr().err
+
+
+def test_what_it_cannot_take_is_told_before_it_learns():
+    dense = build("gpt2")
+    model = gptvq.quantize(copy.deepcopy(dense), None, preset("2d-2.25"), calibration=IDS).model
+    most = dense.config.max_position_embeddings
+    for tokens, options, message in ((torch.zeros(2, most + 1, dtype=torch.long), {}, f"the model's {most} positions"),
+                                     (IDS + 10**6, {}, "vocabulary ends at"), (IDS.float(), {}, "need integers"), (IDS, {"batch": 0}, "batch: got 0")):
+        with pytest.raises(gptvq.ConfigError, match=message):
+            tune(model, dense, tokens, **options)
+
+
+def test_weights_that_got_worse_are_not_kept(my_model, tmp_path, capsys, monkeypatch):
+    """Too large a step, values that float16 cannot hold, a folder of save_pretrained, a full disk: exit code 1, and OUT holds nothing."""
+    from gptvq import checkpoint, cli
+
+    packed, text = tmp_path / "packed", my_model.parent / "calibration.txt"
+    model = gptvq.quantize(my_model, packed, "2d-2.25-s64", calibration=text, samples=2, sequence_length=32, check=None).model
+    learn = ["--calibration", str(text), "--samples", "4", "--sequence-length", "32", "--batch", "4", "--rate"]
+
+    def run(folder, rate, dense=my_model):
+        assert cli.main(["tune", str(folder), str(tmp_path / "tuned"), "--dense", str(dense), *learn, str(rate)]) == 1
+        assert not (tmp_path / "tuned").exists() or not any((tmp_path / "tuned").iterdir())
+        return capsys.readouterr().err
+
+    assert "try a smaller rate than 8.0" in run(packed, 8)
+    assert "on the first step's samples rose from" in run(packed, 0.5)
+    model.save_pretrained(tmp_path / "resaved")
+    assert "no report.json of its own" in run(tmp_path / "resaved", 0.001, "no-such-model")
+    (tmp_path / "resaved" / "report.json").write_bytes((packed / "report.json").read_bytes())
+    assert "no report.json of its own" in run(tmp_path / "resaved", 0.001, "no-such-model")
+    with pytest.raises(gptvq.ConfigError, match=r"no report\.json of its own"):
+        gptvq.write_page(tmp_path / "resaved", tmp_path / "a.html")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(100, 90, 10))
+    assert "the checkpoint needs" in run(packed, 0.001, "no-such-model")
