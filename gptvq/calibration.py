@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -84,6 +84,10 @@ def read_text(source, what: str = "text") -> str:
     """
     if isinstance(source, (str, os.PathLike)):
         text = _from_string(source, what)
+    elif isinstance(source, Mapping):
+        raise ConfigError(f"{what}: got {type(source).__name__} with the keys {', '.join(map(repr, source))}, need a text, a path, a "
+                          "dataset name, strings or an integer tensor; of a tokenizer's output pass [\"input_ids\"], made with "
+                          "return_tensors=\"pt\"")
     elif isinstance(source, Iterable):
         parts = list(source)
         wrong = next((part for part in parts if not isinstance(part, str)), None)

@@ -131,6 +131,11 @@ def quantize(args):
 def eval_(args):
     if not (args.text or args.tasks) or args.against and not args.text:
         args.wrong_usage("give --text or --tasks, and --text with --against")
+    for of, options in (("text", ("window", "max_windows")), ("tasks", ("task_folder", "limit", "shots"))):
+        idle = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
+        if idle and not getattr(args, of):
+            args.wrong_usage(f"{', '.join(idle)}: of no use without --{of}")
+    cli_plan.require_writable(args.json)
     quiet()
     from .hf import open_model
     from .report import environment
@@ -143,9 +148,9 @@ def eval_(args):
 
 
 def generate(args):
+    quiet()
     from .chat import check_sampling
     check_sampling(args.temperature, args.seed, "--")
-    quiet()
     import torch
     from transformers import TextStreamer
 
@@ -165,11 +170,10 @@ def inspect(args):
     from .report import clock, layer_table, size
     from .verify import own_report
     report = own_report(args.folder)
+    write_json(args.json, report.to_dict())
     if args.html is not None:
-        cli_use.write_page(args.folder, args.html)
-        return
-    if args.json:
-        write_json(args.json, report.to_dict())
+        cli_use.write_page(args.folder, args.html, sys.stderr if args.json == "-" else None)
+    if args.json or args.html is not None:
         return
     from rich.console import Console
     console = Console(markup=False)

@@ -27,13 +27,14 @@ def add(commands, command, placement) -> None:
     p.add_argument("--sequence-length", type=positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
     target = p.add_mutually_exclusive_group()
     target.add_argument("--target-size", type=nbytes, metavar="SIZE", help="choose presets for this size of all tensors, like 90MB")
-    target.add_argument("--target-bpv", type=float, metavar="BITS", help="choose presets for so many bits per quantized weight, like 2.5")
-    p.add_argument("--presets", type=lambda text: text.split(","), metavar="A,B,..", help="to choose from, default five with block scales, 2D and 4D")
+    target.add_argument("--target-bpv", type=float, metavar="BITS", help="choose presets for so many bits per quantized weight, like 2.5 (--head included)")
+    p.add_argument("--presets", type=names, metavar="A,B,..", help="to choose from, default five with block scales, 2D and 4D")
     p.add_argument("--disk", metavar="FOLDER", help="a folder on the disk that the run will write to, to time its journal there; default "
                    "the one for temporary files")
     p.add_argument("--out", metavar="FILE", help="write the configuration here, for `gptvq quantize --config`")
     p.add_argument("--json", metavar="FILE", help="write the plan here instead of printing it; - for standard output")
     placement(p)
+    p.set_defaults(wrong_usage=p.error)
 
     p = command(commands, verify, "prove a packed checkpoint whole, without loading the model",
                 "examples:\n  gptvq verify out\n  gptvq verify out --no-hashes --json -")
@@ -63,7 +64,7 @@ def config_from(args: argparse.Namespace) -> VQConfig:
     if args.config is None:
         recipe = (Recipe.paper if args.method == "paper" else Recipe)(token_weights=args.token_weights or "", distill=args.distill or 0)
         return VQConfig.preset(args.preset or DEFAULT_PRESET, rules=tuple(args.rule), recipe=recipe, seed=args.seed or 0, head=args.head or "")
-    given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "head", "method", "token_weights", "distill", "seed") if getattr(args, name)]
+    given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "head", "method", "token_weights", "distill", "seed") if getattr(args, name) not in (None, [])]
     if given:
         raise ConfigError(f"--config holds what {', '.join(given)} would say; give one or the other")
     try:
@@ -77,10 +78,15 @@ def config_from(args: argparse.Namespace) -> VQConfig:
 
 def plan(args):
     from .cli import named_text, quiet, write_json
+    targeted = args.target_size is not None or args.target_bpv is not None
+    if targeted and args.preset is not None:
+        args.wrong_usage("--preset: a target chooses the presets of all layers; give those to choose from by --presets")
+    if args.presets and not targeted:
+        args.wrong_usage("--presets: there is nothing to choose without --target-size or --target-bpv; give one format by --preset")
     config = config_from(args)
     calibration = None if args.calibration is None else named_text(args.calibration, "--calibration")
-    _require_writable(args.out, "--out")
-    _require_writable(args.json, "--json")
+    require_writable(args.out, "--out")
+    require_writable(args.json, "--json")
     quiet()
     from . import mixed
     from .plan import plan as run
@@ -95,7 +101,7 @@ def plan(args):
     write_json(args.json, found.to_dict())
 
 
-def _require_writable(path: str | None, option: str) -> None:
+def require_writable(path: str | None, option: str = "--json") -> None:
     """Raises ConfigError for a file that cannot be written, and leaves it as it is."""
     if path is None or path == "-" or os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):    # a pipe would end
         return
@@ -143,6 +149,7 @@ def verify(args):
     from .cli import write_json
     from .report import size
     from .verify import verify as run
+    require_writable(args.json)
     found = run(args.folder, hashes=not args.no_hashes)
     if args.json:
         write_json(args.json, dataclasses.asdict(found))
@@ -158,6 +165,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
     return value
+
+
+def names(text: str) -> list[str]:
+    """"a, b" -> ["a", "b"]; an argparse type."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need names with commas between them")
+    return found
 
 
 def nbytes(text: str) -> int:

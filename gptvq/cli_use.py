@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 
+from .cli_plan import names, require_writable
 from .completion import SHELLS
 from .config import ACTIVATIONS, PRESETS
 from .errors import ConfigError
@@ -28,9 +29,9 @@ def add(commands, command, placement, positive, model_help: str) -> None:
     p = command(commands, bench, "speed of this machine's kernels against torch and a plain read",
                 "examples:\n  gptvq bench\n  gptvq bench --shapes 11008x4096,4096x11008 --presets 2d-2.25,2d-3.125 --threads 1")
     p.add_argument("--shapes", default="4096x4096", metavar="RxC,RxC", help="rows x columns of the weights, default %(default)s")
-    p.add_argument("--presets", default="2d-2.25,2d-2.25-s64,2d-3.125,4d-2.25", metavar="A,B",
+    p.add_argument("--presets", type=names, default="2d-2.25,2d-2.25-s64,2d-3.125,4d-2.25", metavar="A,B",
                    help=f"default %(default)s; of {', '.join(PRESETS)}")
-    p.add_argument("--activations", default="a16,a8", metavar="A,B", help=f"of {', '.join(ACTIVATIONS)}, default %(default)s; CPU only")
+    p.add_argument("--activations", type=names, default="a16,a8", metavar="A,B", help=f"of {', '.join(ACTIVATIONS)}, default %(default)s; CPU only")
     p.add_argument("--threads", type=positive, metavar="N", help="default torch's")
     p.add_argument("--device", default="cpu", metavar="NAME", help="default %(default)s")
     p.add_argument("--json", metavar="FILE", help="write the rows here instead of printing them; - for standard output")
@@ -64,7 +65,7 @@ def add(commands, command, placement, positive, model_help: str) -> None:
 def eval_options(p: argparse.ArgumentParser, positive) -> None:
     """What `gptvq eval` measures beside the perplexity."""
     p.add_argument("--against", metavar="MODEL", help="dense model to compare with on --text: KL divergence, same likeliest token")
-    p.add_argument("--tasks", metavar="A,B", help="lm-eval tasks, for instance arc_easy,piqa (needs the package lm-eval)")
+    p.add_argument("--tasks", type=names, metavar="A,B", help="lm-eval tasks, for instance arc_easy,piqa (needs the package lm-eval)")
     p.add_argument("--task-folder", metavar="DIR", help="lm-eval YAML files of your own, for instance of local data")
     p.add_argument("--limit", type=positive, metavar="N", help="items of each task, default all")
     p.add_argument("--shots", type=int, metavar="N", help="examples in the prompt, default the task's own")
@@ -126,9 +127,10 @@ def bench(args):
     from .kernel_speed import measure
     from .report import environment
     device = pick_device(args.device)
+    require_writable(args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = measure(shapes, args.presets.split(","), args.activations.split(","), device,
+    rows = measure(shapes, args.presets, args.activations, device,
                    progress=lambda text: print(f"measuring {text} ...", file=sys.stderr))
     found = environment()
     if args.json:
@@ -148,10 +150,11 @@ def tune(args):
     calibration = named_text(args.calibration, "--calibration")
     quiet()
     from .tune import tune_folder
-    losses = tune_folder(args.folder, args.out, args.dense, calibration=calibration, samples=args.samples, sequence_length=args.sequence_length,
-                         batch=args.batch, rate=args.rate, device=args.device, overwrite=args.overwrite, progress=Steps())
-    print(f"\nKL to the dense model {losses.before:.4f} -> {losses.after:.4f} nats per token on the text of the first step, in {len(losses)} steps; "
-          f"written to {args.out}")
+    losses = tune_folder(args.folder, args.out, args.dense, calibration=calibration, samples=args.samples,
+                         sequence_length=args.sequence_length, batch=args.batch, rate=args.rate, device=args.device,
+                         overwrite=args.overwrite, progress=Steps())
+    print(f"\nKL to the dense model {losses.before:.4f} -> {losses.after:.4f} nats per token on the text of the first step, in "
+          f"{len(losses)} steps; written to {args.out}")
 
 
 class Steps:
@@ -182,10 +185,10 @@ def completion(args):
 
 
 # ---- parts of commands in cli.py
-def write_page(folder: str, file: str | None) -> None:
-    """Writes the HTML report and says where."""
+def write_page(folder: str, file: str | None, to=None) -> None:
+    """Writes the HTML report and says where, on standard output or `to`."""
     from .page import write_page as write
-    print(f"report: {write(folder, file or None)}")
+    print(f"report: {write(folder, file or None)}", file=to)
 
 
 def on_text(args, text: str, model, tokenizer, progress) -> dict:
@@ -216,8 +219,7 @@ def on_tasks(args, model, tokenizer) -> dict:
     """The task accuracies of `gptvq eval`."""
     from .tasks import run_tasks
     logging.getLogger("lm_eval").setLevel(logging.ERROR)        # it warns of models that are not named by a string
-    names = [task.strip() for task in args.tasks.split(",") if task.strip()]
-    found = run_tasks(model, tokenizer, names, args.task_folder, args.limit, args.shots)
+    found = run_tasks(model, tokenizer, args.tasks, args.task_folder, args.limit, args.shots)
     if args.json != "-":
         for task, values in found.items():
             print(f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))

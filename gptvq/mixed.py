@@ -159,12 +159,17 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(was)
 
 
-def check_budget(choices: dict[str, dict[str | None, QuantSpec]], budget: int, rest: int) -> None:
-    """Raises ConfigError for a budget in bytes that no choice can meet, naming what is possible; `rest`: bytes of all other tensors."""
+def check_budget(choices: dict[str, dict[str | None, QuantSpec]], budget: int, rest: int,
+                 packed: Sequence[QuantSpec] = ()) -> None:
+    """Raises ConfigError for a budget in bytes that no choice can meet, naming what is possible.
+
+    packed: formats of what is packed in any case, which the budget does not pay for; rest: bytes of all other tensors.
+    """
     least, most = (sum(pick(spec.nbytes for spec in specs.values()) for specs in choices.values()) for pick in (min, max))
-    weights = sum(spec.rows * spec.cols for specs in choices.values() for spec in list(specs.values())[:1])
+    weights = sum(spec.rows * spec.cols for spec in (*packed, *(next(iter(specs.values())) for specs in choices.values())))
 
     def amount(nbytes: int) -> str:
+        nbytes += sum(spec.nbytes for spec in packed)
         return f"{8 * nbytes / weights:.4f} bits per value ({nbytes:,} bytes, {size(nbytes + rest)} with all other tensors)"
 
     if not least <= budget <= most:

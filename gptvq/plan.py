@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 from . import mixed
 from .ahead import locked_bytes
-from .calibration import (
-    calibration_windows,
-    random_tokens,
-    text_config,
-    tokens_sha256,
-)
+from .calibration import calibration_windows, random_tokens, require_usable, text_config, tokens_sha256
 from .config import DEFAULT_PRESET, VQConfig
 from .drift import Inputs, Stage, collect, find_stages, run_dense, uncalled
 from .errors import ConfigError
@@ -99,7 +94,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     that the run will write to, where a temporary journal is timed; None is the system's place for temporary files.
 
     With target_bytes (of all tensors) or target_bits (per quantized weight) every layer gets one of `presets`, so that the target is met
-    and the estimated rise of the loss is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
+    (a packed head included) and the estimated rise of the loss is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
     random tokens.  A module's fused experts are unfused.  Raises ConfigError for a target out of reach, NumericalError for non-finite weights.
     """
     from .hf import pick_device
@@ -119,6 +114,7 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     stream = open_stream(source, dtype, tokenizer)
     tokens, unused = (random_tokens(stream.model, samples, sequence_length), None) if calibration is None else calibration_windows(
         calibration, stream.tokenizer, samples, sequence_length, config.seed)
+    require_usable(stream.model, tokens)
     checked = _CHECKED if calibration is None else 0 if unused is None else unused.numel()
     samples, seconds, opened = len(tokens), {"load": _clock() - began}, _clock(device)
     progress.stage("reading the whole model once")
@@ -131,12 +127,13 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     errors, shares = {}, {}
     if targeted:
         choices = {full: found for full, found in mixed.candidates(config, presets, stream.shapes).items() if full not in idle}
-        rest = stream.nbytes - sum(stream.weight_bytes[full] for full in choices)
-        if head is not None:
-            rest += sum(spec.nbytes - stream.weight_bytes[name] for name, spec in head.specs(config).items())
+        ends = head.specs(config) if head is not None else {}
+        rest = stream.nbytes - sum(stream.weight_bytes[full] for full in (*choices, *ends))
         weights = sum(rows * cols for full, (rows, cols) in stream.shapes.items() if full in choices)
+        weights += sum(spec.rows * spec.cols for spec in ends.values())
         budget = target_bytes - rest if target_bits is None else int(target_bits * weights / 8 + 1e-9)
-        mixed.check_budget(choices, budget, rest)
+        budget -= sum(spec.nbytes for spec in ends.values())
+        mixed.check_budget(choices, budget, rest, list(ends.values()))
         stream.require_finite(choices)
         errors = mixed.sensitivities(stream, tokens[:SENSITIVITY_SAMPLES], choices, device, progress)
         shares = mixed.loss_shares(stream, tokens[:GRADIENT_SAMPLES], choices, device, progress)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from gptvq import ConfigError
 from gptvq.calibration import (
@@ -49,6 +50,12 @@ def test_the_seed_alone_decides():
     torch.set_rng_state(state)
     windows(TEXT, 4, 16)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_tokenizers_output_is_no_text():
+    for output in ({"input_ids": [[1, 2]]}, BatchEncoding({"input_ids": [[1, 2]]})):
+        with pytest.raises(ConfigError, match=r"pass \["):
+            windows(output, 1, 4)
 
 
 def test_tensors_are_taken_as_they_are():

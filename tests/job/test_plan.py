@@ -167,12 +167,34 @@ def test_a_target_for_everything_together(ids):
     assert other + 22_000 < found.disk <= other + 25_000
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_target_includes_the_head(name, ids):
+    config = preset(head="2d-4.125-s64")
+    found = plan(build(name), config, calibration=ids, target_bits=3.6, presets=("2d-2.25", "2d-3.125", "2d-4.125"))
+    assert any("head" in full or "embed" in full for full in found.specs) and 3.55 < found.bits_per_value <= 3.6
+    with pytest.raises(ConfigError, match=r"got 9\.0000 bits per value"):
+        plan(build(name), config, calibration=ids, target_bits=9.0)
+    size = plan(build(name), config, calibration=ids, target_bytes=found.disk).disk
+    assert 0.95 * found.disk < size <= found.disk
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--preset", "2d-2.25", "--target-bpv", "2.5", "--calibration", "x"], "--preset: a target chooses"),
+    (["--presets", "2d-2.25"], "--presets: there is nothing to choose"), (["--presets", " , "], "need names")])
+def test_options_that_would_be_ignored(words, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "no-model", *words])
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert cli.parser().parse_args(["plan", "m", "--presets", "2d-2.25, 2d-3.125 "]).presets == ["2d-2.25", "2d-3.125"]
+
+
 @pytest.mark.parametrize("arguments, says", [
     (dict(target_bits=1.0), "possible with these presets"), (dict(target_bits=9.0), "possible with these presets"),
     (dict(target_bytes=1000), "possible with these presets"), (dict(target_bits=float("nan")), "a target of nan"),
     (dict(target_bytes=float("inf")), "a target of inf"), (dict(target_bits=3.0, target_bytes=10**6), "give one of them"),
     (dict(target_bits=3.0, calibration=None), "needs calibration text"), (dict(target_bits=3.0, presets=("2d-9",)), "unknown preset"),
-    (dict(samples=0, calibration="some text"), "samples must be")])
+    (dict(samples=0, calibration="some text"), "samples must be"), (dict(calibration=torch.full((1, 8), 10**6)), "vocabulary ends at"),
+    (dict(calibration=torch.zeros(1, 10**4, dtype=torch.long)), r"longer than the model's \d+ positions")])
 def test_what_cannot_be_planned(arguments, says, ids):
     with pytest.raises(ConfigError, match=says):
         plan(build(), preset(), **{"calibration": ids, **arguments})
@@ -246,7 +268,8 @@ def test_the_table_shows_what_the_choice_rests_on(ids, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["--config", "absent.json"], "absent.json: cannot be read"), (["--config", "bad.json"], "not a configuration"),
-    (["--config", "list.json"], "not a configuration"), (["--config", "good.json", "--preset", "2d-2.25"], "--config holds what --preset")])
+    (["--config", "list.json"], "not a configuration"), (["--config", "good.json", "--preset", "2d-2.25"], "--config holds what --preset"),
+    (["--config", "good.json", "--seed", "0"], "--config holds what --seed")])
 def test_configuration_files(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.json").write_text('{"dim": 2, "colour": 3}')

@@ -177,6 +177,30 @@ def test_errors_are_one_line_and_1(words, says, my_model, tmp_path, capsys):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("words, says", [
+    (("--text", "x", "--limit", 3), "--limit: of no use without --tasks"), (("--text", "x", "--task-folder", "d"), "--task-folder"),
+    (("--tasks", "piqa", "--window", 8), "--window: of no use without --text")])
+def test_options_of_eval_that_would_be_ignored(words, says, my_model, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, "eval", my_model, *words)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_results_have_a_place_before_any_work(my_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gptvq.hf.open_model", None)
+    monkeypatch.setattr("gptvq.kernel_speed.measure", None)
+    for words in (("eval", my_model, "--text", "a text"), ("bench",), ("verify", my_model)):
+        code, _, err = run(capsys, *words, "--json", tmp_path / "absent" / "a.json")
+        assert code == 1 and "absent/a.json: cannot be written" in err
+
+
+def test_inspect_writes_both_files(packed, tmp_path, capsys):
+    code, out, _ = run(capsys, "inspect", packed, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
+    assert code == 0 and "report: " in out and json.loads((tmp_path / "a.json").read_text())["layers"] and (tmp_path / "a.html").exists()
+    code, out, err = run(capsys, "inspect", packed, "--json", "-", "--html", tmp_path / "a.html")
+    assert json.loads(out)["layers"] and "report: " in err
+
+
 def test_inspect_refuses_an_unfinished_folder(packed, tmp_path, capsys):
     (tmp_path / "report.json").write_bytes((packed / "report.json").read_bytes())
     code, _, err = run(capsys, "inspect", tmp_path)
