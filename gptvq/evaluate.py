@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
 
@@ -159,10 +160,18 @@ def decode(model, prompt: Tensor, new_tokens: int) -> tuple[list[int], float]:
     found = [int(token)]                        # reading it also waits for a GPU
     began = time.perf_counter()
     while len(found) < new_tokens:
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, **_cache(model, out), use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
         found.append(int(token))
     return found, (new_tokens - 1) / (time.perf_counter() - began)
+
+
+def _cache(model, out) -> dict:
+    """{argument: the cache in `out`}: `cache` from transformers 5.24 on, `past_key_values` before and in older code of a model."""
+    cache = getattr(out, "cache", None)
+    if cache is None:
+        return {"past_key_values": out.past_key_values}
+    return {"past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache": cache}
 
 
 def tokens_per_second(model, prompt: Tensor, new_tokens: int = 32) -> float:

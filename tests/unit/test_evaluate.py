@@ -1,5 +1,7 @@
 """Perplexity against a plain loop in float64, decoding against a loop without a cache, and the refusals."""
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from gptvq.errors import ConfigError, NumericalError
-from gptvq.evaluate import agreement, decode, default_window, learned_positions, perplexity, tokens_per_second
+from gptvq.evaluate import _cache, agreement, decode, default_window, learned_positions, perplexity, tokens_per_second
 
 VOCAB = 61
 
@@ -133,5 +135,14 @@ def test_a_module_without_a_config(model, tokens):
         def forward(self, input_ids, **arguments):
             return self.inside(input_ids, **arguments)
 
+    warnings.simplefilter("error", FutureWarning)                   # of an argument that transformers renamed
     assert perplexity(Bare(), tokens, 50) == perplexity(model, tokens, 50)
     assert decode(Bare(), tokens[:5], 6)[0] == decode(model, tokens[:5], 6)[0] and agreement(Bare(), model, tokens, 50)
+
+
+def test_the_cache_is_passed_on_under_the_models_own_name():
+    old, new = SimpleNamespace(past_key_values=1), SimpleNamespace(cache=1)
+    models = [SimpleNamespace(forward=forward) for forward in (lambda input_ids, past_key_values=None: 0, lambda input_ids, cache=None: 0,
+                                                               lambda **arguments: 0)]
+    assert [list(_cache(model, old)) for model in models] == [["past_key_values"]] * 3
+    assert [list(_cache(model, new)) for model in models] == [["past_key_values"], ["cache"], ["cache"]]
