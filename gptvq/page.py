@@ -91,8 +91,7 @@ def _size(report: Report) -> str:
 
 def _errors(report: Report) -> str:
     method = report.config.recipe.method
-    # Without tokens, as of an embedding, no input counts more than others: the errors that were measured are not those to expect.
-    bands = {layer.name: expected(layer.spec, method) if layer.tokens else None for layer in report.layers}
+    bands = {layer.name: _band(layer, method) for layer in report.layers}
     level = Axis.over([layer.snr_db for layer in report.layers] + [edge for band in bands.values() if band for edge in band], 4)
     panels = _panels(report.layers, lambda layer, x: Point(
         x, layer.snr_db, f"{layer.name}: {layer.snr_db:.2f} dB, error {100 * layer.error:.3f} %", bands[layer.name]), level, "SNR, dB")
@@ -106,15 +105,24 @@ def _errors(report: Report) -> str:
         lines = "".join(f"<li><code>{escape(layer.name)}</code>: {layer.snr_db:.1f} dB, expected from {bands[layer.name][0]:.1f} dB</li>"
                         for layer in low[:WORST])
         some = f", the furthest {WORST} of them" if len(low) > WORST else ""
-        verdict = f"<p>{len(low)} of {len(report.layers)} layers lie below their band (red){some}:</p><ul>{lines}</ul>{_remedy(low[0])}"
+        verdict = f"<p>{len(low)} of {len(report.layers)} layers lie below their band (red){some}:</p><ul>{lines}</ul>"
+        verdict += _remedy(low[0], report)
     return _section("Error of every layer",
                     "How much of what a layer computes on the calibration text survives: signal to noise in decibels, 20 dB being an error of "
                     "1 %. Shaded: the range measured on layers of SmolLM2-135M for the same preset; a guide, not a limit.",
                     f"<div class='plots'>{panels}</div>{verdict}")
 
 
-def _remedy(layer: LayerRecord) -> str:
+def _band(layer: LayerRecord, method: str) -> tuple[float, float] | None:
+    """Without tokens, as of an embedding, no input counts more than others: the errors that were measured are not those to expect."""
+    return expected(layer.spec, method) if layer.tokens else None
+
+
+def _remedy(layer: LayerRecord, report: Report) -> str:
     better = larger(layer.spec)
+    if report.config.head and block_and_kind(layer.name)[0] is None:        # rules are about the blocks
+        more = f"<code>--head {better}</code> gives it one bit more" if better else "without <code>--head</code> it stays dense"
+        return f"<p>More calibration text may help; <code>{escape(layer.name)}</code> is packed by <code>--head</code>: {more}.</p>"
     if better is None:
         return "<p>No preset of these dimensions has more bits; a rule <code>--rule 'LAYER=keep'</code> leaves one dense.</p>"
     return (f"<p>More calibration text may help; a rule such as <code>--rule '{escape(layer.name)}={better}'</code> gives a layer one "
@@ -164,8 +172,8 @@ def _notes(report: Report) -> str:
     repairs = "".join(f"<li><code>{escape(layer.name)}</code>: {escape(layer.repair)}</li>" for layer in report.layers if layer.repair)
     calibration = {name.replace("_", " "): str(value) for name, value in report.calibration.items()}
     rules = "; ".join(f"{pattern} = {change or 'keep'}" for pattern, change in report.config.rules)
-    settings = {"rules": rules or "none", "seed": str(report.config.seed), "recipe": ", ".join(
-        f"{name} {value}" for name, value in report.config.to_dict()["recipe"].items())}
+    recipe = ", ".join(f"{name} {value}" for name, value in report.config.to_dict()["recipe"].items())
+    settings = {"rules": rules or "none", "head": report.config.head or "left as it was", "seed": str(report.config.seed), "recipe": recipe}
     return _section("Repairs and warnings", "What did not go as usual; nothing is repaired in silence.",
                     f"<ul>{warnings}{repairs or '<li>No Hessian needed a repair.</li>'}</ul>"
                     f"<h3>Calibration and settings</h3>{_facts({**calibration, **settings})}")
@@ -183,7 +191,7 @@ def _table(report: Report, use: dict[str, CodeUse]) -> str:
     head = ("linear", "shape", "format", "bytes", "bits/value", "error %", "SNR dB", "code entropy", "tokens", "seconds")
     rows = []
     for layer in report.layers:
-        band, codes = expected(layer.spec, report.config.recipe.method), use.get(layer.name)
+        band, codes = _band(layer, report.config.recipe.method), use.get(layer.name)
         layout = preset_of(layer.spec) or layer.spec.label
         cells = (layer.name, f"{layer.rows} x {layer.cols}", layout, f"{layer.nbytes:,}", f"{layer.bits_per_value:.3f}",
                  f"{100 * layer.error:.3f}", f"{layer.snr_db:.2f}", f"{codes.entropy:.3f} / {codes.bits}" if codes else "", f"{layer.tokens:,}",

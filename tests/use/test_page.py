@@ -118,7 +118,12 @@ def test_layers_below_their_band_are_named_with_a_remedy():
     assert "No layer lies below" in Strict(page(made_up(error=0.03), {})).words
     report = made_up(error=0.06)
     report.layers[0].tokens = 0                                     # as an embedding, which no tokens weigh
-    assert "lie below" not in Strict(page(report, {})).words
+    text = page(report, {})
+    assert "lie below" not in Strict(text).words and "class='low'" not in text
+    for preset, says in (("2d-2.25", "--head 2d-3.125 gives it one bit more"), ("2d-4.125", "without --head it stays dense")):
+        head = LayerRecord("lm_head", VQConfig.preset(preset).spec(64, 96), 0.5, tokens=5)
+        found = Strict(page(made_up(config=VQConfig.preset("2d-2.25", head=preset), layers=[head]), {}))
+        assert says in found.words and "--rule '" not in found.words and f"head{preset}" in found.words
 
 
 def test_write_and_refuse(packed, tmp_path, capsys):
@@ -126,6 +131,10 @@ def test_write_and_refuse(packed, tmp_path, capsys):
     assert cli.main(["inspect", str(packed), "--html", str(tmp_path / "b.html")]) == 0 and str(tmp_path / "b.html") in capsys.readouterr().out
     with pytest.raises(ConfigError, match="cannot be written"):
         write_page(packed, tmp_path / "absent" / "a.html")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="cannot be written"):
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        write_page(packed, tmp_path / "full.html")
+    assert not list(tmp_path.glob("full*"))
     shutil.copytree(packed, tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(FormatError, match="model.safetensors"):
