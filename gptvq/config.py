@@ -160,8 +160,8 @@ class VQConfig:
             if change is not None:
                 specs[name] = self._changed(change, name).spec(rows, cols, name)
         if not specs:
-            raise ConfigError(f"nothing to quantize: {len(shapes)} linear layers found"
-                              + (" and every one is excluded by a rule" if shapes else "; is this a decoder-only model?"))
+            why = " and every one is excluded by a rule" if shapes else "; need a decoder-only model whose linears are not packed yet"
+            raise ConfigError(f"nothing to quantize: {len(shapes)} linear layers found{why}")
         for pattern, _ in self.rules:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
                 raise ConfigError(f"rule {pattern!r} matches no layer; layers are named like {next(iter(shapes))!r}")

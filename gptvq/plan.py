@@ -83,6 +83,7 @@ class Plan:
                 "bits_per_value": self.bits_per_value, "disk": self.disk, "total_seconds": sum(self.seconds.values())}
 
 
+@torch.inference_mode(False)       # as quantize
 @torch.no_grad()
 def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT_PRESET, *, calibration=None, samples: int = 128,
          sequence_length: int = 2048, device=None, dtype="auto", target_bytes: int | None = None, target_bits: float | None = None,
@@ -94,8 +95,8 @@ def plan(source: str | os.PathLike | nn.Module, config: VQConfig | str = DEFAULT
     that the run will write to, where a temporary journal is timed; None is the system's place for temporary files.
 
     With target_bytes (of all tensors) or target_bits (per quantized weight) every layer gets one of `presets`, so that the target is met
-    (a packed head included) and the estimated rise of the loss is least; that needs `calibration`, and `.config` is the outcome.  Without it the block is tried on
-    random tokens.  A module's fused experts are unfused.  Raises ConfigError for a target out of reach, NumericalError for non-finite weights.
+    (a packed head included) and the estimated rise of the loss is least; that needs `calibration`, and `.config` is the outcome.  Without
+    it the block is tried on random tokens.  A module's fused experts are unfused.  Raises ConfigError for a target out of reach, NumericalError for non-finite weights.
     """
     from .hf import pick_device
 

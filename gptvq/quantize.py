@@ -15,14 +15,7 @@ from .config import DEFAULT_PRESET, VQConfig
 from .distill import distill_block, learning_bytes, require_learnable
 from .drift import Stage, agreed_stages, collect, find_stages, run_dense
 from .errors import ConfigError, NumericalError
-from .head import (
-    Head,
-    find_head,
-    install,
-    quantize_embedding,
-    quantize_head,
-    solve_tied,
-)
+from .head import Head, find_head, install, quantize_embedding, quantize_head, solve_tied
 from .job import Run
 from .linear import VQLinear
 from .machine import trim_memory
@@ -83,6 +76,7 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
         raise
 
 
+@torch.inference_mode(False)       # whose tensors do not tell whether they were changed
 @torch.no_grad()
 def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, check, tokenizer) -> Report:
     config, device, progress = run.config, run.device, run.progress

@@ -72,6 +72,9 @@ def quantize_weight(W: Tensor, H: Tensor | Hessian, config: VQConfig | QuantSpec
     """
     if W.ndim != 2:
         raise ConfigError(f"weight: got shape {tuple(W.shape)}, need [rows, cols]")
+    if not isinstance(H, (Tensor, Hessian)):
+        raise ConfigError(f"H: got {type(H).__name__}, need a matrix [{W.shape[1]}, {W.shape[1]}] or a Hessian; "
+                          f"torch.eye({W.shape[1]}) counts all inputs alike")
     if isinstance(H, Tensor) and (H.ndim != 2 or H.shape[0] != H.shape[1]):
         raise ConfigError(f"Hessian: got shape {tuple(H.shape)}, need a square matrix")
     for name, given in (("weight", W), ("Hessian", H)):

@@ -56,6 +56,7 @@ def tune_folder(folder: str | os.PathLike, out: str | os.PathLike, dense: str | 
     return losses
 
 
+@torch.inference_mode(False)       # with gradients, whatever the caller has
 def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, rate: float = 1e-3,
          progress: Callable[[int, int, float], None] | None = None) -> Losses:
     """Trains `model` in place on tokens [samples, length], `batch` samples a step, once through -> the loss of every step.

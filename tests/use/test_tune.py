@@ -193,7 +193,8 @@ def test_what_it_cannot_take_is_told_before_it_learns():
     model = gptvq.quantize(copy.deepcopy(dense), None, preset("2d-2.25"), calibration=IDS).model
     most = dense.config.max_position_embeddings
     for tokens, options, message in ((torch.zeros(2, most + 1, dtype=torch.long), {}, f"the model's {most} positions"),
-                                     (IDS + 10**6, {}, "vocabulary ends at"), (IDS.float(), {}, "need integers"), (IDS, {"batch": 0}, "batch: got 0")):
+                                     (IDS + 10**6, {}, "vocabulary ends at"), (IDS.float(), {}, "need integers"),
+                                     (IDS, {"batch": 0}, "batch: got 0")):
         with pytest.raises(gptvq.ConfigError, match=message):
             tune(model, dense, tokens, **options)
 
