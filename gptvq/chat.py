@@ -12,6 +12,8 @@ from .calibration import text_config
 from .errors import ConfigError
 from .evaluate import learned_positions
 
+_LEAST_TEMPERATURE = 1e-30       # logits divided by it are numbers still
+
 
 class Chat:
     """Turns of a conversation.  `say` streams an answer; Ctrl-C in it keeps what was said so far and passes the interrupt on.
@@ -30,6 +32,7 @@ class Chat:
         if not tokenizer.chat_template:
             raise ConfigError("chat: this model's tokenizer has no chat template, so it was made for no conversations; use `gptvq generate`")
         check_sampling(temperature, seed)
+        require_text(system, "the system prompt")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._opening = [{"role": "system", "content": system}] if system else []
@@ -41,6 +44,7 @@ class Chat:
 
     def say(self, text: str, write: Callable[[str], None] = lambda piece: None) -> str:
         """The answer to `text`, each piece passed to `write` as it comes.  ConfigError: a message longer than the model's positions."""
+        require_text(text, "the message")
         turns, ids = self._fitting([*self.turns, {"role": "user", "content": text}])
         streamer, most = _Streamer(self.tokenizer, write), learned_positions(self.model)
         new_tokens = self.max_new_tokens if most is None else min(self.max_new_tokens, most - ids.shape[1] + 1)
@@ -69,17 +73,27 @@ class Chat:
             if not room or ids.shape[1] + min(self.max_new_tokens, room // 4) <= room:
                 return turns, ids
             if len(turns) <= 1:
-                raise ConfigError(f"chat: the message takes {ids.shape[1]} of the model's {room} positions and leaves no room for an "
-                                  "answer; shorten it")
+                longest = max(self._opening + turns, key=lambda turn: len(turn["content"]))
+                what, s = ("the system prompt and the message", "") if self._opening else ("the message", "s")
+                raise ConfigError(f"chat: {what} take{s} {ids.shape[1]} of the model's {room} positions and leave{s} no room for an "
+                                  f"answer; shorten the {'system prompt' if longest['role'] == 'system' else 'message'}")
             turns = turns[2:]
 
 
 def check_sampling(temperature: float, seed: int, option: str = "") -> None:
     """Raises ConfigError, the names behind `option`, for what no sampling can be done with."""
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"{option}temperature: got {temperature}, need 0 (no sampling) or a number above it")
+    if not (temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ConfigError(f"{option}temperature: got {temperature}, need 0 (no sampling) or a number from {_LEAST_TEMPERATURE} up")
     if not -1 << 63 <= seed < 1 << 63:
         raise ConfigError(f"{option}seed: got {seed}, need a whole number of 64 bits, for instance 0")
+
+
+def require_text(text: str, what: str) -> None:
+    """Raises ConfigError for text of bytes that are no UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what}: got {text[error.start]!r} at character {error.start + 1}, need text in UTF-8; convert it") from error
 
 
 class _Streamer:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from . import __version__, cli_job, cli_plan, cli_use
+from . import __version__, cli_job, cli_plan, cli_streams, cli_use
 from .cli_plan import config_from, positive
 from .config import ACTIVATIONS
 from .errors import ConfigError, GptvqError
@@ -14,6 +14,7 @@ from .errors import ConfigError, GptvqError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (sys.argv by default) and returns its exit code; wrong usage raises SystemExit(2)."""
+    cli_streams.repair()
     args = parser().parse_args(argv)
     try:
         code = args.run(args)
@@ -26,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ngptvq: interrupted; {args.left(args) if callable(args.left) else args.left}", file=sys.stderr)
         return 130
     except BrokenPipeError:                             # `gptvq inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cli_streams.drop_output()
+        return 1
+    except OSError as error:
+        print(f"gptvq: error: {cli_streams.said(error)}", file=sys.stderr)
         return 1
 
 
@@ -149,8 +153,9 @@ def eval_(args):
 
 def generate(args):
     quiet()
-    from .chat import check_sampling
+    from .chat import check_sampling, require_text
     check_sampling(args.temperature, args.seed, "--")
+    require_text(args.prompt, "PROMPT")
     import torch
     from transformers import TextStreamer
 

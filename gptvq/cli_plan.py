@@ -27,7 +27,8 @@ def add(commands, command, placement) -> None:
     p.add_argument("--sequence-length", type=positive, default=2048, metavar="N", help="tokens per sequence, default %(default)s")
     target = p.add_mutually_exclusive_group()
     target.add_argument("--target-size", type=nbytes, metavar="SIZE", help="choose presets for this size of all tensors, like 90MB")
-    target.add_argument("--target-bpv", type=float, metavar="BITS", help="choose presets for so many bits per quantized weight, like 2.5 (--head included)")
+    target.add_argument("--target-bpv", type=float, metavar="BITS",
+                        help="choose presets for so many bits per quantized weight, like 2.5 (--head included)")
     p.add_argument("--presets", type=names, metavar="A,B,..", help="to choose from, default five with block scales, 2D and 4D")
     p.add_argument("--disk", metavar="FOLDER", help="a folder on the disk that the run will write to, to time its journal there; default "
                    "the one for temporary files")
@@ -64,7 +65,8 @@ def config_from(args: argparse.Namespace) -> VQConfig:
     if args.config is None:
         recipe = (Recipe.paper if args.method == "paper" else Recipe)(token_weights=args.token_weights or "", distill=args.distill or 0)
         return VQConfig.preset(args.preset or DEFAULT_PRESET, rules=tuple(args.rule), recipe=recipe, seed=args.seed or 0, head=args.head or "")
-    given = [f"--{name.replace('_', '-')}" for name in ("preset", "rule", "head", "method", "token_weights", "distill", "seed") if getattr(args, name) not in (None, [])]
+    options = ("preset", "rule", "head", "method", "token_weights", "distill", "seed")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) not in (None, [])]
     if given:
         raise ConfigError(f"--config holds what {', '.join(given)} would say; give one or the other")
     try:

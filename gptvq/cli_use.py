@@ -31,7 +31,8 @@ def add(commands, command, placement, positive, model_help: str) -> None:
     p.add_argument("--shapes", default="4096x4096", metavar="RxC,RxC", help="rows x columns of the weights, default %(default)s")
     p.add_argument("--presets", type=names, default="2d-2.25,2d-2.25-s64,2d-3.125,4d-2.25", metavar="A,B",
                    help=f"default %(default)s; of {', '.join(PRESETS)}")
-    p.add_argument("--activations", type=names, default="a16,a8", metavar="A,B", help=f"of {', '.join(ACTIVATIONS)}, default %(default)s; CPU only")
+    p.add_argument("--activations", type=names, default="a16,a8", metavar="A,B",
+                   help=f"of {', '.join(ACTIVATIONS)}, default %(default)s; CPU only")
     p.add_argument("--threads", type=positive, metavar="N", help="default torch's")
     p.add_argument("--device", default="cpu", metavar="NAME", help="default %(default)s")
     p.add_argument("--json", metavar="FILE", help="write the rows here instead of printing them; - for standard output")
@@ -91,6 +92,9 @@ def chat(args):
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input: got bytes that are no {error.encoding} text ({error.reason}), need text in UTF-8; convert "
+                              "it") from error
         except KeyboardInterrupt:
             if not person:
                 raise

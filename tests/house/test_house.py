@@ -34,7 +34,7 @@ LAYERS = [
      "plots", "page_style", "page", "chat", "ahead", "kernel_speed", "tasks", "shard", "token_weights", "on_load",
      "gguf_file", "head", "check", "distill", "shortcuts"},
     {"quantize"},
-    {"cli_job", "cli_plan", "cli_use", "completion", "cli", "demo", "__main__"},
+    {"cli_job", "cli_plan", "cli_streams", "cli_use", "completion", "cli", "demo", "__main__"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,4 +1,5 @@
 """The command line on a tiny model: what it prints, writes and returns."""
+import io
 import json
 import os
 import re
@@ -165,6 +166,7 @@ def test_chat_uses_the_template(my_model, tmp_path, capsys):
     (("eval", "MODEL", "--text", "TEXT", "--max-windows", 1, "--json", "/absent/x"), "/absent/x"),
     (("generate", "MODEL", "a", "--temperature", -1), "--temperature"),
     (("generate", "MODEL", "a", "--temperature", "nan"), "--temperature: got nan"),
+    (("generate", "MODEL", "a", "--temperature", 1e-40), "--temperature: got 1e-40"),
     (("generate", "MODEL", "a", "--seed", 2 ** 64), "--seed"),
     (("generate", "MODEL", "a", "--device", "meta"), "no META device"),
     (("inspect", "MODEL"), "got a model that is not packed, need a folder written by `gptvq quantize`"),
@@ -229,6 +231,32 @@ def test_interrupt_leaves_nothing_that_looks_complete(my_model, tmp_path):
 def test_exit_code_of_the_program(tmp_path):
     done = subprocess.run([sys.executable, "-m", "gptvq.cli", "inspect", tmp_path], env=ENV, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("gptvq: error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("line, code, says", [
+    ("doctor > /dev/full", 1, "gptvq: error: the output cannot be written (No space left on device)"), ("doctor >&-", 0, ""),
+    ("chat no-model <&- 2>&1", 1, "")])
+def test_standard_streams_that_are_full_or_closed(line, code, says):
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -m gptvq.cli {line}'], env=ENV, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.startswith(says) and "Traceback" not in done.stderr + done.stdout, done
+    assert says or not done.stderr
+
+
+def test_what_the_system_refuses_is_one_line(packed, capsys, monkeypatch):
+    def refuse(path, *rest):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sys.modules["gptvq.verify"], "own_report", refuse)       # gptvq.verify is the function
+    code, _, err = run(capsys, "inspect", packed)
+    assert code == 1 and err.count("\n") == 1 and f"{packed}: cannot be read or written (Permission denied)" in err
+
+
+def test_output_whose_encoding_lacks_a_character(packed, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr("gptvq.doctor.diagnose", lambda: {"caf\xe9": "\u2192"})
+    assert cli.main(["doctor"]) == 0 and out.buffer.getvalue() == b"caf?  ?\n"
 
 
 def test_demo_compares_three_models(my_model, tmp_path, capsys):

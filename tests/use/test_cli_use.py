@@ -74,8 +74,10 @@ def test_old_turns_make_room_and_long_messages_are_refused(talker):
         chat.say("a" * 30)
     assert 2 <= len(chat.turns) <= 6 and chat.turns[0]["role"] == "user"
     before = list(chat.turns)
-    with pytest.raises(ConfigError, match="shorten it"):
+    with pytest.raises(ConfigError, match="the message takes .* shorten the message"):
         chat.say("b" * 200)
+    with pytest.raises(ConfigError, match="the system prompt and the message take .* shorten the system prompt"):
+        Chat(*talker, system="b" * 200).say("a")
     assert chat.turns == before
     assert chat.say("rat") and len(chat.turns) >= 2
 
@@ -87,6 +89,9 @@ def test_refusals(talker, my_model):
         Chat(talker[0])
     with pytest.raises(ConfigError, match="temperature"):
         Chat(*talker, temperature=-1.0)
+    for text, more in (("\udcff", {}), ("a", {"system": "\udcff"})):
+        with pytest.raises(ConfigError, match="need text in UTF-8"):
+            Chat(*talker, **more).say(text)
     with pytest.raises(ConfigError, match="seed: got 18446744073709551616"):
         Chat(*talker, seed=2 ** 64)
     Chat(*talker, temperature=1.0, seed=-1, max_new_tokens=1).say("rat")
@@ -106,6 +111,12 @@ def test_chat_command(packed, capsys, monkeypatch):
     assert cli.main(["chat", str(packed), "--max-new-tokens", "8", "--device", "cpu"]) == 0
     answer, rest = capsys.readouterr().out.split("(forgotten)\n")         # a random model's answer may break lines anywhere
     assert len(answer) > 1 and rest.endswith(answer) and "Ctrl-C" in rest.removesuffix(answer)
+
+
+def test_chat_and_generate_with_text_that_is_not_utf8(packed, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert cli.main(["chat", str(packed), "--device", "cpu"]) == 1 and "standard input: got bytes" in capsys.readouterr().err
+    assert cli.main(["generate", str(packed), "caf\udce9", "--device", "cpu"]) == 1 and "PROMPT: got" in capsys.readouterr().err
 
 
 # ---- eval
