@@ -13,13 +13,15 @@ def main() -> None:
     parser.add_argument("text", help="other text, to measure on")
     parser.add_argument("out", type=Path, help="folder for what is made")
     parser.add_argument("--preset", default="2d-3.125")
+    parser.add_argument("--finer", default="*.v_proj", metavar="PATTERN",
+                        help="linears that get 4 bits, default %(default)s; of GPT-2, for instance, '*.attn.c_attn'")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=1024)
     args = parser.parse_args()
 
-    # 1. Quantize.  The value projections get one bit more.
+    # 1. Quantize.  Some linears, by default the value projections, get more bits; a model may call its linears otherwise (--finer).
     packed = args.out / "packed"
-    config = gptvq.VQConfig.preset(args.preset, rules=(("*.v_proj", "2d-4.125"),))
+    config = gptvq.VQConfig.preset(args.preset, rules=((args.finer, "2d-4.125"),))
     report = gptvq.quantize(args.model, packed, config, calibration=args.calibration, samples=args.samples,
                              sequence_length=args.sequence_length)
     print(f"{report.bits_per_value:.3f} bits per weight, {report.dense_bytes / report.packed_bytes:.1f} times smaller, mean layer error "

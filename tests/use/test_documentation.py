@@ -108,5 +108,13 @@ def test_the_example_runs(my_model, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
+def test_names_of_the_package_are_there():
+    """`gptvq.a.b(...)` in the text is what `import gptvq` alone gives."""
+    names = {name for path in DOCS for name in re.findall(r"`(gptvq(?:\.\w+)+)\(", path.read_text(encoding="utf-8"))}
+    run = subprocess.run([sys.executable, "-c", "\n".join(["import gptvq", *sorted(names)])], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(Path(gptvq.__file__).parents[1])})
+    assert names and run.returncode == 0, run.stderr
+
+
 def test_changes_name_the_version():
     assert f"## {gptvq.__version__}" in (ROOT / "CHANGELOG.md").read_text()
