@@ -1,5 +1,6 @@
 # make demo: quantize a real language model and use it.  make test: run all tests.
-# Each sets up .venv first; a second call finds it ready.  Needs Python >= 3.10, a C++17 compiler and make; no GPU.
+# Each sets up .venv first; a second call finds it ready.  Needs Python >= 3.10 with its headers and venv
+# (Debian: python3-dev python3-venv), a C++17 compiler and make; no GPU.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
