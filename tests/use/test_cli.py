@@ -54,6 +54,11 @@ def test_help_is_quick():
     assert subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "gptvq", "--version"], env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"gptvq {gptvq.__version__}\n")
+
+
 @pytest.mark.parametrize("words", [[], ["squeeze"], ["quantize", "m"], ["quantize", "m", "o"], ["eval", "m"],
                                    ["quantize", "m", "o", "--calibration", "t", "--samples", "0"],
                                    ["quantize", "m", "o", "--calibration", "t", "--rule", "*.v_proj"]])
