@@ -83,6 +83,8 @@ def check(args) -> None:
 
 def measure(args, argv: list[str] | None) -> list[dict]:
     device, before = torch.device("cpu"), torch.get_num_threads()
+    if not native.serves(device):
+        raise BackendUnavailable(f"there are no kernels to measure: {native.why_not(device)}")
     args.baselines, libraries = with_ggml(args.baselines)
     results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": RING_BYTES,
                                                        "ggml": libraries, "kernels": os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0]})

@@ -54,10 +54,15 @@ py::dict cuda() {
   return d;
 }
 
+// As INTERFACE of gptvq/backends/native.py, which refuses a module of another one: raise both when a function, what it takes, or the
+// layout of what it reads or writes changes.
+constexpr int kInterface = 1;
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of gptvq.  A tensor is (address, dtype, shape, strides); call them through gptvq.ops.";
+  m.attr("interface") = kInterface;
   m.def("pack_codes", &pack, py::arg("codes"), py::arg("idx"), py::arg("spec"));
   m.def("unpack_codes", &unpack, py::arg("idx"), py::arg("codes"), py::arg("spec"));
   m.def("dequantize", &decode_packed, py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true),

@@ -44,7 +44,7 @@ def diagnose() -> dict[str, str]:
 
 def _name(device: torch.device) -> str:
     try:
-        return ops.backend(device).__name__.rpartition(".")[2]
+        return ops.chosen(device).__name__.rpartition(".")[2]
     except BackendUnavailable as error:
         return f"none ({error})"
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import checkpoint, ranks
+from . import checkpoint, ops, ranks
 from .config import VQConfig
 from .errors import ConfigError, FormatError, GptvqError
 from .journal import FOLDER, Follower, Journal, discard, require_same, stored_job
@@ -76,6 +76,13 @@ class Run:
                                  if _is_packed(folder) else "there is none"))
         self.folder = checkpoint.prepare(out, self.overwrite or ours, source)
         return self.folder
+
+    def open_report(self) -> Report:
+        """An empty one, but for what is known to go badly before any work."""
+        self.report = Report("", self.config)
+        if text := ops.not_compiled(self.device):
+            self.note(text)
+        return self.report
 
     def begin(self, stream: BlockStream, specs: dict[str, QuantSpec], report: Report, front: str | None) -> bool:
         """Opens the journal -> whether the checkpoint is complete already.  front: the layer that is quantized before the blocks.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,15 @@ _modes, _tracing, _level = torch._C._len_torch_dispatch_stack, torch._C._get_tra
 
 
 def backend(device: torch.device):
-    """The module that serves packed-weight operators on `device`."""
+    """The module that serves packed-weight operators on `device`; says once where that is the reference for want of a build."""
+    module = chosen(device)
+    if module is reference:
+        _warn_once(device)
+    return module
+
+
+def chosen(device: torch.device):
+    """As `backend`, without a word."""
     choice = os.environ.get("GPTVQ_BACKEND", "")
     if not choice:
         return next((module for module in _PREFERRED.get(device.type, ()) if module.serves(device)), reference)
@@ -37,6 +46,23 @@ def backend(device: torch.device):
     if not BACKENDS[choice].serves(device):
         raise BackendUnavailable(f"GPTVQ_BACKEND={choice}, but {BACKENDS[choice].why_not(device)}; unset it to use another backend")
     return BACKENDS[choice]
+
+
+def not_compiled(device: torch.device) -> str:
+    """What to say where the reference serves `device` because gptvq._C is missing, and nobody asked for it; else ""."""
+    if device.type != "cpu" or os.environ.get("GPTVQ_BACKEND") or native.serves(device):
+        return ""
+    return f"the reference serves the CPU, hundreds of times slower than the kernels: {native.why_not(device)}"
+
+
+_warned = False
+
+
+def _warn_once(device: torch.device) -> None:
+    global _warned
+    if not _warned and (text := not_compiled(device)):
+        _warned = True
+        warnings.warn(text, stacklevel=4)
 
 
 def require_memory(device: torch.device, need: int, what: str, fits: Callable[[int], str]) -> None:

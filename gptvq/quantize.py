@@ -80,7 +80,7 @@ def quantize(model: str | os.PathLike | nn.Module, out: str | os.PathLike | None
 @torch.no_grad()
 def _quantize(source, run: Run, calibration, samples, sequence_length, dtype, check, tokenizer) -> Report:
     config, device, progress = run.config, run.device, run.progress
-    report = run.report = Report("", config)
+    report = run.open_report()
     progress.stage("loading the model")
     with run.timed("load"):
         stream = open_stream(source, dtype, tokenizer, whole=bool(config.recipe.token_weights))

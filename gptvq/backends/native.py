@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,26 @@ from ..spec import QuantSpec
 from . import reference
 from .prepared import Remembered
 
-try:
-    from .. import _C
-    _why = ""
-except ImportError as error:        # a source tree that was not built, or a build for another Python
-    _C, _why = None, str(error)
+#: As kInterface of csrc/bindings.cpp.
+INTERFACE = 1
+
+
+def _compiled() -> tuple[object, str]:
+    """(the module gptvq._C, "") or (None, why it is not used)."""
+    tree = Path(__file__).resolve().parents[2]
+    sources = (tree / "setup.py").is_file() and (tree / "csrc").is_dir()
+    try:
+        from .. import _C
+    except ImportError as error:    # a source tree that was not built, or a build for another Python
+        return None, f"cannot be imported ({error}); " + (
+            f"{tree} is the source tree: run `pip install -e .` there, or work in another folder, where an installed gptvq is found"
+            if sources else "install gptvq with `pip install .`")
+    if getattr(_C, "interface", None) != INTERFACE:
+        return None, f"was built from other sources than {tree / 'gptvq'}; run `pip install {'-e ' if sources else ''}.` again"
+    return _C, ""
+
+
+_C, _why = _compiled()
 
 
 def serves(device: torch.device) -> bool:
@@ -27,7 +43,7 @@ def serves(device: torch.device) -> bool:
 def why_not(device: torch.device) -> str:
     """One clause saying why this backend does not serve `device`."""
     if _C is None:
-        return f"the compiled module gptvq._C cannot be imported ({_why}); install gptvq with `pip install .`"
+        return f"the compiled module gptvq._C {_why}"
     return f"it has no kernels for device type {device.type!r}"
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import gptvq
 from gptvq import GptvqError
+from gptvq.backends import native
 from gptvq.calibration import calibration_windows
 from gptvq.report import Progress
 
@@ -108,6 +109,17 @@ def both(match, model, out, config=None, **arguments):
 
 def test_strict_lets_a_clean_run_pass(tmp_path, ids):
     assert not gptvq.quantize(build(), tmp_path / "out", preset(), calibration=ids, strict=True).warnings
+
+
+@pytest.mark.filterwarnings("ignore:the reference serves the CPU")
+def test_a_missing_build(tmp_path, ids, monkeypatch):
+    monkeypatch.delenv("GPTVQ_BACKEND", raising=False)
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_why", "cannot be imported (for a reason)")
+    report = both("gptvq._C cannot be imported", build, tmp_path / "out", calibration=ids, device="cpu")
+    assert [warning for warning in report.warnings if warning.startswith("the reference serves the CPU")] == report.warnings
+    monkeypatch.setenv("GPTVQ_BACKEND", "reference")
+    assert not gptvq.quantize(build(), None, preset(), calibration=ids, strict=True, device="cpu").warnings
 
 
 def test_experts_without_tokens(tmp_path):

@@ -1,7 +1,12 @@
 """Which backend serves a device, and what is said where the one asked for cannot."""
+import sys
+import types
+import warnings
+
 import pytest
 import torch
 
+import gptvq
 from gptvq import ops
 from gptvq.backends import cuda, cuda_call, native, reference, triton
 from gptvq.doctor import diagnose
@@ -44,6 +49,43 @@ def test_the_first_that_serves_is_taken(gpu, monkeypatch):
         assert ops.backend(GPU) is expected
     monkeypatch.setenv("GPTVQ_BACKEND", "reference")
     assert ops.backend(CPU) is reference
+
+
+@pytest.fixture
+def not_built(monkeypatch):
+    monkeypatch.delenv("GPTVQ_BACKEND", raising=False)
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_why", "cannot be imported (for a reason); do this")
+    monkeypatch.setattr(ops, "_warned", False)
+
+
+def test_a_missing_build_is_said_once(not_built, monkeypatch):
+    def multiply(a=torch.ones(2, 2)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            ops.matmul(a, a)
+        return [str(w.message) for w in seen]
+
+    with monkeypatch.context() as asked:
+        asked.setenv("GPTVQ_BACKEND", "reference")
+        assert multiply() == []
+    assert "is missing" in diagnose()["CUDA in gptvq"] and not ops._warned
+    (text,) = multiply()
+    assert text.startswith("the reference serves the CPU") and text.endswith("gptvq._C cannot be imported (for a reason); do this")
+    assert multiply() == []
+
+
+def test_a_module_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(gptvq, "_C", types.SimpleNamespace(interface=native.INTERFACE), raising=False)
+    assert native._compiled() == (gptvq._C, "")
+    for other in (types.SimpleNamespace(), types.SimpleNamespace(interface=native.INTERFACE - 1)):
+        monkeypatch.setattr(gptvq, "_C", other)
+        module, why = native._compiled()
+        assert module is None and "was built from other sources" in why and "pip install" in why
+    monkeypatch.delattr(gptvq, "_C")
+    monkeypatch.setitem(sys.modules, "gptvq._C", None)
+    module, why = native._compiled()
+    assert module is None and "cannot be imported" in why and "pip install" in why
 
 
 @pytest.mark.parametrize("device, machine, message", [

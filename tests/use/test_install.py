@@ -1,15 +1,18 @@
 """The way of a release: source distribution -> wheel -> fresh environment -> use from another folder."""
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import gptvq
@@ -119,10 +122,68 @@ def test_triton_kernels_has_one_name(tmp_path):
     assert "ImportError" in bare.stderr and "import gptvq.triton_kernels instead" in bare.stderr
 
 
+def test_the_source_tree_says_that_it_is_not_built(tmp_path, environment):
+    """Code that runs in it takes the gptvq there, not the one installed."""
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=NOT_SOURCE)
+    code = ("import runpy, sys; sys.modules['gptvq._C'] = None; "       # which an editable install would find elsewhere
+            "sys.argv = ['gemv', '--shapes', '32x32']; runpy.run_module('bench.gemv', run_name='__main__')")
+    bench = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "tree", capture_output=True, text=True,
+                           env={k: v for k, v in environment.items() if k != "PYTHONSAFEPATH"})
+    assert bench.returncode == 1 and "bench: error: there are no kernels to measure: the compiled module gptvq._C cannot be imported" in bench.stderr
+    assert f"{tmp_path / 'tree'} is the source tree: run `pip install -e .` there, or work in another folder" in bench.stderr
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """The names of setup.py, in an environment without anything to build with."""
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: None)
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CMAKE_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def program(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("name, folder", [("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")])
+def test_build_tools_are_those_of_the_build(setup_py, name, folder, tmp_path, monkeypatch):
+    """pip's own of an isolated build, then PATH; an old one beside Python comes last."""
+    tool = setup_py["tool"]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "beside" / "python"))
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=rf"{name} not found; install it with `pip install '{'cmake>=3.24' if name == 'cmake' else 'ninja'}'`"):
+        tool(name)
+    assert program(tmp_path / "beside" / name) == tool(name)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert program(tmp_path / "path" / name) == tool(name)
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**{folder: str(tmp_path / "package")}))
+    assert tool(name) == str(tmp_path / "path" / name)
+    assert program(tmp_path / "package" / name) == tool(name)
+
+
+def test_which_cuda_compiler(setup_py, tmp_path, monkeypatch):
+    """The one that is named, or nvcc of the toolkit that is; and a build folder that another one was used in is left."""
+    find, other = setup_py["cuda_compiler"], setup_py["other_compiler"]
+    places = {name: program(tmp_path / name / "bin" / "nvcc") for name in ("path", "old", "home", "named", "given")}
+    for variable, value, name in [("PATH", tmp_path / "path" / "bin", "path"), ("CUDA_PATH", tmp_path / "old", "old"),
+                                  ("CUDA_HOME", tmp_path / "home", "home"), ("CUDACXX", places["named"], "named"),
+                                  ("CMAKE_ARGS", f"-DX=1 -DCMAKE_CUDA_COMPILER={places['given']}", "given")]:
+        monkeypatch.setenv(variable, str(value))
+        assert find() == places[name]
+    cache = f"X:STRING=1\nCMAKE_CUDA_COMPILER:FILEPATH={places['home']}\n"
+    assert not other(cache, places["home"]) and not other(cache, places["home"] + " -O1") and not other("X:STRING=1\n", places["old"])
+    assert other(cache, places["old"]) and other(cache, "") and other(cache, str(tmp_path / "gone" / "nvcc"))
+
+
 def test_failed_build_names_the_way_out(tmp_path, environment):
     """A compiler that does not work ends in one sentence about it, not in a traceback."""
     shutil.copytree(ROOT, tmp_path / "tree", ignore=NOT_SOURCE)
     built = subprocess.run([sys.executable, "setup.py", "-q", "build_ext"], cwd=tmp_path / "tree", capture_output=True, text=True,
                            env={**environment, "CXX": "no-such-compiler"})
     assert built.returncode != 0 and "Traceback" not in built.stderr
-    assert "gptvq: compiling gptvq._C failed" in built.stderr and "GPTVQ_CUDA=OFF" in built.stderr
+    assert "gptvq: compiling gptvq._C failed" in built.stderr and "GPTVQ_CUDA=OFF" in built.stderr and "CMake >= 3.24" in built.stderr
