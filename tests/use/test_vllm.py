@@ -1,6 +1,6 @@
 """The vLLM plugin: every rank's share of packed layers, computed as vLLM would make, load and call them.
 
-Against vLLM itself where it is installed, else against tests/use/vllm_stub.py, which has its documented interface.
+Against vLLM itself where it is installed, else against tests/use/vllm_stub.py, which has its documented interface; the names of the tests say which.
 """
 import importlib
 import importlib.util
@@ -19,13 +19,14 @@ SPECS = {"self_attn.q_proj": QuantSpec(64, 64, 2, 2, 16, 64), "self_attn.k_proj"
          "self_attn.o_proj": QuantSpec(64, 64, 1, 3, 64, 32, 16), "mlp.gate_proj": QuantSpec(96, 64, 2, 2, 48, 64),
          "mlp.up_proj": QuantSpec(96, 64, 4, 2, 32, 64), "mlp.down_proj": QuantSpec(64, 96, 2, 2, 16, 32),
          "router": QuantSpec(8, 64, 2, 2, 8, 32)}
+AGAINST = "vllm" if importlib.util.find_spec("vllm") is not None else "stub"
 MAPPING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-@pytest.fixture(scope="module")
-def vllm():
+@pytest.fixture(scope="module", params=[AGAINST])
+def vllm(request):
     """(gptvq.vllm, vLLM's module of linears, a function that sets rank and number of ranks)."""
-    if importlib.util.find_spec("vllm") is not None:
+    if request.param == "vllm":
         linear = importlib.import_module("vllm.model_executor.layers.linear")
         from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
         patch, asking = pytest.MonkeyPatch(), (linear, importlib.import_module("vllm.model_executor.parameter"))
