@@ -17,7 +17,7 @@ from . import gemv_gpu, runner
 from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Shape, label, with_ggml
 
 SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
-WITH_SCALES = ["2d-2.25-s64", "2d-3.125-s64", "4d-3.125-s64", "1d-4.125-s64"]
+WITH_SCALES = ["2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64", "4d-3.125-s64", "1d-4.125-s64"]
 WITHOUT = ["1d-2.125", "1d-3.125", "1d-4.125", "2d-2.25", "2d-3.125", "2d-4.125", "4d-2.25", "4d-3.125"]
 CACHES = ("cold", "hot")
 EXAMPLE = """examples:

@@ -38,6 +38,7 @@ paper: the published procedure as its authors' code has it.  paper-mended: witho
 are the reciprocal of what the loss asks for, and block scales that divide columns as they were when a block of 128 began."""
 METHODS = {"layers": ["rtn", "gptq", "paper", mended.METHOD, "gptvq"], "perplexity": ["dense", "rtn", "paper", "gptvq"],
            "whole": [*whole.METHODS, *whole.TRIED]}
+CALIBRATION = {"layers": (32, 2048), "perplexity": (32, 2048), "whole": (24, 1024)}       # samples, tokens in each
 DEFAULT_PRESETS = {"layers": list(PRESETS), "perplexity": ["2d-2.25", "2d-3.125"], "whole": ["2d-2.25", "2d-3.125"]}
 BASELINES = ("dense", "rtn", "gptq", "paper", mended.METHOD)
 ORDER = tuple(dict.fromkeys(["dense", "rtn", "gptq", *whole.METHODS, *whole.TRIED]))
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     mode = "layers" if args.layers else "perplexity" if args.perplexity else "whole"
     second = "heldout" if args.layers else "text"
+    args.samples, args.sequence_length = args.samples or CALIBRATION[mode][0], args.sequence_length or CALIBRATION[mode][1]
     methods, presets = args.methods or list(whole.METHODS if mode == "whole" else METHODS[mode]), args.presets or DEFAULT_PRESETS[mode]
     for option, value, known in (("--methods", methods, METHODS[mode]), ("--presets", presets, PRESETS)):
         unknown = [name for name in value if name not in known]
@@ -80,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     settings = {"mode": mode, "model": Path(source).name, "dtype": args.dtype, "samples": args.samples,
                 "sequence_length": args.sequence_length, "seed": args.seed}
-    results = runner.Results("quality", argv, args.json, settings)      # first of all: a bad path shall not cost an hour
+    results = runner.Results("quality", argv, args.json, settings,      # first of all: a bad path shall not cost an hour
+                             recipe=lambda row: whole.SWITCHED.get(row["method"]))
     measure = _layers if args.layers else _perplexity
     measure(args, results, source, methods, presets)
     print(show(results.rows))
@@ -116,15 +119,14 @@ def parser():
                    help="--layers: decoder blocks, counted from 0, default 2,15")
     p.add_argument("--linears", type=runner.names, default=["q_proj", "o_proj", "gate_proj", "down_proj"], metavar="A,B",
                    help="--layers: last names of linears, shell patterns allowed, default q_proj,o_proj,gate_proj,down_proj")
-    p.add_argument("--samples", type=runner.positive, default=32, metavar="N", help="calibration sequences, default %(default)s")
-    p.add_argument("--sequence-length", type=runner.positive, default=2048, metavar="N",
-                   help="tokens per sequence, default %(default)s")
+    p.add_argument("--samples", type=runner.positive, metavar="N", help="calibration sequences, default 24; with a mode 32")
+    p.add_argument("--sequence-length", type=runner.positive, metavar="N", help="tokens per sequence, default 1024; with a mode 2048")
     p.add_argument("--window", type=runner.positive, default=2048, metavar="N", help="tokens per window of perplexity, default %(default)s")
     p.add_argument("--windows", "--max-windows", dest="max_windows", type=runner.positive, default=40, metavar="N",
                    help="at most N windows, default %(default)s")
-    p.add_argument("--second-windows", type=runner.positive, default=10, metavar="N", help="of the second text, default %(default)s")
-    p.add_argument("--probes", type=runner.positive, default=4, metavar="N", help="samples that layer outputs are compared on, default %(default)s")
-    p.add_argument("--tune-samples", type=runner.positive, default=256, metavar="N", help="gptvq+tune: sequences, 4 a step, default %(default)s")
+    p.add_argument("--second-windows", type=runner.positive, default=5, metavar="N", help="of the second text, default %(default)s")
+    p.add_argument("--probes", type=runner.positive, default=2, metavar="N", help="samples that layer outputs are compared on, default %(default)s")
+    p.add_argument("--tune-samples", type=runner.positive, default=128, metavar="N", help="gptvq+tune: sequences, 4 a step, default %(default)s")
     p.add_argument("--tune-length", type=runner.positive, default=256, metavar="N", help="gptvq+tune: tokens per sequence, default %(default)s")
     p.add_argument("--rate", type=float, default=1e-3, metavar="R", help="gptvq+tune: learning rate, default %(default)s")
     p.add_argument("--fresh", action="store_true", help="measure rows anew that the result file holds")
@@ -197,6 +199,10 @@ def merge(paths: list[str]) -> list[dict]:
             raise ConfigError(f"{path} is not comparable with {paths[0]}: {', '.join(differing)} differ; print them apart")
         for row in values["rows"]:
             at[row["operation"], row["preset"], row.get("layer"), row["method"], row.get("seed")] = row
+    made: dict[str, dict] = {}
+    for row in (row for row in at.values() if "recipe_settings" in row):
+        if differing := runner.different(made.setdefault(row["method"], row["recipe_settings"]), row["recipe_settings"]):
+            raise ConfigError(f"rows of {row['method']} are of several recipes: {', '.join(differing)} differ; print their files apart")
     rows = sorted(at.values(), key=lambda row: (row["preset"] is not None and 1 + PRESETS.index(row["preset"]),
                                                 ORDER.index(row["method"])))
     return rows if first.get("mode") == "whole" else compare(rows)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 
 import gptvq
+from gptvq.backends import native
+from gptvq.config import Recipe
 from gptvq.errors import ConfigError, GptvqError
 from gptvq.report import environment, finite
 
@@ -95,23 +98,33 @@ def log(text: str) -> None:
 class Results:
     """The rows of one run.  With a path the whole file is replaced after every `add`: a broken-off run keeps its rows.
 
-    `settings` is what must be equal for rows of two files to be comparable.  resume: the rows that the file holds are kept;
-    ConfigError where they were measured with other settings.
+    `settings` is what must be equal for rows of two files to be comparable.  resume: of a file that runs are added to, whether the rows
+    that it holds are kept; there every row says the command, commit and processor of its run, and the settings of the recipe that
+    `recipe` gives for it.  ConfigError where rows were measured with other settings, or another recipe than `recipe` gives now.
     """
 
-    def __init__(self, name: str, argv: list[str] | None, path: str | None, settings: dict, resume: bool = False):
-        self.path = Path(path) if path else None
+    def __init__(self, name: str, argv: list[str] | None, path: str | None, settings: dict, resume: bool | None = None,
+                 recipe: Callable[[dict], Recipe | None] = lambda row: None):
+        self.path, self.recipe = Path(path) if path else None, recipe
         kept: list[dict] = []
         if resume and self.path is not None and self.path.exists():
             before = load(path)
-            if differing := different(before["settings"], settings):
+            found = [(before["settings"], settings), *((row["recipe_settings"], self._recipe_settings(row) or row["recipe_settings"])
+                                                       for row in before["rows"] if "recipe_settings" in row)]
+            if differing := dict.fromkeys(key for pair in found for key in different(*pair)):
                 raise ConfigError(f"{path}: its rows were measured with other settings ({', '.join(differing)} differ); give another --json, "
                                   "or --fresh to measure them anew")
             kept = before["rows"]
         self.values = {"command": command(name, sys.argv[1:] if argv is None else argv), "settings": settings,
                        "machine": machine(), "commit": commit(), "versions": versions(),
                        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": kept}
+        made = {key: self.values["machine"][key] for key in ("cpu", "cpu_family", "cpu_model", "kernels")}
+        self.run = {} if resume is None else {"command": self.values["command"], "commit": self.values["commit"]["hash"], **made}
         self._write()
+
+    def _recipe_settings(self, row: dict) -> dict | None:
+        recipe = self.recipe(row)
+        return recipe and dataclasses.asdict(recipe)
 
     @property
     def settings(self) -> dict:
@@ -122,7 +135,9 @@ class Results:
         return self.values["rows"]
 
     def add(self, rows: Iterable[dict]) -> None:
-        self.rows.extend(rows)
+        for row in rows:
+            known = {"recipe_settings": self._recipe_settings(row)} if self.recipe(row) else {}
+            self.rows.append({**row, **known, **self.run})
         self._write()
 
     def _write(self) -> None:
@@ -166,10 +181,19 @@ def command(name: str, argv: list[str]) -> str:
 
 
 def machine() -> dict:
-    """Processor, cores, bytes of memory and, where there is one, the GPU."""
+    """Processor, with the numbers that tell apart those of one name, our kernels that run, cores, bytes of memory and the GPU, if any."""
     found = environment()
-    return {"cpu": found["processor"], "architecture": found["machine"], "cores": found["cores"],
+    kernels = (os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0]) if native.serves(torch.device("cpu")) else None
+    return {"cpu": found["processor"], **processor_numbers(), "architecture": found["machine"], "kernels": kernels, "cores": found["cores"],
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "gpu": found["gpu"] or None}
+
+
+def processor_numbers(path: str = "/proc/cpuinfo") -> dict:
+    """{"cpu_family", "cpu_model"}: two integers (of Arm, implementer and part), or None where Linux does not say them."""
+    lines = Path(path).read_text(errors="replace").splitlines() if os.path.exists(path) else []
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    found = [said.get("cpu family", said.get("CPU implementer")), said.get("model", said.get("CPU part"))]
+    return dict(zip(("cpu_family", "cpu_model"), [int(value, 0) if value else None for value in found]))
 
 
 def versions() -> dict:

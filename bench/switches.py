@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     results = runner.Results("switches", argv, args.json, {
         "model": Path(source).name, "samples": args.samples, "sequence_length": args.sequence_length, "window": args.window,
         "windows": args.windows, "calibration_sha256": tokens_sha256(calibration),
-        "texts": {name: tokens_sha256(ids) for name, ids in texts.items()}}, resume=True)
+        "texts": {name: tokens_sha256(ids) for name, ids in texts.items()}}, resume=True,
+                             recipe=lambda row: recipe_of(row["recipe"]) if row["preset"] else None)
     there = {(row["preset"], row["recipe"]) for row in results.rows}
     for preset, name in [(None, "dense"), *configs]:
         if (preset, name) in there:
@@ -62,8 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             model, row = report.model, {"bits_per_value": report.bits_per_value, "solver_error": report.mean_error}
         seconds = time.perf_counter() - began
         results.add([{"preset": preset, "recipe": name, **row, "seconds": seconds, "threads": torch.get_num_threads(),
-                      "perplexity": {text: perplexity(model, ids, args.window, args.windows) for text, ids in texts.items()},
-                      "commit": runner.commit()["hash"]}])
+                      "perplexity": {text: perplexity(model, ids, args.window, args.windows) for text, ids in texts.items()}}])
         runner.log(show(results.rows[-1:]))
     print(show(results.rows))
 

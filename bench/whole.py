@@ -87,7 +87,8 @@ def run(args, argv: list[str] | None, source: str, methods: list[str], presets: 
     names = ("dtype", "samples", "sequence_length", "window", "max_windows", "second_windows", "probes", "rate")
     settings = {"mode": "whole", "model": Path(source).name, **{name: getattr(args, name) for name in names},
                 **Texts.read(args, tokenizer, 0).settings(args)}
-    results = runner.Results("quality", argv, path, settings, resume=not args.fresh)
+    results = runner.Results("quality", argv, path, settings, resume=not args.fresh,
+                             recipe=lambda row: SWITCHED.get(row["method"].removesuffix("+tune")))
     there = {(row["method"], row["preset"], row["seed"]) for row in results.rows}
     with contextlib.ExitStack() as stack:
         folder = Path(args.checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -105,8 +106,7 @@ def run(args, argv: list[str] | None, source: str, methods: list[str], presets: 
                     continue
                 results.add([{"operation": "whole", "preset": preset, "method": method, "seed": key[2], **row,
                               **measured(model, dense[0], found, args, method), **(decoding(own, dense) if own and seed == args.seeds[0] else {}),
-                              "device": str(next(model.parameters()).device), "threads": torch.get_num_threads(),
-                              "cpu": runner.machine()["cpu"], "commit": runner.commit()["hash"]}])
+                              "device": str(next(model.parameters()).device), "threads": torch.get_num_threads()}])
                 there.add(key)
                 runner.log(show(results.rows[-1:]))
                 del model, own

@@ -17,7 +17,7 @@ def check_file(path, name):
     assert values["command"].startswith(f"python -m bench.{name} ")
     assert str(path.parent) not in path.read_text(), "a path of this machine"
     assert values["machine"]["cores"] >= 1 and values["machine"]["memory"] > 1e8 and set(values["machine"]) == {
-        "cpu", "architecture", "cores", "memory", "gpu"}
+        "cpu", "cpu_family", "cpu_model", "architecture", "kernels", "cores", "memory", "gpu"}
     assert set(values["commit"]) == {"hash", "dirty"}
     assert set(values["versions"]) == {"python", "torch", "transformers", "gptvq", "numpy"} and all(values["versions"].values())
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", values["date"])

@@ -1,4 +1,5 @@
 """bench.quality of a whole model: every method, a result file that is added to, errors that are the formula."""
+import dataclasses
 import importlib.util
 import json
 
@@ -7,9 +8,11 @@ import torch
 from bench_runs import bench, check_file
 
 from bench import gptq, others, quality, runner, whole
+from gptvq.config import Recipe
 from gptvq.errors import BackendUnavailable
 from gptvq.hf import open_model
 
+RUN_OF_MACHINE = ("cpu", "cpu_family", "cpu_model", "kernels")
 METHODS = "dense,rtn,gptq-64,paper,gptvq,gptvq+tune"
 
 
@@ -171,3 +174,31 @@ def test_packages_that_are_missing_leave_their_rows_out(options, tmp_path, monke
     assert bench(quality, *options, "--methods", "gguf,hqq-64,rtn", "--json", out) == 0
     said = capsys.readouterr().err
     assert [row["method"] for row in runner.load(out)["rows"]] == ["rtn"] and "hqq is not installed" in said and "of a .gguf file" in said
+
+
+def test_rows_say_their_run_and_recipe(options, measured, tmp_path, monkeypatch, capsys):
+    """A file that is added to: its head is of the last run, so each row says what made it; rows of another recipe are not mixed in."""
+    values, out, older = runner.load(measured), tmp_path / "quality.json", tmp_path / "older.json"
+    run = {"command": values["command"], "commit": values["commit"]["hash"], **{key: values["machine"][key] for key in RUN_OF_MACHINE}}
+    assert all(run.items() <= row.items() for row in values["rows"])
+    made = {row["method"]: row["recipe_settings"] for row in values["rows"] if "recipe_settings" in row}
+    assert made == {"paper": dataclasses.asdict(Recipe.paper()), **dict.fromkeys(("gptvq", "gptvq+tune"), dataclasses.asdict(Recipe()))}
+    out.write_text(measured.read_text())
+    assert bench(quality, *options, "--methods", "paper", "--json", out) == 0 and runner.load(out)["rows"] == values["rows"]
+    assert runner.load(out)["command"] != values["command"]
+    monkeypatch.setitem(whole.SWITCHED, "gptvq", Recipe(damp=0.02))
+    assert bench(quality, *options, "--methods", "rtn", "--json", out) == 1 and "(damp differ)" in capsys.readouterr().err
+    kept = [{key: value for key, value in row.items() if key not in ("recipe_settings", *run)} for row in values["rows"]]
+    older.write_text(json.dumps({**values, "rows": kept}))
+    assert bench(quality, *options, "--methods", "rtn", "--json", older) == 0 and runner.load(older)["rows"] == kept
+    other = [{**row, "seed": 1, "recipe_settings": {**made["gptvq"], "damp": 0.02}} for row in values["rows"] if row["method"] == "gptvq"]
+    older.write_text(json.dumps({**values, "rows": other}))
+    capsys.readouterr()
+    assert bench(quality, "--table", out, older) == 1 and "rows of gptvq are of several recipes: damp differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, family, model", [("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: x\n", 25, 17),
+                                                 ("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n", 0x41, 0xd0c), ("", None, None)])
+def test_numbers_of_a_processor(tmp_path, text, family, model):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert runner.processor_numbers(str(tmp_path / "cpuinfo")) == {"cpu_family": family, "cpu_model": model}
