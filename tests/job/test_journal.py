@@ -208,6 +208,32 @@ def test_a_folder_that_turned_read_only(job, monkeypatch):
     assert len(go(*job).layers) == 14
 
 
+def test_what_is_on_the_disk_before_what(tmp_path, monkeypatch):
+    """A file is written, synced and only then named; the folder is synced before the line that names the file is, and that is synced last."""
+    book, seen = journal.Journal(tmp_path, {"a": 1}), []
+
+    def note(name, place):
+        call = getattr(os, name)
+
+        def noted(*args):
+            seen.append((name, place(args[0])))
+            return call(*args)
+        monkeypatch.setattr(os, name, noted)
+
+    for name in ("write", "fsync"):
+        note(name, lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+    note("replace", os.path.basename)
+    monkeypatch.setattr(journal, "unlink", lambda paths: seen.extend(("unlink", path.name) for path in paths))
+    (book.folder / "hidden-00009.safetensors").touch()
+    book.commit({"block": 0, "layers": [], "warnings": [], "seconds": 0, "stages": {}}, {"x": torch.ones(3)}, {"hidden": [torch.ones(2)]})
+    book.close()
+    steps = [step for i, step in enumerate(seen) if i == 0 or step != seen[i - 1]]
+    files = [[(step, f"{kind}-00000.safetensors.partial") for step in ("write", "fsync", "replace")] for kind in ("block", "hidden")]
+    assert [[step for step in steps if step[1].startswith(kind) and step[0] != "unlink"] for kind in ("block", "hidden-00000")] == files
+    assert steps[-4:] == [("fsync", "journal"), ("write", "journal.jsonl"), ("fsync", "journal.jsonl"), ("unlink", "hidden-00009.safetensors")]
+    assert len(steps) == 10
+
+
 def test_the_job_may_move(job, tmp_path):
     shutil.move(job[1], tmp_path / "elsewhere")
     shutil.move(job[0], tmp_path / "model too")

@@ -1,5 +1,6 @@
 """Perplexity against a plain loop in float64, decoding against a loop without a cache, and the refusals."""
 import math
+import types
 import warnings
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from gptvq import evaluate
 from gptvq.errors import ConfigError, NumericalError
 from gptvq.evaluate import _cache, agreement, decode, default_window, learned_positions, perplexity, tokens_per_second
 
@@ -112,6 +114,17 @@ def test_decode_is_greedy(model, tokens):
     assert tokens_per_second(model, prompt, 2) > 0
     with pytest.raises(ConfigError, match="prompt of 0 tokens"):
         decode(model, tokens[:0], 4)
+
+
+def test_the_speed_is_that_of_the_steps_behind_the_first(model, tokens, monkeypatch):
+    """By a clock that stands still but for 1 s in every call of the model: the prompt's is not timed, and four make five tokens."""
+    now = [0.0]
+    monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    handle = model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    try:
+        assert decode(model, tokens[:9], 5)[1] == tokens_per_second(model, tokens[:9], 2) == 1.0
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])

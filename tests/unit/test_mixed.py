@@ -82,6 +82,19 @@ def test_the_configuration_meets_the_budget(bits):
     assert bits_of[0] >= max(bits_of[1], bits_of[2])
 
 
+@pytest.mark.parametrize("dear", ["model.layers.0.q", "model.layers.2.q"])
+def test_the_layer_that_the_loss_feels_gets_the_bits(dear):
+    """Of layers with equal sizes and errors the one with the largest share, and the one with the larger error where shares are equal."""
+    shapes = {name: shape for name, shape in SHAPES.items() if name.endswith(".q")}
+    choices = mixed.candidates(VQConfig(), ("2d-2.25-s64", "2d-4.125-s64"), shapes)
+    low, high = (spec.nbytes for spec in choices[dear].values())
+    errors = {name: {"2d-2.25-s64": 0.1, "2d-4.125-s64": 0.01} for name in shapes}
+    for errors, shares in ((errors, {dear: 2.0, "model.layers.1.q": 0.5}),
+                           ({**errors, "model.layers.1.q": {"2d-2.25-s64": 0.15, "2d-4.125-s64": 0.01}}, {dear: 4.0})):
+        specs = mixed.within_budget(VQConfig(), choices, errors, shares, 2 * low + high).resolve(shapes)
+        assert [name for name, spec in specs.items() if spec.index_bits == 4] == [dear]
+
+
 def test_rules_of_the_user_stand():
     config = VQConfig.preset("2d-2.25", rules=(("*.1.up", None), ("*.2.q", "1d-4.125"), ("*.2.up", {"scale_block": 16})))
     choices = mixed.candidates(config, mixed.CANDIDATES, SHAPES)

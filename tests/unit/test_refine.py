@@ -27,6 +27,16 @@ def setting(case, dtype=torch.float64, seed=0):
     return problem, index, centroids, scale
 
 
+@pytest.mark.parametrize("full, half", [(4, 2), (3, 2), (1, 1)])
+def test_codebook_updates_are_whole_at_both_ends(full, half, monkeypatch):
+    """The first and the last take all the iterations of the recipe, those between half of them."""
+    taken, refit = [], solver._refit
+    monkeypatch.setattr(solver, "_refit", lambda *args: taken.append(args[4]) or refit(*args))
+    recipe = Recipe(em_iterations=2, em_starts=1, passes=2, sweeps=2, cg_iterations=full)
+    solver.solve(torch.randn(16, 32), torch.eye(32), QuantSpec(16, 32, 2, 2, 16, 32), recipe, "weight")
+    assert taken == [full, half, half, full]
+
+
 def tables_of(centroids, spec):
     c = centroids.double().numpy()
     tables = {place: oracle.all_signs(c[place]) if spec.signs else c[place] for place in np.ndindex(c.shape[:2])}

@@ -1,5 +1,6 @@
 """The benches of speed on tiny shapes and a tiny model: rows, ratios, tables, and clear words where something is missing."""
 import importlib.util
+import types
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from bench_runs import bench, check_file
 from job.tiny_models import build
 
-from bench import arm_mca, decode, gemv, ggml, int4, llamacpp
-from bench.contenders import BASELINES, Shape, inputs, label, random_weight
+from bench import arm_mca, decode, gemv, ggml, int4, llamacpp, runner
+from bench.contenders import BASELINES, Contender, Shape, inputs, label, random_weight
 from gptvq import evaluate
 from gptvq.config import VQConfig
 from gptvq.demo import bundled_model
@@ -93,6 +94,38 @@ def test_contenders_compute_the_product(cold, m):
     for one in found:
         one.close()
     shape.close()
+
+
+def test_times_are_those_of_one_product(monkeypatch):
+    """By a clock that only the contenders move: two products of 3 ms in a call, against one of 6 ms and a read of 1 ms."""
+    now = [0.0]
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: None))
+
+    def contender(name, seconds, calls, nbytes):
+        row = {"method": name.split()[0], "preset": None, "format": name}
+        return Contender(name, row, nbytes, calls, lambda: now.__setitem__(0, now[0] + calls * seconds), "read")
+
+    shape = types.SimpleNamespace(rows=8, cols=16, contenders=lambda *_: [
+        contender("gptvq", 0.003, 2, 300), contender("torch", 0.006, 1, 600), contender("read", 0.001, 3, 300)])
+    ours, torch_, read = gemv.compare(shape, gemv.parser().parse_args([]), 1, 1, "cold")
+    assert [row["median_seconds"] for row in (ours, torch_, read)] == pytest.approx([0.003, 0.006, 0.001])
+    assert ours["gb_per_second"] == pytest.approx(300 / 0.003 / 1e9) and ours["gw_per_second"] == pytest.approx(128 / 0.003 / 1e9)
+    assert ours["speedup"] == {"torch": pytest.approx(2)} and ours["of_read"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_the_probe_reads_as_many_bytes(cold, monkeypatch):
+    """As the packed weight has, to whole cache lines; cold, of other memory each time, as often as there are copies of the weight."""
+    probes = []
+    monkeypatch.setattr(int4, "load", lambda: None)
+    monkeypatch.setattr(int4, "Reads", lambda stretches, threads: probes.append(stretches) or types.SimpleNamespace(calls=len(stretches)))
+    shape = Shape(48, 256, torch.device("cpu"), torch.float32, lambda nbytes: 3)
+    packed, read = shape.contenders(["2d-2.25-s64"], ["a16"], ["read"], 1, 2, cold)
+    nbytes = VQConfig.preset("2d-2.25-s64").spec(48, 256).nbytes
+    places = {part.data_ptr() for part in probes[0]}
+    assert packed.nbytes == nbytes and read.nbytes == nbytes // 64 * 64 and {part.nbytes for part in probes[0]} == {read.nbytes}
+    assert len(places) == (3 if cold else 1) and all(at % 64 == 0 for at in places)
+    assert max(places) - min(places) == (2 * read.nbytes if cold else 0) and read.calls == len(probes[0])
 
 
 @pytest.mark.parametrize("options, message", [

@@ -12,7 +12,7 @@ import pytest
 
 import gptvq
 from gptvq import cli, demo
-from gptvq.config import PRESETS, VQConfig
+from gptvq.config import ACTIVATIONS, PRESETS, VQConfig
 from gptvq.errors import ConfigError
 
 COMMANDS = ("quantize", "eval", "generate", "inspect", "demo")
@@ -134,6 +134,28 @@ def test_eval_dense_and_packed(my_model, packed, tmp_path, capsys):
     assert found["dense"]["perplexity"] == pytest.approx(perplexity(dense, tokens, 64, 5), rel=1e-5)
     assert found["packed"]["perplexity"] == pytest.approx(perplexity(gptvq.load(packed), tokens, 64, 5), rel=1e-5)
     assert found["packed"]["perplexity"] != found["dense"]["perplexity"]
+
+
+def test_quantize_takes_the_dtype(my_model, tmp_path, capsys):
+    """What stays dense is stored in it, and a checkpoint opens in it."""
+    from safetensors.torch import load_file
+    assert run(capsys, *small(my_model, tmp_path / "o", "--dtype", "float16"))[0] == 0
+    stored = load_file(tmp_path / "o" / "model.safetensors")
+    assert {str(stored[name].dtype) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")} == {"torch.float16"}
+    assert gptvq.load(tmp_path / "o").dtype == stored["model.norm.weight"].dtype
+
+
+def test_eval_takes_the_activations(my_model, packed, tmp_path, capsys):
+    from gptvq.calibration import read_tokens
+    from gptvq.evaluate import perplexity
+    from gptvq.hf import open_model
+    text, found = my_model.parent / "test.txt", {}
+    for kind in ACTIVATIONS:
+        assert run(capsys, "eval", packed, "--text", text, "--window", 64, "--max-windows", 5, "--activations", kind, "--json", tmp_path / kind)[0] == 0
+        found[kind] = json.loads((tmp_path / kind).read_text())["perplexity"]
+        model, tokenizer = open_model(packed, activations=kind)
+        assert found[kind] == perplexity(model, read_tokens(str(text), tokenizer, "--text"), 64, 5)
+    assert len(set(found.values())) == 3 and abs(found["a8"] - found["fp32"]) > abs(found["a16"] - found["fp32"])
 
 
 def test_generate_streams_what_the_model_says(packed, capsys):

@@ -32,8 +32,10 @@ def test_limit_on_the_divergence(my_model, tmp_path, capsys):
     assert code == 2 and found and "over the limit of 1e-09 (--max-kl)" in err and "written to" in out
     check = gptvq.Report.load(tmp_path / "o").check
     assert found[1] == f"{check['kl']:.4f}"
-    code, out, err = run(capsys, my_model, tmp_path / "o", "--max-kl", check["kl"] + 1)     # complete: looked at once more
+    code, out, err = run(capsys, my_model, tmp_path / "o", "--max-kl", 1.01 * check["kl"])     # complete: looked at once more
     assert code == 0 and "KL to the dense model" in out and "is complete" in out and not err
+    code, out, err = run(capsys, my_model, tmp_path / "o", "--max-kl", 0.99 * check["kl"])
+    assert code == 2 and "over the limit" in err
     code, out, err = run(capsys, my_model, tmp_path / "o", "--max-kl", 1, "--check", "none")
     assert code == 1 and "leave --check none away" in err
     code, out, _ = run(capsys, my_model, tmp_path / "unchecked", "--check", "none")
