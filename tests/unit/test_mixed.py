@@ -84,13 +84,14 @@ def test_the_configuration_meets_the_budget(bits):
 
 @pytest.mark.parametrize("dear", ["model.layers.0.q", "model.layers.2.q"])
 def test_the_layer_that_the_loss_feels_gets_the_bits(dear):
-    """Of layers with equal sizes and errors the one with the largest share, and the one with the larger error where shares are equal."""
+    """Of layers of one size the one whose share times error is largest; layers without a share count 1."""
     shapes = {name: shape for name, shape in SHAPES.items() if name.endswith(".q")}
     choices = mixed.candidates(VQConfig(), ("2d-2.25-s64", "2d-4.125-s64"), shapes)
     low, high = (spec.nbytes for spec in choices[dear].values())
     errors = {name: {"2d-2.25-s64": 0.1, "2d-4.125-s64": 0.01} for name in shapes}
     for errors, shares in ((errors, {dear: 2.0, "model.layers.1.q": 0.5}),
-                           ({**errors, "model.layers.1.q": {"2d-2.25-s64": 0.15, "2d-4.125-s64": 0.01}}, {dear: 4.0})):
+                           ({**errors, "model.layers.1.q": {"2d-2.25-s64": 0.15, "2d-4.125-s64": 0.01}}, {dear: 4.0}),
+                           (errors, {name: 0.5 for name in shapes if name != dear})):
         specs = mixed.within_budget(VQConfig(), choices, errors, shares, 2 * low + high).resolve(shapes)
         assert [name for name, spec in specs.items() if spec.index_bits == 4] == [dear]
 
