@@ -75,17 +75,16 @@ class Pool {
   std::atomic<bool> stop_{false};
 };
 
-// [first, last) of part t when `count` things are shared out.
-std::pair<long, long> share(long count, int t, int threads) { return {count * t / threads, count * (t + 1) / threads}; }
-
+// A few parts per thread, taken as threads come, even out their speeds: as the kernels of this package.
 void parallel(long count, int threads, const std::function<void(long, long)>& part) {
   static std::vector<std::unique_ptr<Pool>> pools;
   if (threads == 1) return part(0, count);
   if (static_cast<int>(pools.size()) <= threads) pools.resize(threads + 1);
   if (!pools[threads]) pools[threads] = std::make_unique<Pool>(threads);
-  pools[threads]->run([&](int t) {
-    const auto [first, last] = share(count, t, threads);
-    part(first, last);
+  const long size = std::max(1l, count / (4 * threads));
+  std::atomic<long> next{0};
+  pools[threads]->run([&](int) {
+    for (long first; (first = next.fetch_add(size, std::memory_order_relaxed)) < count;) part(first, std::min(count, first + size));
   });
 }
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -63,16 +62,16 @@ def parser():
 
 def _process(words: list[str]) -> dict:
     """Runs one gptvq command -> its wall and processor seconds, its peak of resident bytes, and the load of the machine."""
-    before, load, began = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0], time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "gptvq.cli", *words], cwd=runner.ROOT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
-    problem = child.communicate()[1]
+    load, began = os.getloadavg()[0], time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", "gptvq.cli", *words], cwd=runner.ROOT, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True) as child:
+        problem = child.stderr.read()
+        _, status, used = os.wait4(child.pid, 0)            # of this child alone; getrusage would tell the largest peak of all so far
+        child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise GptvqError(f"gptvq {words[0]}: exit code {child.returncode}: {problem[-500:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # The peak is that of the largest child so far: the run after the plan, which keeps fewer samples.
-    return {"seconds": time.perf_counter() - began, "peak_ram": 1024 * after.ru_maxrss, "load": [load, os.getloadavg()[0]],
-            "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+    return {"seconds": time.perf_counter() - began, "peak_ram": 1024 * used.ru_maxrss, "load": [load, os.getloadavg()[0]],
+            "cpu_seconds": used.ru_utime + used.ru_stime}
 
 
 def show(rows: list[dict]) -> str:
