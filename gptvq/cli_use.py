@@ -157,7 +157,7 @@ def tune(args):
     losses = tune_folder(args.folder, args.out, args.dense, calibration=calibration, samples=args.samples,
                          sequence_length=args.sequence_length, batch=args.batch, rate=args.rate, device=args.device,
                          overwrite=args.overwrite, progress=Steps())
-    print(f"\nKL to the dense model {losses.before:.4f} -> {losses.after:.4f} nats per token on the text of the first step, in "
+    print(f"KL to the dense model {losses.before:.4f} -> {losses.after:.4f} nats per token on the text of the first step, in "
           f"{len(losses)} steps; written to {args.out}")
 
 
@@ -170,7 +170,7 @@ class Steps:
     def __call__(self, step: int, steps: int, loss: float) -> None:
         from .report import clock
         left = (time.perf_counter() - self.began) / step * (steps - step)
-        print(f"\rstep {step} of {steps}, KL {loss:.4f}, {clock(left)} left   ", end="", file=sys.stderr, flush=True)
+        print(f"\rstep {step} of {steps}, KL {loss:.4f}, {clock(left)} left   ", end="\n" * (step == steps), file=sys.stderr, flush=True)
 
 
 def export(args):

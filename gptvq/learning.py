@@ -162,7 +162,7 @@ class Learning:
             try:
                 self._packed[name].check(name)
             except FormatError as error:
-                raise NumericalError(f"{error} after learning; {advice}") from error
+                raise NumericalError(f"{str(error).partition(';')[0]}: what was learnt cannot be stored; {advice}") from error
         for name, layer in self._packed.items():
             self.model.set_submodule(name, layer)
 

@@ -212,7 +212,7 @@ def test_weights_that_got_worse_are_not_kept(my_model, tmp_path, capsys, monkeyp
         assert not (tmp_path / "tuned").exists() or not any((tmp_path / "tuned").iterdir())
         return capsys.readouterr().err
 
-    assert "try a smaller rate than 8.0" in run(packed, 8)
+    assert "cannot be stored; try a smaller rate than 8.0" in run(packed, 8)
     assert "on the first step's samples rose from" in run(packed, 0.5)
     model.save_pretrained(tmp_path / "resaved")
     assert "no report.json of its own" in run(tmp_path / "resaved", 0.001, "no-such-model")
