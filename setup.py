@@ -97,7 +97,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     # torch is bounded above: a plain `torch` would replace an installed build by the newest one with all of CUDA.
     install_requires=["torch>=2.11,<2.14", "transformers>=5.17,<6", "numpy>=1.26", "safetensors>=0.8", "accelerate>=1.1",
-                      "gguf>=0.11", "rich>=13"],
+                      "gguf>=0.13", "rich>=13"],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "peft>=0.21", "setuptools>=70", "wheel", "cmake>=3.24", "ninja",
                  "pybind11>=2.13",

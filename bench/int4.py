@@ -10,7 +10,6 @@ import subprocess
 from ctypes import POINTER, c_int, c_long, c_uint64, c_void_p
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
