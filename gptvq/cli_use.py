@@ -157,6 +157,9 @@ def tune(args):
     losses = tune_folder(args.folder, args.out, args.dense, calibration=calibration, samples=args.samples,
                          sequence_length=args.sequence_length, batch=args.batch, rate=args.rate, device=args.device,
                          overwrite=args.overwrite, progress=Steps())
+    if losses.after >= losses.before:
+        print("warning: the model came no nearer to the dense one on the text of the first step; try another --rate, or more text",
+              file=sys.stderr)
     print(f"KL to the dense model {losses.before:.4f} -> {losses.after:.4f} nats per token on the text of the first step, in "
           f"{len(losses)} steps; written to {args.out}")
 

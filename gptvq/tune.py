@@ -20,6 +20,7 @@ from .storage import digest_of
 from .verify import own_report
 
 _CHUNK = 256                    # positions per float32 log-softmax
+_ROUNDING = 1.05                # what rounding codebooks to int8 anew may do to a loss that no step has made less
 
 
 class Losses(list[float]):
@@ -67,7 +68,8 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
     dimension, such as norms.  `progress(step, steps, loss)`.
     Raises ConfigError for a model without packed linears or of another vocabulary, and for tokens that it cannot take; NumericalError
     for a loss that is not finite, weights that cannot be stored, and where the packed model is afterwards further from the dense one on
-    the first step's samples than it was.  Whatever happens, the model is left packed, and as it was after a NumericalError.
+    the first step's samples than it was, by more than rounding.  Whatever happens, the model is left packed, and
+    as it was after a NumericalError.
     """
     if type(batch) is not int or batch < 1:
         raise ConfigError(f"batch: got {batch!r}, need a positive integer, for instance 4")
@@ -96,7 +98,7 @@ def tune(model: nn.Module, dense: nn.Module, tokens: Tensor, *, batch: int = 4, 
                     progress(i + 1, len(steps), losses[-1])
             learning.settle()
             losses.after = _measured(model, dense, steps[0].to(place))
-            if not losses.after <= losses.before:
+            if not losses.after <= _ROUNDING * losses.before:
                 raise NumericalError(f"tune: the KL to the dense model on the first step's samples rose from {losses.before:.6g} to "
                                      f"{losses.after:.6g}; try a smaller rate than {rate}, or more text")
     finally:

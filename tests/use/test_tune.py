@@ -8,7 +8,7 @@ import gptvq
 from gptvq.backends.reference import all_signs
 from gptvq.learning import Learning, LearningLinear
 from gptvq.linear import VQLinear
-from gptvq.tune import tune
+from gptvq.tune import Losses, tune
 from gptvq.weight import unpack_scale_codes
 from job.tiny_models import build, logits, preset
 
@@ -141,6 +141,8 @@ def test_it_is_left_packed_whatever_happens():
         tune(dense, dense, IDS)
     with pytest.raises(gptvq.ConfigError, match="rate: got -1.0"):
         tune(model, dense, IDS, rate=-1.0)
+    steps = tune(copy.deepcopy(model), dense, IDS, rate=0.0)
+    assert steps.after == pytest.approx(steps.before, rel=0.05)                     # rounding alone is no error
     with pytest.MonkeyPatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(torch.optim, "Adam", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
         tune(model, dense, IDS)
@@ -172,6 +174,17 @@ def test_from_folder_to_folder(my_model, tmp_path, capsys):
         assert cli.main(["tune", str(tmp_path / "packed"), str(out), *learn, "--overwrite"]) == 1
         assert "model's own folder" in capsys.readouterr().err
     assert (my_model / "model.safetensors").read_bytes() == model
+
+
+def test_a_model_that_came_no_nearer_is_said(capsys, monkeypatch):
+    from gptvq import cli
+
+    losses = Losses([0.5])
+    monkeypatch.setattr("gptvq.tune.tune_folder", lambda *args, **options: losses)
+    for losses.before, losses.after, warned in ((0.5, 0.4, False), (0.5, 0.51, True)):
+        assert cli.main(["tune", "a", "b", "--dense", "c", "--calibration", "text"]) == 0
+        said = capsys.readouterr()
+        assert f"0.5000 -> {losses.after:.4f}" in said.out and ("warning: the model came no nearer" in said.err) == warned
 
 
 def test_block_by_block_from_the_command_line(my_model, tmp_path, capsys):
