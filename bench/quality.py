@@ -125,8 +125,8 @@ def parser():
     p.add_argument("--windows", "--max-windows", dest="max_windows", type=runner.positive, default=40, metavar="N",
                    help="at most N windows, default %(default)s")
     p.add_argument("--second-windows", type=runner.positive, default=5, metavar="N", help="of the second text, default %(default)s")
-    p.add_argument("--probes", type=runner.positive, default=2, metavar="N", help="samples that layer outputs are compared on, default %(default)s")
-    p.add_argument("--tune-samples", type=runner.positive, default=128, metavar="N", help="gptvq+tune: sequences, 4 a step, default %(default)s")
+    p.add_argument("--probes", type=runner.positive, default=2, metavar="N", help="samples to compare layer outputs on, default %(default)s")
+    p.add_argument("--tune-samples", type=runner.positive, default=128, metavar="N", help="+tune: sequences, 4 a step, default %(default)s")
     p.add_argument("--tune-length", type=runner.positive, default=256, metavar="N", help="gptvq+tune: tokens per sequence, default %(default)s")
     p.add_argument("--rate", type=float, default=1e-3, metavar="R", help="gptvq+tune: learning rate, default %(default)s")
     p.add_argument("--fresh", action="store_true", help="measure rows anew that the result file holds")

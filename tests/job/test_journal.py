@@ -209,7 +209,7 @@ def test_a_folder_that_turned_read_only(job, monkeypatch):
 
 
 def test_what_is_on_the_disk_before_what(tmp_path, monkeypatch):
-    """A file is written, synced and only then named; the folder is synced before the line that names the file is, and that is synced last."""
+    """A file is written, synced and only then named; the folder is synced, then the line that names the file."""
     book, seen = journal.Journal(tmp_path, {"a": 1}), []
 
     def note(name, place):
@@ -230,7 +230,8 @@ def test_what_is_on_the_disk_before_what(tmp_path, monkeypatch):
     steps = [step for i, step in enumerate(seen) if i == 0 or step != seen[i - 1]]
     files = [[(step, f"{kind}-00000.safetensors.partial") for step in ("write", "fsync", "replace")] for kind in ("block", "hidden")]
     assert [[step for step in steps if step[1].startswith(kind) and step[0] != "unlink"] for kind in ("block", "hidden-00000")] == files
-    assert steps[-4:] == [("fsync", "journal"), ("write", "journal.jsonl"), ("fsync", "journal.jsonl"), ("unlink", "hidden-00009.safetensors")]
+    assert steps[-4:] == [("fsync", "journal"), ("write", "journal.jsonl"), ("fsync", "journal.jsonl"),
+                          ("unlink", "hidden-00009.safetensors")]
     assert len(steps) == 10
 
 

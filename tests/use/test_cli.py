@@ -151,7 +151,8 @@ def test_eval_takes_the_activations(my_model, packed, tmp_path, capsys):
     from gptvq.hf import open_model
     text, found = my_model.parent / "test.txt", {}
     for kind in ACTIVATIONS:
-        assert run(capsys, "eval", packed, "--text", text, "--window", 64, "--max-windows", 5, "--activations", kind, "--json", tmp_path / kind)[0] == 0
+        assert run(capsys, "eval", packed, "--text", text, "--window", 64, "--max-windows", 5, "--activations", kind,
+                   "--json", tmp_path / kind)[0] == 0
         found[kind] = json.loads((tmp_path / kind).read_text())["perplexity"]
         model, tokenizer = open_model(packed, activations=kind)
         assert found[kind] == perplexity(model, read_tokens(str(text), tokenizer, "--text"), 64, 5)

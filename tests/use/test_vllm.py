@@ -1,6 +1,7 @@
 """The vLLM plugin: every rank's share of packed layers, computed as vLLM would make, load and call them.
 
-Against vLLM itself where it is installed, else against tests/use/vllm_stub.py, which has its documented interface; the names of the tests say which.
+Against vLLM itself where it is installed, else against tests/use/vllm_stub.py, which has its documented interface;
+the names of the tests say which.
 """
 import importlib
 import importlib.util
