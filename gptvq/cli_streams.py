@@ -34,4 +34,5 @@ def said(error: OSError) -> str:
         return f"the output cannot be written ({error.strerror or error}); free some space or send it elsewhere"
     if error.filename is None:
         return " ".join(str(error).split())
-    return f"{os.fspath(error.filename)}: cannot be read or written ({error.strerror or error}); check the path and who may use it"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else error.filename
+    return f"{name}: cannot be read or written ({error.strerror or error}); check the path and who may use it"

@@ -20,7 +20,7 @@ from .config import Recipe, VQConfig
 from .drift import Stage, collect
 from .embedding import put_embedding, put_head, scale_of
 from .errors import ConfigError
-from .hessian import Hessian
+from .hessian import Hessian, wide
 from .job import Run
 from .linear import VQLinear
 from .model import Block, InputCollector, Stop, call
@@ -165,6 +165,7 @@ def solve_parts(weight: Tensor, hessian: Hessian, spec: QuantSpec, recipe: Recip
     # SVD codebooks tie all groups together, and left to right a strip's scales depend on the strips before it.
     if rows >= spec.rows or spec.svd_rank or spec.scale_block and recipe.order == "sequential":
         return solve(weight.to(device).float(), hessian, spec, recipe, name, together)
+    weight = wide(weight) if weight.element_size() == 1 else weight
     unit = unit_of(weight, name)
     pieces, scales = weight.split(rows), None
     if spec.scale_block:

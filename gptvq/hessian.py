@@ -216,7 +216,7 @@ def checked(matrix: Tensor) -> Tensor:
     matrix = wide(matrix)
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError("Hessian: got non-finite entries; check the calibration activations")
-    return matrix / 2 + matrix.T / 2                    # halves, as a sum of large ones could overflow
+    return (matrix / 2).add_(matrix.T, alpha=0.5)       # halves, as a sum of large ones could overflow
 
 
 def wide(x: Tensor) -> Tensor:

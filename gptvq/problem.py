@@ -122,10 +122,10 @@ class Problem:
         """Relative layer error tr((W - Q) H (W - Q)^T) / tr(W H W^T); pull: (W - Q) H, where it is known."""
         return self.measure(index, centroids, pull)[0]
 
-    def measure(self, index: Tensor, centroids: Tensor, pull: Tensor | None = None) -> tuple[float, Tensor]:
-        """(the error, (W - Q) H [rows, n])."""
+    def measure(self, index: Tensor, centroids: Tensor, pull: Tensor | None = None, product=ops.matmul) -> tuple[float, Tensor]:
+        """(the error, (W - Q) H [rows, n]); product: what computes the latter, where it is not given."""
         residual = self.W - self.decode(index, centroids)
-        pull = ops.matmul(residual, self.H) if pull is None else pull
+        pull = product(residual, self.H) if pull is None else pull
         loss = _loss(residual, pull, self.rows)
         return loss / self.power if self.power > 0 else 0.0 if loss == 0 else float("inf"), pull
 

@@ -25,7 +25,8 @@ def scale_reach(method: str) -> float:
     """Octaves that the scales of a column of blocks go below its typical large block; without end as published.
 
     A row of nearly nothing would take most of the 16 steps for itself, and leave coarse ones to all the others. Rows that are small but
-    mean something, like a third of them for another purpose, do have scales of their own: those down to a 64th.
+    mean something, like a third of them for another purpose, do have scales of their own: those down to a 64th. Single rows below have
+    coarser codes by it; a loss over all rows hardly sees them.
     """
     return math.inf if method == "paper" else 6.0
 
@@ -83,7 +84,7 @@ def scale_table(sz: Tensor) -> Tensor:
 
     2**x is taken in float64 and rounded once, so that every backend and device decodes the same values.
     """
-    z, a = sz.double().cpu().unbind(1)
+    z, a = sz.cpu().double().unbind(1)                    # some devices have no float64
     code = torch.arange(16, dtype=torch.float64)
     return torch.exp2(z[:, None] + a[:, None] * code).float().to(sz.device)
 

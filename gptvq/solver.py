@@ -144,7 +144,7 @@ def stages(problem: Problem, factor: HessianFactor, order: Tensor, recipe: Recip
         if stage <= recipe.passes:
             index, centroids = column_pass(problem, factor, order, recipe, centroids)
             if before:
-                error, pull = problem.measure(index, centroids)
+                error, pull = problem.measure(index, centroids, product=ops.matmul_split)
         else:
             index, pull = coordinate_descent(problem, best.index, centroids, recipe.block_cols, best.pull)
             error = problem.error(index, centroids, pull)

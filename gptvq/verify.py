@@ -90,7 +90,7 @@ def _layer_hashes(folder: Path, found: Structure) -> dict[str, str]:
 def own_report(folder: str | os.PathLike) -> Report:
     """The report of a finished checkpoint that quantize() or tune_folder() wrote; no tensor is read.
 
-    Raises ConfigError where the folder is none, or transformers wrote its files, and FormatError for a damaged or unfinished one.
+    Raises ConfigError where the folder is none, or unfinished, or transformers wrote its files, and FormatError for a damaged one.
     """
     from .report import Report
 

@@ -99,6 +99,14 @@ def test_far_from_usual_weights_are_solved_as_well_as_any(label, factor):
         solve(weight * 1e37, hessian, spec, QUICK, "layer")
 
 
+@pytest.mark.parametrize("label", ["2d-2.25", "2d-2.25-s64"])
+def test_float8_weights_in_parts(label):
+    weight, target = torch.randn(64, 64).to(torch.float8_e4m3fn), VQConfig.preset(label).spec(64, 64)
+    made = [solve_parts(given, Hessian.from_matrix(torch.eye(64)), target, QUICK, "layer", 16 * 64, torch.device("cpu"))[0]
+            for given in (weight, weight.float())]
+    assert torch.equal(made[0].dequantize(), made[1].dequantize())
+
+
 def test_row_groups_of_tiny_scales_have_codebooks_like_all_others():
     """As published block scales go down without end, and the squares of these are no float32."""
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))

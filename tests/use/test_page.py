@@ -16,7 +16,7 @@ import torch
 
 from gptvq import cli
 from gptvq.bands import BANDS, expected, larger, preset_of
-from gptvq.code_use import CodeUse, code_use, count, first_rows
+from gptvq.code_use import code_use, count, first_rows
 from gptvq.config import PRESETS, VQConfig
 from gptvq.errors import ConfigError, FormatError
 from gptvq.page import block_and_kind, page, write_page
