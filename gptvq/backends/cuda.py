@@ -37,7 +37,8 @@ def _runtime_works() -> bool:
 
 
 def serves(device: torch.device) -> bool:
-    return device.type == "cuda" and cuda_call.kernels is not None and _runtime_works() and _capability(device) >= LEAST
+    built = native._C is not None and cuda_call.kernels is not None
+    return device.type == "cuda" and built and _runtime_works() and _capability(device) >= LEAST
 
 
 def why_not(device: torch.device) -> str:
