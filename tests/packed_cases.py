@@ -81,3 +81,15 @@ def specs(draw):
     scale = draw(st.sampled_from([0, 16, 32, 64]))
     step = max(4, scale)
     return QuantSpec(rows, cols, dim, bits, draw(st.integers(1, 80)), step * draw(st.integers(1, 160 // step)), scale)
+
+
+def compiled_noting(model):
+    """(`model` compiled without a graph break, the list that its graphs go into)."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(model, fullgraph=True, backend=backend), graphs

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from packed_cases import random_weight
+from packed_cases import compiled_noting, random_weight
 from torch import nn
 
 import gptvq
@@ -110,14 +110,7 @@ def test_unknown_activations_are_refused():
 @pytest.mark.parametrize("name", SPECS)
 def test_compiled_is_one_graph_and_equals_eager(name):
     model = nn.Sequential(layer(name), nn.ReLU())
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled, graphs = compiled_noting(model)
     with torch.no_grad():
         for _ in range(3):
             x = torch.randn(2, 3, model[0].in_features)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from packed_cases import random_weight
+from packed_cases import compiled_noting, random_weight
 from torch import nn
 
 from gptvq import QuantSpec, VQLinear
@@ -39,14 +39,7 @@ def assigned(vq):
 
 def graphs_of(model, *inputs):
     """The graphs of two calls, and whether these gave what `model` gives."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled, graphs = compiled_noting(model)
     with torch.no_grad():
         found = [compiled(*inputs) for _ in range(2)]
         return graphs, all(torch.equal(y, model(*inputs)) for y in found)
