@@ -21,6 +21,7 @@ from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.evaluate import decode
 from gptvq.head import find_head, install
 from gptvq.hf import open_model
+from gptvq.large_pages import settle
 from gptvq.linear import VQLinear
 from gptvq.model import dense_weight, find_blocks, linears
 from gptvq.stream import BlockStream
@@ -40,9 +41,10 @@ EXAMPLE = """examples:
 
 tokens per second: greedy, batch 1, with a cache, the prompt not timed.  Without --packed the packed weights are random, with the
 standard deviation of those they replace: what such a model says is noise, but it says it as fast.  The dense weights of the head and
-the embedding are bfloat16 here and Q8_0 in llama.cpp.  linears: every linear of the decoder blocks once, in ms; weights are random,
-in as many copies as make at least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed
-ones, "as in the model": block by block, those that share an input one after another on it.  --shape: a model of those sizes with random weights on any
+the embedding are bfloat16 here and Q8_0 in llama.cpp.  All models but llama.cpp's lie in large pages, as packed ones do once they are
+loaded.  linears: every linear of the decoder blocks once, in ms; weights are random, in pages as torch takes them, and in as many
+copies as make at least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed ones, "as in
+the model": block by block, those that share an input one after another on it.  --shape: a model of those sizes with random weights on any
 device, its steps called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
 
 
@@ -223,7 +225,7 @@ def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Pa
             found[f"gptvq {preset or 'packed'} {'with head ' * bool(head)}{kind}"] = row, here(model)
     for name, dtype in (("torch bf16", torch.bfloat16), ("torch fp32", torch.float32)):
         row = {"method": "torch", "preset": None, "format": name.split()[1], "bits_per_value": 8.0 * dtype.itemsize}
-        found[name] = row, here(dense if dtype == torch.bfloat16 else copy.deepcopy(dense).float())
+        found[name] = row, here(settle(dense if dtype == torch.bfloat16 else copy.deepcopy(dense).float()))
     if source.suffix == ".gguf":
         try:
             found.update(llama_models(source, prompt.tolist(), args.tokens, folder))
@@ -259,7 +261,7 @@ def with_random_weights(dense: nn.Module, prompt: Tensor, config: VQConfig) -> n
     if config.head:
         head = find_head(BlockStream(model, None, ""))
         install(head, packed(head.name, head.module, VQConfig.preset(config.head)).packed)
-    return quicken(model)
+    return settle(quicken(model))           # as a loaded one
 
 
 def copied(model: nn.Module, activations: str) -> nn.Module:

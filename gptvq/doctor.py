@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import ops
+from . import large_pages, ops
 from .backends import cuda, native, triton, triton_launch
 from .checkpoint import VERSION
 from .errors import BackendUnavailable
@@ -30,6 +30,7 @@ def diagnose() -> dict[str, str]:
         found["CPU quantizing"] = native.quantizing_text()
     else:
         found["CPU kernels"] = f"none: {native.why_not(cpu)}; packed layers are unpacked on every call"
+    found["weights in RAM"] = f"small pages: {large_pages.why_not()}" if large_pages.why_not() else "in large pages"
     found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors (torch.set_num_threads or OMP_NUM_THREADS)"
     found["CUDA in torch"] = (f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                               f"no device (torch built with CUDA {torch.version.cuda})" if torch.version.cuda else "torch is a CPU build")

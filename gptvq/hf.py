@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import checkpoint, on_load
+from . import checkpoint, large_pages, on_load
 from .calibration import read_tokens
 from .dense import quicken
 from .embedding import VQEmbedding, put_head, scale_of
@@ -147,7 +147,7 @@ class GptvqQuantizer(HfQuantizer):
             if isinstance(module, VQLinear):
                 module.check(name)
                 module.make_tables()
-        return quicken(model)
+        return quicken(model) if torch.cuda.is_available() else large_pages.settle(quicken(model))
 
     def update_weight_conversions(self, weight_conversions, *_):
         if not self.pre_quantized:          # here, and not above, where transformers builds everything on the meta device
@@ -194,7 +194,7 @@ def load(path: str | os.PathLike, device: str | torch.device | None = "auto", dt
     check_activations(activations)
     model = from_pretrained(folder, FormatError, dtype=read_dtype(dtype), local_files_only=True, use_safetensors=True)
     set_activations(model, activations)
-    return model.to(pick_device(device)).eval()
+    return large_pages.settle(model.to(pick_device(device))).eval()
 
 
 def open_model(source: str | os.PathLike, device=None, dtype="auto", activations="a16") -> tuple[nn.Module, object]:

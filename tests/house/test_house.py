@@ -32,7 +32,7 @@ LAYERS = [
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",
      "redo", "parts", "plan", "sums", "mixed", "report", "evaluate", "hf", "peft", "tune", "vllm", "export", "doctor", "bands", "code_use",
      "plots", "page_style", "page", "chat", "ahead", "kernel_speed", "tasks", "shard", "token_weights", "on_load",
-     "gguf_file", "head", "check", "distill", "shortcuts"},
+     "gguf_file", "head", "check", "distill", "shortcuts", "large_pages"},
     {"quantize"},
     {"cli_job", "cli_plan", "cli_streams", "cli_use", "completion", "cli", "demo", "__main__"},
     {"__init__"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_runs import bench, check_file
 
-from bench import dequantize, layers, quality, rounding, runner
+from bench import dequantize, layers, pages, quality, rounding, runner
 from gptvq.config import PRESETS, VQConfig
 from gptvq.hessian import Hessian
 
@@ -123,6 +123,25 @@ def test_dequantize(tmp_path, capsys):
     assert native["gb_per_second"] == pytest.approx(moved / native["median_seconds"] / 1e9)
     assert native["speedup"]["reference"] > 1 and reference["speedup"] == {}
     assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_pages(tmp_path, capsys, monkeypatch):
+    if pages.why_not():
+        pytest.skip(f"no large pages: {pages.why_not()}")
+    out = tmp_path / "pages.json"
+    monkeypatch.setattr(pages, "RING_BYTES", 50_000)
+    monkeypatch.setattr(pages, "settle", lambda layers, settle=pages.settle: settled.append(len(layers)) or settle(layers))
+    settled: list[int] = []
+    assert bench(pages, "--shapes", "64x96", "--presets", "2d-2.25-s64", "--threads", "1", "--repeats", "3", "--json", out) == 0
+    rows = check_file(out, "pages")
+    kinds = [("gptvq", "2d-2.25-s64"), ("torch", None), ("gptvq", None)]
+    assert [(row["method"], row["preset"], row["pages"]) for row in rows] == [(*kind, size) for kind in kinds for size in ("small", "large")]
+    for row, count in zip(rows[1::2], settled):
+        nbytes = VQConfig.preset("2d-2.25-s64").spec(64, 96).nbytes if row["preset"] else 2 * 64 * 96
+        assert count == 1 + 50_000 // nbytes and row["gb_per_second"] == pytest.approx(nbytes / row["median_seconds"] / 1e9)
+    assert capsys.readouterr().out.count("\n") == 5
+    monkeypatch.setenv("GPTVQ_LARGE_PAGES", "0")
+    assert bench(pages, "--shapes", "64x96") == 1 and "GPTVQ_LARGE_PAGES=0" in capsys.readouterr().err
 
 
 def test_a_broken_off_run_keeps_its_rows(tmp_path):
