@@ -158,20 +158,19 @@ def decode(model, prompt: Tensor, new_tokens: int) -> tuple[list[int], float]:
     out = model(input_ids=ids, use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
     found = [int(token)]                        # reading it also waits for a GPU
+    given, taken = _cache_names(model, out)
     began = time.perf_counter()
     while len(found) < new_tokens:
-        out = model(input_ids=token, **_cache(model, out), use_cache=True)
+        out = model(input_ids=token, **{taken: getattr(out, given)}, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
         found.append(int(token))
     return found, (new_tokens - 1) / (time.perf_counter() - began)
 
 
-def _cache(model, out) -> dict:
-    """{argument: the cache in `out`}: `cache` from transformers 5.24 on, `past_key_values` before and in older code of a model."""
-    cache = getattr(out, "cache", None)
-    if cache is None:
-        return {"past_key_values": out.past_key_values}
-    return {"past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache": cache}
+def _cache_names(model, out) -> tuple[str, str]:
+    """What the cache is called in `out` and as an argument: `cache` from transformers 5.24 on, `past_key_values` before and in older code."""
+    given = "past_key_values" if getattr(out, "cache", None) is None else "cache"
+    return given, "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else given
 
 
 def tokens_per_second(model, prompt: Tensor, new_tokens: int = 32) -> float:

@@ -17,7 +17,7 @@ from transformers import (
 
 from gptvq import evaluate
 from gptvq.errors import ConfigError, NumericalError
-from gptvq.evaluate import _cache, agreement, decode, default_window, learned_positions, perplexity, tokens_per_second
+from gptvq.evaluate import _cache_names, agreement, decode, default_window, learned_positions, perplexity, tokens_per_second
 
 VOCAB = 61
 
@@ -157,5 +157,5 @@ def test_the_cache_is_passed_on_under_the_models_own_name():
     old, new = SimpleNamespace(past_key_values=1), SimpleNamespace(cache=1)
     models = [SimpleNamespace(forward=forward) for forward in (lambda input_ids, past_key_values=None: 0, lambda input_ids, cache=None: 0,
                                                                lambda **arguments: 0)]
-    assert [list(_cache(model, old)) for model in models] == [["past_key_values"]] * 3
-    assert [list(_cache(model, new)) for model in models] == [["past_key_values"], ["cache"], ["cache"]]
+    assert [_cache_names(model, old) for model in models] == [("past_key_values", "past_key_values")] * 3
+    assert [_cache_names(model, new) for model in models] == [("cache", "past_key_values"), ("cache", "cache"), ("cache", "cache")]
