@@ -25,13 +25,12 @@ def settle(model: nn.Module) -> nn.Module:
     (`python -m bench.pages`).  Parameters stay the same objects.  Nothing happens where `why_not` says so, where the copy would take more than half
     of the memory that is left, and to what lies in large pages already.
     """
-    modules = [module for module in model.modules() if not isinstance(module, (nn.Embedding, VQEmbedding))]
-    room = sum(_room(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values()) if _movable(t))
+    read = [module for module in model.modules() if not isinstance(module, (nn.Embedding, VQEmbedding))]
+    tensors = {id(t): t for module in read for t in (*module._parameters.values(), *module._buffers.values()) if _movable(t)}
+    room = sum(_room(t) for t in tensors.values())
     if room and not why_not() and 2 * room <= available_memory() and (memory := _large_pages(room)) is not None:
-        move = _Move(memory)
         with torch.inference_mode(False):
-            for module in modules:
-                module._apply(move, recurse=False)
+            model._apply(_Move(tensors, memory))
     return model
 
 
@@ -45,20 +44,20 @@ def why_not() -> str:
 
 
 class _Move:
-    """f(tensor) -> the same values in `memory`; what two modules share they share there."""
+    """f(tensor) -> the same values in `memory` where it is one of `tensors`, {id: tensor}; a second time the same one."""
 
-    def __init__(self, memory: mmap.mmap):
-        self.memory, self.at = memory, -_settled[memory].start % _PAGE
-        self.moved: dict[int, tuple[Tensor, Tensor]] = {}       # id -> (the tensor, lest another one gets that id, its copy)
+    def __init__(self, tensors: dict[int, Tensor], memory: mmap.mmap):
+        self.tensors, self.memory, self.at = tensors, memory, -_settled[memory].start % _PAGE
+        self.moved: dict[int, Tensor] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if not _movable(tensor):
+        if self.tensors.get(id(tensor)) is not tensor:
             return tensor
         if id(tensor) not in self.moved:
             copy = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.at).view(tensor.shape)
-            self.moved[id(tensor)] = tensor, copy.copy_(tensor)
+            self.moved[id(tensor)] = copy.copy_(tensor.detach())
             self.at += _room(tensor)
-        return self.moved[id(tensor)][1]
+        return self.moved[id(tensor)]
 
 
 def _movable(tensor: Tensor | None) -> bool:
