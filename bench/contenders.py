@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptvq.backends import native
 from gptvq.config import ACTIVATIONS, VQConfig
 from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.linear import VQLinear
-from gptvq.weight import DTYPES, VQWeight
+from gptvq.weight import DTYPES, VQWeight, decode_tables
 
 from . import ggml, int4
 from .layers import describe_format
@@ -23,7 +24,7 @@ TORCH = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
 # format, and whether in the file's order: llama.cpp repacks Q2_K where it can, which is not always faster
 GGML = {"ggml Q4_0": ("Q4_0", False), "ggml Q4_K": ("Q4_K", False), "ggml Q2_K": ("Q2_K", False), "ggml Q2_K plain": ("Q2_K", True)}
 INT4 = {"int4 a8": 8, "int4 a16": 16}
-READ = "read"
+READ, KERNEL = "read", "gptvq kernel"
 BASELINES = (*TORCH, *GGML, *INT4, READ)
 
 
@@ -87,11 +88,12 @@ class Shape:
         self.some = torch.randn(min(rows, 256), cols, generator=torch.Generator().manual_seed(1))
 
     def contenders(self, presets: list[str], activations: list[str], baselines: list[str], m: int, threads: int,
-                   cold: bool) -> list[Contender]:
-        """Those that can run here, for x [m, cols]; the log says why others are left out."""
+                   cold: bool, alone: bool = False) -> list[Contender]:
+        """Those that can run here, for x [m, cols]; the log says why others are left out.  alone: our kernels by themselves, too."""
         x, found = inputs(m, self.cols), []
         for preset in presets:
             found += self.packed(preset, activations, x, cold)
+            found += self.kernels(preset, activations, x, threads, cold) if alone else []
             if READ in baselines and m == 1:
                 found += self._tried(found[-1].read, lambda name: self.read(name, found[-1], threads, cold))
         for name in baselines:
@@ -136,6 +138,26 @@ class Shape:
             row = {"method": "gptvq", "preset": preset, "format": describe_format(vq.spec), "activations": kind,
                    "bits_per_value": vq.bits_per_value}
             return Contender(f"gptvq {preset} {kind}", row, vq.nbytes, len(layers), run, f"{READ} {preset}", layers)
+
+        return [contender(kind) for kind in activations]
+
+    def kernels(self, preset: str, activations: list[str], x: Tensor, threads: int, cold: bool) -> list[Contender]:
+        """As `packed`, on the CPU: the compiled function alone, called with addresses, which costs little more than ggml's and INT4's loops."""
+        spec, x = VQConfig.preset(preset).spec(self.rows, self.cols), x.to(self.dtype)
+        ring, y = self.rings[preset] if cold else self.rings[preset][:1], x.new_empty(len(x), self.rows)
+        weights = [native.prepare_linear(*decode_tables(spec, buffers), None, spec) for buffers in ring]
+
+        def contender(kind: str) -> Contender:
+            call = x.data_ptr(), native._TYPES[self.dtype], len(x), y.data_ptr(), native._MODES[kind], threads
+
+            def run() -> Tensor:
+                for weight in weights:
+                    weight.kernel.run(*call)
+                return y
+
+            row = {"method": KERNEL, "preset": preset, "format": describe_format(spec), "activations": kind,
+                   "bits_per_value": spec.bits_per_value}
+            return Contender(f"{KERNEL} {preset} {kind}", row, spec.nbytes, len(weights), run, f"{READ} {preset}")
 
         return [contender(kind) for kind in activations]
 

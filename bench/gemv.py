@@ -14,7 +14,7 @@ from gptvq.errors import BackendUnavailable, ConfigError
 
 from . import device as on
 from . import gemv_gpu, runner
-from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Shape, label, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, KERNEL, READ, RING_BYTES, SETTLE, Shape, label, with_ggml
 
 SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
 WITH_SCALES = ["2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64", "4d-3.125-s64", "1d-4.125-s64"]
@@ -28,7 +28,8 @@ EXAMPLE = """examples:
   python -m bench.gemv --device cuda --dtype float16 --m 1,8,2048 --json gemv-gpu.json
 
 Cold: passes over a ring of copies of 192 MB; a last cache that is larger is not cold.  Hot: one weight again and again.
-VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost.
+VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost, as is our
+compiled function with --alone (gptvq kernel), but for a call from Python with addresses.
 x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
 as a part of the time of the product.  Leave OMP_WAIT_POLICY unset where nothing else runs.  GPTVQ_CPU=avx2: with the kernels for AVX2.
 On a GPU: one pass over 200 MB of copies as a CUDA graph, replayed; against cuBLAS, other packages where they can be imported, and a
@@ -59,6 +60,7 @@ def parser():
                    help=f"of {','.join(BASELINES)}; default all")
     p.add_argument("--m", type=runner.numbers, default=[1], metavar="N,M", help="tokens at once, default 1; int4 and read have 1 only")
     p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M", help="default 1,2")
+    p.add_argument("--alone", action="store_true", help="on a CPU: also our kernels by themselves, not through VQLinear")
     p.add_argument("--cache", type=runner.names, default=list(CACHES), metavar="A,B", help="of cold,hot; default both")
     p.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
                    help="of VQLinear's input, default %(default)s")
@@ -78,6 +80,8 @@ def check(args) -> None:
     runner.check_names("--activations", args.activations, ACTIVATIONS)
     runner.check_names("--baselines", args.baselines, BASELINES)
     runner.check_names("--cache", args.cache, CACHES)
+    if args.alone and args.device == "cuda":
+        raise ConfigError("--alone: of kernels on the CPU; on a GPU only they are timed")
     on.require(torch.device(args.device))
 
 
@@ -105,10 +109,10 @@ def measure(args, argv: list[str] | None) -> list[dict]:
 @torch.inference_mode()
 def compare(shape: Shape, args, m: int, threads: int, cache: str) -> list[dict]:
     """The rows of all contenders under one condition, timed in turns."""
-    found = shape.contenders(args.presets, args.activations, args.baselines, m, threads, cache == "cold")
+    found = shape.contenders(args.presets, args.activations, args.baselines, m, threads, cache == "cold", args.alone)
     times = runner.paired({one.name: one.run for one in found}, args.repeats, settle=SETTLE)
     times = {one.name: [seconds / one.calls for seconds in times[one.name]] for one in found}
-    baselines = [one.name for one in found if one.row["method"] not in ("gptvq", READ)]
+    baselines = [one.name for one in found if one.row["method"] not in ("gptvq", KERNEL, READ)]
     rows = []
     for one in found:
         median = statistics.median(times[one.name])
@@ -166,7 +170,7 @@ def plot(rows: list[dict], path: str) -> None:
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
     labels = list(dict.fromkeys(label(row) for row in rows))
     figure = Figure(figsize=(4 + 3 * len(shapes), 1.5 + 0.25 * len(labels)), layout="constrained")
-    colours = {"gptvq": "tab:blue", "torch": "tab:gray", "ggml": "tab:orange", "int4": "tab:green"}
+    colours = {"gptvq": "tab:blue", KERNEL: "tab:cyan", "torch": "tab:gray", "ggml": "tab:orange", "int4": "tab:green"}
     for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0], shapes):
         for row in (row for row in rows if tuple(row["shape"]) == shape):
             axes.barh(len(labels) - labels.index(label(row)), row["gw_per_second"], color=colours[row["method"]])

@@ -39,7 +39,7 @@ def small_rings(monkeypatch):
 
 def test_gemv(tmp_path, capsys):
     out = tmp_path / "gemv.json"
-    assert bench(gemv, *TINY, "--json", out) == 0
+    assert bench(gemv, *TINY, "--alone", "--json", out) == 0
     printed, rows = capsys.readouterr(), check_file(out, "gemv")
     spec = VQConfig.preset("2d-2.25-s64").spec(32, 256)
     for reason in missing(ggml.load, int4.load):
@@ -53,6 +53,9 @@ def test_gemv(tmp_path, capsys):
         assert bf16["gb_per_second"] == pytest.approx(2 * 32 * 256 / bf16["median_seconds"] / 1e9)
         assert ours["gw_per_second"] == pytest.approx(32 * 256 / ours["median_seconds"] / 1e9)
         assert ours["speedup"]["torch bf16"] > 0 and "torch bf16" not in bf16["speedup"]
+        alone = at["gptvq kernel 2d-2.25-s64 a8"]
+        assert alone["gb_per_second"] == pytest.approx(spec.nbytes / alone["median_seconds"] / 1e9) and alone["speedup"]["torch bf16"] > 0
+        assert not any(name.startswith("gptvq") for row in at.values() for name in row["speedup"])
         if not missing(int4.load):
             assert at["int4 group 32 a8"]["bits_per_value"] == 4.5 and 0 < ours["of_read"] < 1
             assert at["read 2d-2.25-s64"]["bits_per_value"] == spec.bits_per_value
@@ -80,12 +83,13 @@ def test_contenders_compute_the_product(cold, m):
     """Each with its own weights, which its row's format describes; read reads."""
     shape = Shape(48, 256, torch.device("cpu"), torch.float32, lambda nbytes: 2)
     with torch.inference_mode():
-        found = shape.contenders(["2d-2.25-s64"], ["fp32"], [name for name in BASELINES if name != "ggml Q4_K"], m, 1, cold)
+        found = shape.contenders(["2d-2.25-s64"], ["fp32"], [name for name in BASELINES if name != "ggml Q4_K"], m, 1, cold,
+                                 alone=True)
         y = {one.name: one.run() for one in found}
     x, packed = inputs(m, 256).double(), random_weight(VQConfig.preset("2d-2.25-s64"), 48, 256).dequantize().double()
     exact = {one.name: x @ (packed if one.name.startswith("gptvq") else shape.some[:48].double()).T for one in found}
-    assert {one.calls for one in found if one.row["method"] in ("gptvq", "torch")} == {2 if cold else 1}
-    bits = {"gptvq 2d-2.25-s64 fp32": 20, "torch fp32": 20, "torch bf16": 6, "ggml Q4_0": 3, "ggml Q2_K": 1, "int4 a16": 3}
+    assert {one.calls for one in found if one.row["method"] in ("gptvq", "gptvq kernel", "torch")} == {2 if cold else 1}
+    bits = {"gptvq 2d-2.25-s64 fp32": 20, "gptvq kernel 2d-2.25-s64 fp32": 20, "torch fp32": 20, "torch bf16": 6, "ggml Q4_0": 3, "ggml Q2_K": 1, "int4 a16": 3}
     for name in bits:
         if name in y:
             error = (torch.as_tensor(y[name]).double() - exact[name]).norm() / exact[name].norm()
