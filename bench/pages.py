@@ -23,7 +23,8 @@ EXAMPLE = f"""example:
   python -m bench.pages --json bench/results/pages.json
 
 Passes over as many layers as make 192 MB, inputs bfloat16, one token; each layer once in a tensor of its own, as torch allocates it, and
-once in large pages.  x large: how many times faster from large pages, median of paired ratios.  {SWITCH}=0 would leave nothing to compare."""
+once in large pages.  x small: how many times faster from large pages than from small ones, median of paired ratios.  {SWITCH}=0 would
+leave nothing to compare."""
 
 
 def main(argv: list[str] | None = None) -> None:
