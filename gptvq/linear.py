@@ -90,7 +90,8 @@ class VQLinear(nn.Module):
                 return ready[4]
         if self.activations not in ops.ACTIVATIONS:
             ops.check_activations(self.activations)
-        if hasattr(kernel, "together") and x.numel() <= _FEW * self.in_features and not x.is_inference():
+        joins = getattr(kernel, "joins", None)
+        if joins is not None and (joins or _leader[1] is not None) and x.numel() <= _FEW * self.in_features and not x.is_inference():
             return self._with_followers(kernel, x)
         return kernel(x, self.activations)
 
@@ -113,7 +114,7 @@ class VQLinear(nn.Module):
         if of is not None and of() is x and (first := leader()) is not None and first is not self:
             if self._learnable(first):
                 first._followers += (self,)
-        else:
+        elif kernel.joins:
             _leader = weakref.ref(self), weakref.ref(x)
         activations, followers = self.activations, self._followers
         if not followers:

@@ -29,6 +29,8 @@ class PreparedLinear:
     `views`, if given, remembers the view of each `idx`, which is of addresses alone.
     """
 
+    joins = True                        # each launch that is saved counts
+
     def __init__(self, idx, cb, gs, sc, table, bias, spec: QuantSpec, views: WeakTensorKeyDictionary | None = None):
         self.spec, self.rows, self.device = spec, spec.rows, idx.device
         self.fields = tuple(spec.to_dict().values())[:7]

@@ -91,6 +91,9 @@ _MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 #: Tokens from which unpacking the weight for a dense product is the faster way, but for what `_tiles_win` says.
 DENSE_FROM = 512
 _DENSE_BYTES = 8 << 20          # of the rows that are unpacked at a time
+#: Bytes of indices from which a layer computes those that follow it on one input along with its own output.  Measured: below, keeping
+#: track of them takes longer than the starts of threads that it saves.
+JOIN_FROM = 1 << 20
 
 
 def instruction_sets() -> list[str]:
@@ -127,6 +130,7 @@ class PreparedLinear:
         self.bias = None if bias is None else bias.detach().float().contiguous()
         instructions = os.environ.get("GPTVQ_CPU", "")
         self.kernel = _call(_C.Linear, *self.packed, self.bias, _spec(spec), instructions)
+        self.joins = idx.numel() >= JOIN_FROM
         self.tiles = self.kernel.fast and (instructions or instruction_sets()[0]) == "amx"
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:

@@ -125,7 +125,8 @@ def test_a_bias_with_new_memory():
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [lambda b: b.gs.mul_(2), lambda b: b.bias.zero_(), lambda b: setattr(b, "activations", "fp32")])
-def test_what_was_computed_ahead_is_not_taken_by_a_layer_that_changed(change):
+def test_what_was_computed_ahead_is_not_taken_by_a_layer_that_changed(change, monkeypatch):
+    monkeypatch.setattr(native, "JOIN_FROM", 0)
     a, b = layer(SPECS["plain"]), layer(SPECS["scales"], 1)
     for _ in range(3):
         x = torch.randn(2, 96)

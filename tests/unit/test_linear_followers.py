@@ -6,10 +6,17 @@ import torch
 from packed_cases import random_weight
 from torch import nn
 
-from gptvq import QuantSpec, VQLinear
+from gptvq import QuantSpec, VQLinear, linear
 from gptvq.backends import native
 
 pytestmark = pytest.mark.skipif(not native.serves(torch.device("cpu")), reason="gptvq._C is not built here")
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Layers are too small here to be joined otherwise; and no other test's layer is the one that was called last."""
+    monkeypatch.setattr(native, "JOIN_FROM", 0)
+    monkeypatch.setattr(linear, "_leader", (None, None))
 
 
 class Attention(nn.Module):
@@ -143,3 +150,19 @@ def test_moved_layers_and_replicas_follow_none():
     assert all(not r._followers and r._ready is None for r in replicas)
     model.to("cpu")
     assert all(not m._followers and m._ready is None for m in model.children())
+
+
+@torch.no_grad()
+def test_small_layers_follow_large_ones_and_lead_none(calls, monkeypatch):
+    model = Attention()
+    monkeypatch.setattr(native, "JOIN_FROM", model.v.idx.numel())
+    assert max(model.q.idx.numel(), model.k.idx.numel()) < native.JOIN_FROM
+    for _ in range(3):
+        x = torch.randn(2, 96)
+        model.q(x), model.k(x)
+    assert calls == [] and not model.q._followers
+    for _ in range(3):
+        x = torch.randn(2, 96)
+        assert torch.equal(model.v(x), alone(model, x)[1]) and torch.equal(model.k(x), alone(model, x)[0])
+        model.q(x)
+    assert calls == [3, 3] and model.v._followers == (model.k, model.q)
