@@ -75,7 +75,7 @@ def by_seed(rows: list[dict]) -> dict[tuple[str, str | None], list[dict]]:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Bits per value against the mean perplexity of both texts, a line per method."""
+    """Bits per value against the mean perplexity of both texts; each method's line joins what none of its own beats at no more bits."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
@@ -90,7 +90,9 @@ def plot(rows: list[dict], path: str) -> None:
             points = sorted((line[0]["bits_per_value"], statistics.mean(row[key] for row in line))
                             for (made, _), line in by_seed(rows).items() if made == method and all(row[key] for row in line))
             if points:
-                axes.plot(*zip(*points), marker="os"[i // 10], color=f"C{i % 10}", label=method)
+                best = [point for n, point in enumerate(points) if all(point[1] < other[1] for other in points[:n])]
+                axes.plot(*zip(*points), marker="os"[i // 10], linestyle="", color=f"C{i % 10}")
+                axes.plot(*zip(*best), marker="os"[i // 10], color=f"C{i % 10}", label=method)
         axes.set(title=title, xlabel="bits per value", ylabel="perplexity", yscale="log", ylim=(0.9 * (dense or 1), 20 * (dense or 50)))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
