@@ -22,8 +22,8 @@ def settle(model: nn.Module) -> nn.Module:
     """Copies what every token reads, all weights on the CPU but those of embeddings, into large pages, in the order of modules -> model.
 
     A loaded model lies in pages of 4 KB, those of its file, which processes share; from pages of 2 MB kernels read cold weights faster
-    (`python -m bench.pages`).  Parameters stay the same objects.  Nothing happens where `why_not` says so, where the copy would take more than half
-    of the memory that is left, and to what lies in large pages already.
+    (`python -m bench.pages`).  Parameters stay the same objects.  Nothing happens where `why_not` says so, where the copy would take more
+    than half of the memory that is left, and to what lies in large pages already.
     """
     read = [module for module in model.modules() if not isinstance(module, (nn.Embedding, VQEmbedding))]
     tensors = {id(t): t for module in read for t in (*module._parameters.values(), *module._buffers.values()) if _movable(t)}
@@ -38,9 +38,12 @@ def why_not() -> str:
     """Why weights are left in small pages here, or ""."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
-    if not hasattr(mmap, "MADV_HUGEPAGE") or not _SYSTEM.is_file():
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return "this system has none"
-    return f"switched off in {_SYSTEM}" if "[never]" in _SYSTEM.read_text() else ""
+    try:
+        return f"switched off in {_SYSTEM}" if "[never]" in _SYSTEM.read_text() else ""
+    except OSError:                     # not there, or not for this process to read
+        return f"{_SYSTEM} cannot be read"
 
 
 class _Move:

@@ -105,9 +105,10 @@ class VQLinear(nn.Module):
     def _with_followers(self, kernel, x: Tensor) -> Tensor:
         """y of a few tokens.  Learns which layers are called next on the very same tensor, and computes theirs along with it.
 
-        A follower takes its result only for that tensor, unchanged since (inference tensors do not count changes and so are
-        left out; nor does memory that is shared with NumPy), if it is itself unchanged, and on a GPU where the same stream runs or is
-        captured; one that leaves a result lying, or that was moved, is followed no more.
+        It leads only where its kernel `joins`: elsewhere that costs more than it saves.  A follower takes its result only for that
+        tensor, unchanged since (inference tensors do not count changes and so are left out; nor does memory that is shared with NumPy),
+        if it is itself unchanged, and on a GPU where the same stream runs or is captured; one that leaves a result lying, or that was
+        moved, is followed no more.
         """
         global _leader
         leader, of = _leader

@@ -129,6 +129,7 @@ def refuse(*args, **kwargs):
 @pytest.mark.parametrize("spoil", [
     lambda patch, path: patch.setenv("GPTVQ_LARGE_PAGES", "0"),
     lambda patch, path: patch.setattr(large_pages, "_SYSTEM", path / "missing"),
+    lambda patch, path: patch.setattr(large_pages, "_SYSTEM", path),            # which cannot be read
     lambda patch, path: patch.setattr(large_pages, "_SYSTEM", path / "never"),
     lambda patch, path: patch.delattr(mmap, "MADV_HUGEPAGE"),
     lambda patch, path: patch.setattr(large_pages, "available_memory", lambda: 1000),
