@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from gptvq.errors import ConfigError
+from gptvq.hessian import Hessian
+
+from .layers import Layer
 
 _PALEY = 11                     # a prime that is 3 modulo 4 gives a Hadamard matrix of one more
 
@@ -75,3 +78,18 @@ def rotate(model: nn.Module, residual: bool = True, seed: int = 0) -> nn.Module:
         put(attention.v_proj, (V.T @ v).reshape(-1, width))
         put(attention.o_proj, (attention.o_proj.weight.double().view(width, -1, per_head) @ V).reshape(width, -1))
     return model
+
+
+def turned(found: list[Layer], seed: int) -> list[Layer]:
+    """The layers, but for every down_proj one of the same outputs whose inputs are to be rotated at inference, in blocks as wide as the
+    greatest power of two that divides them."""
+    generator, made = torch.Generator().manual_seed(seed), []
+    for layer in found:
+        if layer.name.endswith("down_proj"):
+            cols = layer.weight.shape[1]
+            block = cols & -cols
+            B = torch.block_diag(*(random_hadamard(block, generator) for _ in range(cols // block)))
+            hessians = {side: Hessian.from_matrix((B.T @ hessian.matrix().double() @ B).float()) for side, hessian in layer.hessians.items()}
+            layer = Layer(layer.name, (layer.weight.double() @ B).float(), hessians)
+        made.append(layer)
+    return made

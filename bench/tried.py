@@ -15,6 +15,7 @@ from gptvq.hf import open_model
 from gptvq.spec import QuantSpec
 
 from . import layers, runner
+from .rotation import rotate, turned
 from .variants import Norm, RowScales, Search, Signed, Variant, Wide, one_codebook, tall
 
 EXAMPLES = """examples:
@@ -26,7 +27,9 @@ norm P: block scales follow the P-th mean of the weights, norm 0 the largest.  s
 scales that has the least loss, and the two numbers from which the 16 come are fitted to what the blocks would like.  row scales P: each row is
 divided by its root mean square to the power P, which is stored in 16 bits.  4D K4096: one codebook of that size for a layer, with the
 same block scales; of +-2048: half of it is the other half with its signs changed, and is not stored; of 256 and signs: the signed
-format with one codebook.  tall: groups of the same size over all rows."""
+format with one codebook.  tall: groups of the same size over all rows.  rotated: the same layers of a model that random Hadamard matrices
+rotate (bench/rotation.py), residual stream and heads' values; with down_proj: its inputs too, in blocks, which costs a step of its own at
+inference."""
 DEFAULT = ["2d-2.25", "2d-3.125", "2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64"]
 
 
@@ -40,6 +43,8 @@ VARIANTS: dict[str, Callable[[QuantSpec], Variant | None]] = {
        for name, make in (("", Wide), (" of +-2048", Signed), (" of 256 and signs", one_codebook))},
     "tall": lambda spec: None if spec.scale_block else tall(spec),
 }
+#: name -> the layers of a rotated model, for the recipe as it is
+ROTATED: dict[str, Callable[[list[layers.Layer], int], list[layers.Layer]]] = {"rotated": lambda found, seed: found, "rotated with down_proj": turned}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,30 +53,33 @@ def main(argv: list[str] | None = None) -> None:
         print(show([row for path in args.table for row in runner.load(path)["rows"]]))
         return
     runner.check_names("--presets", args.presets, PRESETS)
-    runner.check_names("--variants", args.variants, VARIANTS)
+    runner.check_names("--variants", args.variants, [*VARIANTS, *ROTATED])
     for option in layers.SIDES:
         if getattr(args, option) is None or not Path(getattr(args, option)).is_file():
             raise ConfigError(f"--{option}: got {getattr(args, option)}, need a text file")
     source = args.model or bundled_model()
     model, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
     tokens, texts = layers.read(args, tokenizer)
-    found = layers.collect(model, tokens, args.blocks, args.linears, torch.device("cpu"))
+    found = {"": layers.collect(model, tokens, args.blocks, args.linears, torch.device("cpu"))}
+    if set(ROTATED) & set(args.variants):
+        found["rotated"] = layers.collect(rotate(model, seed=args.seed), tokens, args.blocks, args.linears, torch.device("cpu"))
     del model
     results = runner.Results("tried", argv, args.json, {"model": Path(source).name, "samples": args.samples, "sequence_length": args.sequence_length,
-                                                        "seed": args.seed, **texts, "layers": [layer.name for layer in found]})
-    for row in measure(found, args.presets, args.variants):
+                                                        "seed": args.seed, **texts, "layers": [layer.name for layer in found[""]]})
+    makers = {"as it is": (VARIANTS["as it is"], found[""])}
+    for name in args.variants:
+        makers[name] = (VARIANTS[name], found[""]) if name in VARIANTS else (Variant, ROTATED[name](found["rotated"], args.seed))
+    for row in measure(args.presets, makers):
         results.add([row])
     print(show(results.rows))
 
 
 @torch.no_grad()
-def measure(found: list[layers.Layer], presets: list[str], names: list[str]) -> Iterator[dict]:
-    """A row of each preset and variant: mean errors over the layers, and the means of their ratios to the recipe as it is."""
+def measure(presets: list[str], makers: dict[str, tuple[Callable[[QuantSpec], Variant | None], list[layers.Layer]]]) -> Iterator[dict]:
+    """A row of each preset and variant: mean errors over its layers, and the means of their ratios to the first of `makers`."""
     for preset in presets:
         base: list[dict[str, float]] = []
-        for name, make in VARIANTS.items():
-            if name not in ("as it is", *names):
-                continue
+        for name, (make, found) in makers.items():
             made = [make(VQConfig.preset(preset).spec(*layer.weight.shape, layer.name)) for layer in found]
             if None in made:
                 continue
@@ -93,7 +101,7 @@ def parser():
     p.add_argument("--calibration", metavar="FILE", help="text the error is minimised on")
     p.add_argument("--heldout", metavar="FILE", help="other text, for the second error")
     p.add_argument("--presets", type=runner.names, default=DEFAULT, metavar="A,B", help=f"default {','.join(DEFAULT)}")
-    p.add_argument("--variants", type=runner.names, default=list(VARIANTS), metavar="A,B", help="beside the recipe as it is, default all")
+    p.add_argument("--variants", type=runner.names, default=[*VARIANTS, *ROTATED], metavar="A,B", help="beside the recipe as it is, default all")
     p.add_argument("--blocks", type=lambda text: [int(b) for b in runner.names(text)], default=[2, 15], metavar="I,J",
                    help="decoder blocks, counted from 0, default 2,15")
     p.add_argument("--linears", type=runner.names, default=["q_proj", "o_proj", "gate_proj", "down_proj"], metavar="A,B",

@@ -7,7 +7,7 @@ from bench_runs import bench
 
 from bench import layers, runner, tried, variants
 from bench.perplexity import found_linears
-from bench.rotation import hadamard, random_hadamard, rotate
+from bench.rotation import hadamard, random_hadamard, rotate, turned
 from gptvq.backends import reference
 from gptvq.config import Recipe, VQConfig
 from gptvq.errors import ConfigError
@@ -140,14 +140,28 @@ def test_4096_centroids_under_changes_of_sign(layer):
         assert found < variants.Variant(spec).error(layer, Recipe())["calibration"]
 
 
+def test_inputs_of_down_proj_are_turned(layer):
+    """An orthogonal change of inputs: W H W^T and so every error stays; other layers are left as they are."""
+    down = layers.Layer("mlp.down_proj", layer.weight, layer.hessians)
+    other, made = turned([layer, down], 0)
+    assert other is layer
+    assert bool((made.weight != down.weight).any(1).all())
+    for one in (made, down):
+        one.products = {side: one.weight @ H.matrix() @ one.weight.T for side, H in one.hessians.items()}
+    for side in layers.SIDES:
+        torch.testing.assert_close(made.products[side], down.products[side], rtol=1e-4, atol=1e-4 * float(down.products[side].abs().max()))
+
+
 def test_a_run_of_bench_tried(my_model, tmp_path, capsys):
     out = tmp_path / "tried.json"
     options = ["--model", my_model, "--calibration", my_model.parent / "calibration.txt", "--heldout", my_model.parent / "test.txt",
-               "--samples", "2", "--sequence-length", "64", "--blocks", "1", "--linears", "o_proj", "--presets", "2d-2.25,2d-2.25-s64"]
+               "--samples", "2", "--sequence-length", "64", "--blocks", "1", "--linears", "o_proj,down_proj", "--presets", "2d-2.25,2d-2.25-s64"]
     assert bench(tried, *options, "--json", out) == 0
     rows, printed = runner.load(out)["rows"], capsys.readouterr().out
-    assert [row["variant"] for row in rows] == ["as it is", "row scales 0.5", "row scales 1.0", "tall", "as it is", "norm 0", "norm 4", "search"]
-    assert rows[4]["error_calibration"] == rows[6]["error_calibration"] and rows[0]["ratio_heldout"] == 1
+    assert [row["variant"] for row in rows] == [
+        "as it is", "row scales 0.5", "row scales 1.0", "tall", *tried.ROTATED, "as it is", "norm 0", "norm 4", "search", *tried.ROTATED]
+    assert rows[6]["error_calibration"] == rows[8]["error_calibration"] and rows[0]["ratio_heldout"] == 1
+    assert len({row["error_calibration"] for row in rows if row["preset"] == "2d-2.25"}) == 6
     assert bench(tried, "--table", out) == 0 and capsys.readouterr().out == printed
     assert bench(tried, *options[:-1], "2d-2.25", "--variants", "tall", "--json", out) == 0
     assert [row["variant"] for row in runner.load(out)["rows"]] == ["as it is", "tall"]
