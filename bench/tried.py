@@ -28,8 +28,8 @@ scales that has the least loss, and the two numbers from which the 16 come are f
 divided by its root mean square to the power P, which is stored in 16 bits.  4D K4096: one codebook of that size for a layer, with the
 same block scales; of +-2048: half of it is the other half with its signs changed, and is not stored; of 256 and signs: the signed
 format with one codebook.  tall: groups of the same size over all rows.  rotated: the same layers of a model that random Hadamard matrices
-rotate (bench/rotation.py), residual stream and heads' values; with down_proj: its inputs too, in blocks, which costs a step of its own at
-inference."""
+rotate (bench/rotation.py), residual stream and heads' values; with down_proj, down_proj alone: its inputs too, or only these, in
+blocks, which costs a step of its own at inference."""
 DEFAULT = ["2d-2.25", "2d-3.125", "2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64"]
 
 
@@ -43,8 +43,8 @@ VARIANTS: dict[str, Callable[[QuantSpec], Variant | None]] = {
        for name, make in (("", Wide), (" of +-2048", Signed), (" of 256 and signs", one_codebook))},
     "tall": lambda spec: None if spec.scale_block else tall(spec),
 }
-#: name -> the layers of a rotated model, for the recipe as it is
-ROTATED: dict[str, Callable[[list[layers.Layer], int], list[layers.Layer]]] = {"rotated": lambda found, seed: found, "rotated with down_proj": turned}
+#: The recipe as it is, on layers that are rotated.
+ROTATED = ("rotated", "rotated with down_proj", "down_proj alone")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,15 +60,17 @@ def main(argv: list[str] | None = None) -> None:
     source = args.model or bundled_model()
     model, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
     tokens, texts = layers.read(args, tokenizer)
-    found = {"": layers.collect(model, tokens, args.blocks, args.linears, torch.device("cpu"))}
-    if set(ROTATED) & set(args.variants):
-        found["rotated"] = layers.collect(rotate(model, seed=args.seed), tokens, args.blocks, args.linears, torch.device("cpu"))
+    found = layers.collect(model, tokens, args.blocks, args.linears, torch.device("cpu"))
+    makers = {name: (VARIANTS[name], found) for name in ("as it is", *args.variants) if name in VARIANTS}
+    if "down_proj alone" in args.variants:
+        makers["down_proj alone"] = Variant, turned(found, args.seed)
+    if {"rotated", "rotated with down_proj"} & set(args.variants):
+        rotated = layers.collect(rotate(model, seed=args.seed), tokens, args.blocks, args.linears, torch.device("cpu"))
+        both = {"rotated": rotated, "rotated with down_proj": turned(rotated, args.seed)}
+        makers |= {name: (Variant, both[name]) for name in both if name in args.variants}
     del model
     results = runner.Results("tried", argv, args.json, {"model": Path(source).name, "samples": args.samples, "sequence_length": args.sequence_length,
-                                                        "seed": args.seed, **texts, "layers": [layer.name for layer in found[""]]})
-    makers = {"as it is": (VARIANTS["as it is"], found[""])}
-    for name in args.variants:
-        makers[name] = (VARIANTS[name], found[""]) if name in VARIANTS else (Variant, ROTATED[name](found["rotated"], args.seed))
+                                                        "seed": args.seed, **texts, "layers": [layer.name for layer in found]})
     for row in measure(args.presets, makers):
         results.add([row])
     print(show(results.rows))

@@ -158,10 +158,11 @@ def test_a_run_of_bench_tried(my_model, tmp_path, capsys):
                "--samples", "2", "--sequence-length", "64", "--blocks", "1", "--linears", "o_proj,down_proj", "--presets", "2d-2.25,2d-2.25-s64"]
     assert bench(tried, *options, "--json", out) == 0
     rows, printed = runner.load(out)["rows"], capsys.readouterr().out
+    rotated = ["down_proj alone", "rotated", "rotated with down_proj"]
     assert [row["variant"] for row in rows] == [
-        "as it is", "row scales 0.5", "row scales 1.0", "tall", *tried.ROTATED, "as it is", "norm 0", "norm 4", "search", *tried.ROTATED]
-    assert rows[6]["error_calibration"] == rows[8]["error_calibration"] and rows[0]["ratio_heldout"] == 1
-    assert len({row["error_calibration"] for row in rows if row["preset"] == "2d-2.25"}) == 6
+        "as it is", "row scales 0.5", "row scales 1.0", "tall", *rotated, "as it is", "norm 0", "norm 4", "search", *rotated]
+    assert rows[7]["error_calibration"] == rows[9]["error_calibration"] and rows[0]["ratio_heldout"] == 1
+    assert len({row["error_calibration"] for row in rows if row["preset"] == "2d-2.25"}) == 7
     assert bench(tried, "--table", out) == 0 and capsys.readouterr().out == printed
     assert bench(tried, *options[:-1], "2d-2.25", "--variants", "tall", "--json", out) == 0
     assert [row["variant"] for row in runner.load(out)["rows"]] == ["as it is", "tall"]
