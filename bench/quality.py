@@ -29,7 +29,7 @@ calibration text, Recipe(distill=2).  +tune: codebooks learn on as by `gptvq tun
 gptvq+mixed: layers in several presets, of the size of the one named, as by `gptvq plan --target-bpv`.  gptvq+head: embedding and
 head are packed too, in 2d-4.125-s64.  Measured only if named: gptvq-own
 (layers solved for their own weights), and what was tried and dropped, gptvq+heads and gptvq+rotation (random Hadamard matrices on the
-heads' values, and on the residual stream too).
+heads' values, and on the residual stream too), gptvq+down_proj (in blocks on the inputs of down_proj, at inference).
 
 All errors of --layers are relative: tr((W-Q) H (W-Q)^T) / tr(W H W^T), H from the dense model's inputs, Q from the packed weight.
 Sizes are true stored bits per weight.  rtn: round to nearest, asymmetric integers per group of columns, of about the same size.

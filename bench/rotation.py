@@ -80,15 +80,41 @@ def rotate(model: nn.Module, residual: bool = True, seed: int = 0) -> nn.Module:
     return model
 
 
+def blocks(cols: int, generator: torch.Generator) -> Tensor:
+    """[cols, cols] orthogonal, float64: random Hadamard matrices, as wide as the greatest power of two that divides cols."""
+    width = cols & -cols
+    return torch.block_diag(*(random_hadamard(width, generator) for _ in range(cols // width)))
+
+
+class Turn(nn.Module):
+    """x [.., cols] -> x B, by a dense product: what it takes is not measured."""
+
+    def __init__(self, B: Tensor):
+        super().__init__()
+        self.register_buffer("B", B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.B
+
+
+@torch.no_grad()
+def turn(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Puts into a Llama-like `model` a rotation of the inputs of every down_proj, at inference, and its inverse into the weight behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.model.layers:
+        linear = block.mlp.down_proj
+        B = blocks(linear.in_features, generator)
+        linear.weight = nn.Parameter((linear.weight.double() @ B).to(linear.weight.dtype))
+        block.mlp.down_proj = nn.Sequential(Turn(B.to(linear.weight.dtype)), linear)
+    return model
+
+
 def turned(found: list[Layer], seed: int) -> list[Layer]:
-    """The layers, but for every down_proj one of the same outputs whose inputs are to be rotated at inference, in blocks as wide as the
-    greatest power of two that divides them."""
+    """The layers, but for every down_proj what `turn` makes of it."""
     generator, made = torch.Generator().manual_seed(seed), []
     for layer in found:
         if layer.name.endswith("down_proj"):
-            cols = layer.weight.shape[1]
-            block = cols & -cols
-            B = torch.block_diag(*(random_hadamard(block, generator) for _ in range(cols // block)))
+            B = blocks(layer.weight.shape[1], generator)
             hessians = {side: Hessian.from_matrix((B.T @ hessian.matrix().double() @ B).float()) for side, hessian in layer.hessians.items()}
             layer = Layer(layer.name, (layer.weight.double() @ B).float(), hessians)
         made.append(layer)

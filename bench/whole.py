@@ -31,7 +31,7 @@ from .gptq import gptq_model
 from .layers import RECIPES
 from .others import gguf_model, hqq_model
 from .perplexity import NO_PRESET, LayerLog, found_linears, jobs, round_model, size
-from .rotation import rotate
+from .rotation import rotate, turn
 from .speed import Decode, speed
 from .whole_tables import show
 
@@ -39,8 +39,8 @@ METHODS = ("dense", "gguf", "rtn", "hqq-64", "gptq-64", "gptq-128", "paper", men
            "gptvq+distill", "gptvq+distill+tune", "gptvq+mixed", "gptvq+head")
 HEAD = "2d-4.125-s64"                                           # of gptvq+head
 SEEDLESS = (*NO_PRESET, "rtn", "hqq-64")                        # no calibration text, nothing drawn at random
-TRIED = ("gptvq-own", "gptvq+heads", "gptvq+rotation")          # measured only where --methods names them
-ROTATED = {"gptvq+heads": False, "gptvq+rotation": True}        # whether the residual stream is rotated too
+ROTATED = {"gptvq+heads": partial(rotate, residual=False), "gptvq+rotation": rotate, "gptvq+down_proj": turn}
+TRIED = ("gptvq-own", *ROTATED)                                 # measured only where --methods names them
 SWITCHED = {**RECIPES, "gptvq-own": Recipe(compensate=0), "gptvq+loss": Recipe(token_weights="loss"),
             "gptvq+distill": Recipe(distill=2), **dict.fromkeys(("gptvq+mixed", "gptvq+head", *ROTATED), Recipe())}
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:"
@@ -136,8 +136,8 @@ def build(args, source: str, method: str, preset: str | None, seed: int, found: 
     config = VQConfig.preset(preset, recipe=SWITCHED[base], seed=seed, head=HEAD if base == "gptvq+head" else "")
     began, given, out, added = time.perf_counter(), source, folder / f"{base}-{preset}-{seed}", 0
     if base in ROTATED:
-        given, out = rotate(open_model(source, device=args.device, dtype="float32")[0], ROTATED[base]).to(dense.dtype), None
-        added = given.lm_head.weight.numel() * dense.lm_head.weight.element_size() if ROTATED[base] else 0
+        given, out = ROTATED[base](open_model(source, device=args.device, dtype="float32")[0]).to(dense.dtype), None
+        added = given.lm_head.weight.numel() * dense.lm_head.weight.element_size() if base == "gptvq+rotation" else 0
     if base == "gptvq+mixed":
         config = _mixed(source, config, found, dense, args)
     again = args.fresh and base == method

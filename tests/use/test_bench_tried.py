@@ -7,7 +7,7 @@ from bench_runs import bench
 
 from bench import layers, runner, tried, variants
 from bench.perplexity import found_linears
-from bench.rotation import hadamard, random_hadamard, rotate, turned
+from bench.rotation import hadamard, random_hadamard, rotate, turn, turned
 from gptvq.backends import reference
 from gptvq.config import Recipe, VQConfig
 from gptvq.errors import ConfigError
@@ -51,6 +51,17 @@ def test_a_rotated_model_is_the_same_model(model, residual):
     moved = {name.rpartition(".")[2] for name, linear in found_linears(model, ids[0]).items() if not torch.equal(linear.weight, before[name])}
     assert moved == ({name.rpartition(".")[2] for name in before} if residual else {"v_proj", "o_proj"})
     assert not residual or all(bool((norm == 1).all()) for name, norm in model.named_parameters() if norm.ndim == 1)
+
+
+def test_turned_inputs_leave_the_model_as_it_is(model):
+    ids = torch.randint(1, 250, (2, 24))
+    before = model.model.layers[1].mlp.down_proj.weight.clone()
+    with torch.no_grad():
+        want = model(ids).logits
+        got = turn(model)(ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    down = model.model.layers[1].mlp.down_proj[1]
+    assert bool((down.weight != before).any(0).all()) and "model.layers.1.mlp.down_proj.1" in found_linears(model, ids[0])
 
 
 # ---- scales and groups done otherwise

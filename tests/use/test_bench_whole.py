@@ -83,9 +83,9 @@ def test_a_packed_head(options, measured, tmp_path):
 
 def test_rotated_outputs_are_not_compared(options, tmp_path):
     out = tmp_path / "tried.json"
-    assert bench(quality, *options, "--methods", "gptvq+heads,gptvq+rotation", "--json", out) == 0
-    heads, rotated = check_file(out, "quality")
-    assert "error_heldout" not in heads and "error_heldout" not in rotated
+    assert bench(quality, *options, "--methods", "gptvq+heads,gptvq+rotation,gptvq+down_proj", "--json", out) == 0
+    heads, rotated, down = check_file(out, "quality")
+    assert all("error_heldout" not in row for row in (heads, rotated, down)) and down["added_bytes"] == 0 < down["solver_error"]
     assert heads["added_bytes"] == 0 and rotated["added_bytes"] % (4 * 64) == 0 < rotated["added_bytes"] and rotated["solver_error"] > 0
 
 
