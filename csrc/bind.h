@@ -122,6 +122,7 @@ void without_gil(F&& f) {
 }
 
 void bind_linear(pybind11::module_& m);
+void bind_call(pybind11::module_& m);               // after bind_linear
 void bind_quantize(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);               // the functions of gptvq._C.cuda; it calls the others
 void bind_cuda_quantize(pybind11::module_& m);

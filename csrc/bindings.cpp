@@ -56,7 +56,7 @@ py::dict cuda() {
 
 // As INTERFACE of gptvq/backends/native.py, which refuses a module of another one: raise both when a function, what it takes, or the
 // layout of what it reads or writes changes.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 }  // namespace
 
@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dequantize", &decode_packed, py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true),
         py::arg("scale_table").none(true), py::arg("out"), py::arg("spec"), py::arg("threads"));
   bind_linear(m);
+  bind_call(m);
   bind_quantize(m);
   m.def("cuda_info", &cuda, "{available, device_count, runtime, driver, why}: what CUDA offers to this build here");
 #ifdef GPTVQ_WITH_CUDA

@@ -6,14 +6,17 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import ops
 from .errors import ConfigError
 from .spec import QuantSpec
+from .unpacked import Unpacked
 from .weight import DTYPES, VQWeight, bad_values, check_buffers, check_values, decode_tables
 
 
 _FEW = 8                            # tokens up to which a call's own cost counts
+_PATIENCE = 8                       # calls in which others may join a layer on a CPU, until it goes alone
 _leader: tuple = (None, None)       # weak references to the last layer that ran on an input first, and to that input
 
 
@@ -37,6 +40,8 @@ class VQLinear(nn.Module):
     _ready: tuple | None = None
     _tables: tuple | None = None        # (tables for decoding, what they were made from), one tuple for the sake of other threads
     _kernel: tuple | None = None        # (kernel, what it was made from)
+    _call = None                        # the short way on a CPU: that kernel's, which looks at all that `forward` does but followers
+    _lonely = 0                         # calls that no other layer followed
 
     def __init__(self, spec: QuantSpec, bias: bool = False, device=None, dtype: torch.dtype | None = None, name: str = ""):
         super().__init__()
@@ -75,13 +80,17 @@ class VQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Written for few look-ups: at one token a small layer's kernel takes as long as ten lines of Python.
+        if not is_dynamo_compiling() and self._call is not None and self._ready is None:
+            y = self._call(x, self.activations, self._buffers, self._parameters)
+            if y is not None:
+                return y
         if x.dtype not in ops.FLOATS or not x.ndim or x.shape[-1] != self.in_features:
             ops.check_input(x, self.in_features, self.name or "VQLinear")
         bias, buffers = self._own_bias(), self._buffers
         if torch.compiler.is_compiling() or ops.watched(x):
             return self._by_operators(x, bias)
         if x.device != buffers["idx"].device or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
-            return _Unpacked.apply(x, bias, self.spec, *self._decode_tables())
+            return Unpacked.apply(x, bias, self.spec, *self._decode_tables())
         kernel, ready = self._prepared(buffers, bias), self._ready
         if ready is not None:
             self.__dict__["_ready"] = None              # nn.Module's own way to set an attribute takes a microsecond
@@ -90,9 +99,10 @@ class VQLinear(nn.Module):
                 return ready[4]
         if self.activations not in ops.ACTIVATIONS:
             ops.check_activations(self.activations)
-        joins = getattr(kernel, "joins", None)
-        if joins is not None and (joins or _leader[1] is not None) and x.numel() <= _FEW * self.in_features and not x.is_inference():
-            return self._with_followers(kernel, x)
+        if getattr(kernel, "joins", False) and x.numel() <= _FEW * self.in_features:
+            if not x.is_inference():
+                return self._with_followers(kernel, x)
+            self._went_alone(kernel)
         return kernel(x, self.activations)
 
     def _by_operators(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +115,7 @@ class VQLinear(nn.Module):
     def _with_followers(self, kernel, x: Tensor) -> Tensor:
         """y of a few tokens.  Learns which layers are called next on the very same tensor, and computes theirs along with it.
 
-        It leads only where its kernel `joins`: elsewhere that costs more than it saves.  A follower takes its result only for that
+        Only of layers whose kernels `join`: for others that costs more than it saves.  A follower takes its result only for that
         tensor, unchanged since (inference tensors do not count changes and so are left out; nor does memory that is shared with NumPy),
         if it is itself unchanged, and on a GPU where the same stream runs or is captured; one that leaves a result lying, or that was
         moved, is followed no more.
@@ -115,10 +125,11 @@ class VQLinear(nn.Module):
         if of is not None and of() is x and (first := leader()) is not None and first is not self:
             if self._learnable(first):
                 first._followers += (self,)
-        elif kernel.joins:
+        else:
             _leader = weakref.ref(self), weakref.ref(x)
         activations, followers = self.activations, self._followers
         if not followers:
+            self._went_alone(kernel)
             return kernel(x, activations)
         here = type(kernel) if kernel.turn is None else None        # a kernel of that type is on the CPU: devices compare slowly
         for follower in followers:
@@ -135,6 +146,13 @@ class VQLinear(nn.Module):
         for follower, other, y in zip(followers, others, theirs):
             follower.__dict__["_ready"] = x, version, other, activations, y, turn
         return mine
+
+    def _went_alone(self, kernel) -> None:
+        """Another call without followers; after some, a layer on a CPU takes the short way, and joins no others."""
+        if kernel.turn is None:
+            self.__dict__["_lonely"] = self._lonely + 1
+            if self._lonely == _PATIENCE:
+                self._call = kernel.caller(self._buffers, self._own_bias(), self._kernel[2])
 
     def _learnable(self, leader: VQLinear) -> bool:
         return self not in leader._followers and len(leader._followers) < 8 and self.in_features == leader.in_features
@@ -154,6 +172,7 @@ class VQLinear(nn.Module):
                 return made[0]
         kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
         self._kernel = kernel, *_state(buffers, bias), bias, None if bias is None else bias.data_ptr()
+        self._call, self._lonely = None if getattr(kernel, "joins", True) else kernel.caller(buffers, bias, self._kernel[2]), 0
         return kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -204,15 +223,15 @@ class VQLinear(nn.Module):
             self._forget()
 
     def _forget(self) -> None:
-        self._tables = self._kernel = self._ready = None
+        self._tables = self._kernel = self._call = self._ready = None
 
     def _replicate_for_data_parallel(self) -> VQLinear:
         replica = super()._replicate_for_data_parallel()
-        replica._followers, replica._ready = (), None       # those of this module, on its device
+        replica._followers, replica._ready, replica._call = (), None, None       # those of this module, on its device
         return replica
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": None, "_kernel": None, "_followers": (), "_ready": None}
+        return {**self.__dict__, "_tables": None, "_kernel": None, "_call": None, "_followers": (), "_ready": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -242,29 +261,6 @@ class VQLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._forget()
         self.make_tables()
-
-
-class _Unpacked(torch.autograd.Function):
-    """F.linear with the dequantized weight, which is not kept for backward but unpacked again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, spec: QuantSpec, *tables: Tensor | None) -> Tensor:
-        ctx.spec, ctx.x_dtype, ctx.bias_dtype = spec, x.dtype, None if bias is None else bias.dtype
-        if any(t is not None and t.is_inference() for t in tables):
-            ctx.tables = tables                 # which cannot be saved, and count no changes
-        else:
-            ctx.save_for_backward(*tables)
-        return F.linear(x, ops.dequantize(*tables, spec, x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        to_x = to_bias = None
-        if ctx.needs_input_grad[0]:             # the product is in the type of the outputs, which autocast may have chosen
-            weight = ops.dequantize(*(ctx.saved_tensors or ctx.tables), ctx.spec, ctx.x_dtype).to(grad.dtype)
-            to_x = (grad @ weight).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return to_x, to_bias, *(None,) * 6
 
 
 def set_activations(model: nn.Module, activations: str) -> None:

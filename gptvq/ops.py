@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from .backends import cuda, native, reference, triton
+from .backends.watching import transformed, watched
 from .config import ACTIVATIONS
 from .errors import BackendUnavailable, ConfigError
 from .spec import QuantSpec
@@ -22,8 +22,6 @@ BACKENDS = {"native": native, "cuda": cuda, "triton": triton, "reference": refer
 #: What is tried on a type of device before the reference, best first.
 _PREFERRED = {"cpu": (native,), "cuda": (cuda, triton)}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, nn.Parameter)
-_modes, _tracing, _level = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, torch._C._functorch.maybe_current_level
 
 
 def backend(device: torch.device):
@@ -132,17 +130,6 @@ def dequantize_operator(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, 
                         dtype: torch.dtype) -> Tensor:
     """`dequantize` as the operator gptvq::dequantize."""
     return torch.ops.gptvq.dequantize(idx, cb, gs, sc, table, list(spec.to_dict().values()), dtype)
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, whose tensors have no memory or drop what is not an operator."""
-    return _level() is not None or forward_ad._current_level >= 0
-
-
-def watched(x: Tensor) -> bool:
-    """Whether something has to see operators on x: a tracer, a dispatch mode, a transformation, a type of x's own."""
-    # `transformed` written out: this is asked on every call of a layer.
-    return type(x) not in _PLAIN or _modes() > 0 or _tracing() is not None or _level() is not None or forward_ad._current_level >= 0
 
 
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ACTIVATIONS
 from ..errors import ConfigError
 from ..spec import QuantSpec
-from . import reference
+from . import reference, watching
 from .prepared import Remembered
 
 #: As kInterface of csrc/bindings.cpp.
-INTERFACE = 1
+INTERFACE = 2
 
 
 def _compiled() -> tuple[object, str]:
@@ -34,6 +34,9 @@ def _compiled() -> tuple[object, str]:
 
 
 _C, _why = _compiled()
+if _C is not None:
+    _C.set_torch(Tensor, nn.Parameter, watching.modes, watching.tracing, watching.level, watching.forward_ad, torch.is_grad_enabled,
+                 torch.get_num_threads)
 
 
 def serves(device: torch.device) -> bool:
@@ -91,9 +94,9 @@ _MODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 #: Tokens from which unpacking the weight for a dense product is the faster way, but for what `_tiles_win` says.
 DENSE_FROM = 512
 _DENSE_BYTES = 8 << 20          # of the rows that are unpacked at a time
-#: Bytes of indices from which a layer computes those that follow it on one input along with its own output.  Measured: below, keeping
-#: track of them takes longer than the starts of threads that it saves.
-JOIN_FROM = 1 << 20
+#: Bytes of indices from which a layer computes those that follow it on one input along with its own output.  Measured on two cores: below,
+#: keeping track of them takes longer than the starts of threads that it saves, above neither wins by more than 2 %.
+JOIN_FROM = 4 << 20
 
 
 def instruction_sets() -> list[str]:
@@ -140,6 +143,15 @@ class PreparedLinear:
         x, y = x.contiguous(), _output(x, self.rows)
         self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _MODES[activations], torch.get_num_threads())
         return y
+
+    def caller(self, buffers: dict[str, Tensor], bias: nn.Parameter | None, counted: tuple[tuple[Tensor, int], ...]):
+        """f(x, activations, buffers, parameters) -> y, as a layer that holds these would compute it, in C++ from end to end.
+
+        None where that is not to be had; and f gives None where x, the layer or PyTorch's state ask for more than this kernel: a type,
+        device or size of x that it does not take as it is, gradients, something that watches operators, other buffers than these or
+        the `counted` ones at other counts.
+        """
+        return _C.caller(self.kernel, self, buffers, bias, counted, ACTIVATIONS, DENSE_FROM - 1)
 
     def _tiles_win(self, dtype: torch.dtype) -> bool:
         """Measured on a Xeon with AMX: against products of PyTorch in bfloat16, which take tiles too, only in large layers whose scales

@@ -27,6 +27,7 @@ LAYERS = [
     {"problem"},
     {"refine"},
     {"solver"},
+    {"unpacked"},
     {"linear"},
     {"embedding", "learning", "dense"},
     {"experts", "model", "drift", "stream", "calibration", "journal", "checkpoint", "tensorfile", "verify", "storage", "machine", "job",

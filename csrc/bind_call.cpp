@@ -1,0 +1,202 @@
+// A layer called on a few tokens, without a line of Python.  Each line costs as much as a small layer's kernel takes for a thousand
+// weights, and ten times that behind a large layer, whose weights have pushed the interpreter out of the caches.
+#include "bind.h"
+#include "cpu/linear.h"
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace gptvq {
+namespace {
+
+constexpr int kMostDimensions = 8;
+
+// What is asked of PyTorch on each call; set once, never freed.
+struct Torch {
+  const dlpack::Exchange* exchange = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  PyObject *modes = nullptr, *tracing = nullptr, *level = nullptr, *forward_ad = nullptr, *grad_enabled = nullptr, *threads = nullptr;
+  PyObject *current_level = nullptr, *version = nullptr, *requires_grad = nullptr, *new_empty = nullptr, *bias = nullptr;
+} torch;
+
+// A layer as it was when its kernel was prepared.
+struct Call {
+  const Linear* linear;
+  py::object owner;                                         // keeps `linear` and what it reads
+  std::vector<std::pair<py::object, py::object>> buffers;   // name, tensor
+  py::object bias;                                          // tensor or None
+  const void* bias_data;
+  std::vector<std::pair<py::object, long>> counted;         // tensor, its changes in place
+  std::array<py::object, 3> activations;                    // names, by Activations
+  std::int64_t most_tokens;
+};
+
+using Owned = py::object;
+
+Owned take(PyObject* object) { return py::reinterpret_steal<py::object>(object); }
+
+// Whether f() is `value`; false as well where it raised.
+bool gives(PyObject* f, PyObject* value) { return take(PyObject_CallNoArgs(f)).ptr() == value; }
+
+bool is_long(const Owned& object, long value) { return object && PyLong_Check(object.ptr()) && PyLong_AsLong(object.ptr()) == value; }
+
+bool no_gradient(PyObject* tensor) { return take(PyObject_GetAttr(tensor, torch.requires_grad)).ptr() == Py_False; }
+
+// Nothing has to see operators on x, as gptvq.backends.watching tells it, and nothing needs gradients.
+bool unseen(PyObject* x, PyObject* bias) {
+  if (Py_TYPE(x) != torch.tensor && Py_TYPE(x) != torch.parameter) return false;
+  if (!is_long(take(PyObject_CallNoArgs(torch.modes)), 0) || !gives(torch.tracing, Py_None) || !gives(torch.level, Py_None)) return false;
+  if (!is_long(take(PyObject_GetAttr(torch.forward_ad, torch.current_level)), -1)) return false;
+  return gives(torch.grad_enabled, Py_False) || (no_gradient(x) && (bias == Py_None || no_gradient(bias)));
+}
+
+// The address of a CPU tensor's first element, and the rest of it in `view`; null, and perhaps a Python error, where it has none.
+char* address(PyObject* tensor, dlpack::Tensor& view) {
+  if (torch.exchange->view(tensor, &view) || view.device.type != dlpack::cpu || !view.data) return nullptr;
+  return static_cast<char*>(view.data) + view.byte_offset;
+}
+
+bool unchanged(const Call& call, PyObject* buffers, PyObject* parameters) {
+  for (const auto& [name, tensor] : call.buffers)
+    if (PyDict_GetItemWithError(buffers, name.ptr()) != tensor.ptr()) return false;
+  if (PyDict_GetItemWithError(parameters, torch.bias) != call.bias.ptr()) return false;
+  dlpack::Tensor view;
+  if (call.bias_data && address(call.bias.ptr(), view) != call.bias_data) return false;
+  for (const auto& [tensor, count] : call.counted)
+    if (!is_long(take(PyObject_GetAttr(tensor.ptr(), torch.version)), count)) return false;
+  return true;
+}
+
+int float_code(const dlpack::DataType& type) {
+  if (type.lanes != 1) return -1;
+  if (type.code == dlpack::bfloat && type.bits == 16) return static_cast<int>(OutType::bfloat16);
+  if (type.code != dlpack::floating) return -1;
+  return type.bits == 32 ? static_cast<int>(OutType::float32) : type.bits == 16 ? static_cast<int>(OutType::float16) : -1;
+}
+
+bool contiguous(const dlpack::Tensor& t) {
+  std::int64_t stride = 1;
+  for (int i = t.ndim - 1; t.strides && i >= 0; stride *= t.shape[i--])
+    if (t.shape[i] != 1 && t.strides[i] != stride) return false;
+  return true;
+}
+
+int activations_code(const Call& call, PyObject* name) {
+  for (int i = 0; i < 3; ++i)
+    if (call.activations[i].ptr() == name) return i;
+  return -1;
+}
+
+Owned empty_like(PyObject* x, const dlpack::Tensor& view, std::int64_t rows) {
+  std::array<Owned, kMostDimensions> sizes;
+  std::array<PyObject*, kMostDimensions + 1> arguments{x};
+  for (int i = 0; i < view.ndim; ++i) {
+    sizes[i] = take(PyLong_FromLongLong(i + 1 < view.ndim ? view.shape[i] : rows));
+    if (!(arguments[i + 1] = sizes[i].ptr())) return {};
+  }
+  return take(PyObject_VectorcallMethod(torch.new_empty, arguments.data(), static_cast<std::size_t>(view.ndim) + 1, nullptr));
+}
+
+// y, or null where this is not for here.  A Python error may be set then.
+Owned attempt(const Call& call, PyObject* x, PyObject* activations, PyObject* buffers, PyObject* parameters) {
+  if (!unseen(x, call.bias.ptr()) || !unchanged(call, buffers, parameters)) return {};
+  const Spec& spec = call.linear->spec();
+  const int mode = activations_code(call, activations);
+  dlpack::Tensor view, out;
+  const char* from = address(x, view);
+  if (mode < 0 || !from || view.ndim < 1 || view.ndim > kMostDimensions || view.shape[view.ndim - 1] != spec.cols || !contiguous(view)) return {};
+  const int type = float_code(view.dtype);
+  std::int64_t tokens = 1;
+  for (int i = 0; i + 1 < view.ndim; ++i) tokens *= view.shape[i];
+  if (type < 0 || tokens < 1 || tokens > call.most_tokens) return {};
+  const Owned count = take(PyObject_CallNoArgs(torch.threads));
+  const long threads = count ? PyLong_AsLong(count.ptr()) : -1;
+  if (threads < 1) return {};
+  Owned y = empty_like(x, view, spec.rows);
+  char* to = y ? address(y.ptr(), out) : nullptr;
+  if (!to) return {};
+  without_gil([&] {
+    linear({call.linear}, from, static_cast<OutType>(type), tokens, {to}, static_cast<Activations>(mode), static_cast<int>(threads));
+  });
+  return y;
+}
+
+constexpr const char* kCapsule = "gptvq.Call";
+
+PyObject* run(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4 || !PyDict_Check(arguments[2]) || !PyDict_Check(arguments[3])) {
+    PyErr_SetString(PyExc_TypeError, "need x, activations, buffers and parameters");
+    return nullptr;
+  }
+  const auto* call = static_cast<const Call*>(PyCapsule_GetPointer(capsule, kCapsule));
+  if (!call) return nullptr;
+  try {
+    if (Owned y = attempt(*call, arguments[0], arguments[1], arguments[2], arguments[3])) return y.release().ptr();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;      // Ctrl-C in a mode of functions
+  PyErr_Clear();                                            // the way by Python tells what is wrong, if anything
+  Py_RETURN_NONE;
+}
+
+PyMethodDef method{"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run)), METH_FASTCALL,
+                   "call(x, activations, buffers, parameters) -> y, or None where the way by Python is to be taken"};
+
+void set_torch(py::object type, const py::object& parameter, const py::object& modes, const py::object& tracing, const py::object& level,
+               const py::object& forward_ad, const py::object& grad_enabled, const py::object& threads) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  const auto* exchange = capsule.is_none() ? nullptr : static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  PyErr_Clear();
+  if (!exchange || exchange->major != dlpack::Exchange::known_major || !exchange->view) return;
+  const auto keep = [](const py::object& object) { return py::object(object).release().ptr(); };
+  torch.tensor = reinterpret_cast<PyTypeObject*>(keep(type));
+  torch.parameter = reinterpret_cast<PyTypeObject*>(keep(parameter));
+  torch.modes = keep(modes);
+  torch.tracing = keep(tracing);
+  torch.level = keep(level);
+  torch.forward_ad = keep(forward_ad);
+  torch.grad_enabled = keep(grad_enabled);
+  torch.threads = keep(threads);
+  torch.current_level = PyUnicode_InternFromString("_current_level");
+  torch.version = PyUnicode_InternFromString("_version");
+  torch.requires_grad = PyUnicode_InternFromString("requires_grad");
+  torch.new_empty = PyUnicode_InternFromString("new_empty");
+  torch.bias = PyUnicode_InternFromString("bias");
+  torch.exchange = exchange;
+}
+
+py::object caller(const Linear& linear, py::object owner, const py::dict& buffers, py::object bias,
+                  const std::vector<std::pair<py::object, long>>& counted, const std::array<py::object, 3>& activations,
+                  std::int64_t most_tokens) {
+  if (!torch.exchange) return py::none();
+  auto call = std::make_unique<Call>(Call{&linear, std::move(owner), {}, std::move(bias), nullptr, counted, activations, most_tokens});
+  for (const auto& [name, tensor] : buffers)
+    call->buffers.emplace_back(py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(tensor));
+  if (!call->bias.is_none()) {
+    dlpack::Tensor view;
+    call->bias_data = address(call->bias.ptr(), view);
+    PyErr_Clear();
+    if (!call->bias_data) return py::none();
+  }
+  Owned capsule = take(PyCapsule_New(call.get(), kCapsule, [](PyObject* self) { delete static_cast<Call*>(PyCapsule_GetPointer(self, kCapsule)); }));
+  if (!capsule) throw py::error_already_set();
+  call.release();
+  Owned function = take(PyCFunction_New(&method, capsule.ptr()));
+  if (!function) throw py::error_already_set();
+  return function;
+}
+
+}  // namespace
+
+void bind_call(py::module_& m) {
+  m.def("set_torch", &set_torch, py::arg("tensor"), py::arg("parameter"), py::arg("modes"), py::arg("tracing"), py::arg("level"),
+        py::arg("forward_ad"), py::arg("grad_enabled"), py::arg("threads"), "what `caller` asks of PyTorch");
+  m.def("caller", &caller, py::arg("linear"), py::arg("owner"), py::arg("buffers"), py::arg("bias"), py::arg("counted"),
+        py::arg("activations"), py::arg("most_tokens"),
+        "f(x, activations, buffers, parameters) -> y, or None where the way by Python is to be taken; None where this PyTorch hands out no "
+        "tensors to C");
+}
+
+}  // namespace gptvq
