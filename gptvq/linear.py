@@ -102,7 +102,8 @@ class VQLinear(nn.Module):
         if getattr(kernel, "joins", False) and x.numel() <= _FEW * self.in_features:
             if not x.is_inference():
                 return self._with_followers(kernel, x)
-            self._went_alone(kernel)
+            if not self._followers:
+                self._go_alone(kernel)
         return kernel(x, self.activations)
 
     def _by_operators(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,7 +130,9 @@ class VQLinear(nn.Module):
             _leader = weakref.ref(self), weakref.ref(x)
         activations, followers = self.activations, self._followers
         if not followers:
-            self._went_alone(kernel)
+            self.__dict__["_lonely"] = self._lonely + 1
+            if self._lonely == _PATIENCE:
+                self._go_alone(kernel)
             return kernel(x, activations)
         here = type(kernel) if kernel.turn is None else None        # a kernel of that type is on the CPU: devices compare slowly
         for follower in followers:
@@ -147,12 +150,10 @@ class VQLinear(nn.Module):
             follower.__dict__["_ready"] = x, version, other, activations, y, turn
         return mine
 
-    def _went_alone(self, kernel) -> None:
-        """Another call without followers; after some, a layer on a CPU takes the short way, and joins no others."""
+    def _go_alone(self, kernel) -> None:
+        """From the next call on, a layer on a CPU takes the short way, and joins no others."""
         if kernel.turn is None:
-            self.__dict__["_lonely"] = self._lonely + 1
-            if self._lonely == _PATIENCE:
-                self._call = kernel.caller(self._buffers, self._own_bias(), self._kernel[2])
+            self._call = kernel.caller(self._buffers, self._own_bias(), self._kernel[2])
 
     def _learnable(self, leader: VQLinear) -> bool:
         return self not in leader._followers and len(leader._followers) < 8 and self.in_features == leader.in_features
