@@ -1,6 +1,7 @@
 """What bench.gemv and bench.decode time against each other: this package's VQLinear, torch, ggml, own INT4, a plain read."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +27,11 @@ GGML = {"ggml Q4_0": ("Q4_0", False), "ggml Q4_K": ("Q4_K", False), "ggml Q2_K":
 INT4 = {"int4 a8": 8, "int4 a16": 16}
 READ, KERNEL = "read", "gptvq kernel"
 BASELINES = (*TORCH, *GGML, *INT4, READ)
+
+
+def malloc() -> str:
+    """How the C library asks the system for memory, and so in which pages the weights of all contenders lie."""
+    return os.environ.get("GLIBC_TUNABLES", "")
 
 
 def with_ggml(baselines: list[str]) -> tuple[list[str], str | None]:

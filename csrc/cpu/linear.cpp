@@ -255,7 +255,7 @@ struct LinearRun {
       static thread_local std::vector<float> sums;
       float* start = aligned(at_least(sums, linear_scratch(tokens) + 16));
       kernel_of(layer).tiles(a, part.first, part.last, start);
-    }, work * tokens >= kBytesToWake);
+    }, {work * tokens >= kBytesToWake, tokens == 1});
   }
 
   void exact(std::size_t l) {
