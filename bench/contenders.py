@@ -1,17 +1,17 @@
 """What bench.gemv and bench.decode time against each other: this package's VQLinear, torch, ggml, own INT4, a plain read."""
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptvq.backends import native
 from gptvq.config import ACTIVATIONS, VQConfig
 from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.large_pages import settle
 from gptvq.linear import VQLinear
 from gptvq.weight import DTYPES, VQWeight, decode_tables
 
@@ -27,11 +27,6 @@ GGML = {"ggml Q4_0": ("Q4_0", False), "ggml Q4_K": ("Q4_K", False), "ggml Q2_K":
 INT4 = {"int4 a8": 8, "int4 a16": 16}
 READ, KERNEL = "read", "gptvq kernel"
 BASELINES = (*TORCH, *GGML, *INT4, READ)
-
-
-def malloc() -> str:
-    """How the C library asks the system for memory, and so in which pages the weights of all contenders lie."""
-    return os.environ.get("GLIBC_TUNABLES", "")
 
 
 def with_ggml(baselines: list[str]) -> tuple[list[str], str | None]:
@@ -77,6 +72,15 @@ def random_weight(config: VQConfig, rows: int, cols: int) -> VQWeight:
 def inputs(m: int, cols: int) -> Tensor:
     """float32 [m, cols], the same for all."""
     return torch.randn(m, cols, generator=torch.Generator().manual_seed(2))
+
+
+def in_large_pages(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies, where they are on the CPU in large pages, one after another, as the weights of a loaded packed model are."""
+    holder = nn.Module()
+    with torch.inference_mode(False):
+        for at, tensor in enumerate(tensors):
+            holder.register_buffer(str(at), tensor.clone())         # those of inference mode cannot be moved
+        return list(settle(holder).buffers())
 
 
 class Shape:
@@ -127,8 +131,9 @@ class Shape:
     def packed(self, preset: str, activations: list[str], x: Tensor, cold: bool) -> list[Contender]:
         vq, x = random_weight(VQConfig.preset(preset), self.rows, self.cols), x.to(self.device, self.dtype)
         if preset not in self.rings:
-            self.rings[preset] = [{name: t.clone().to(self.device) for name, t in vq.buffers.items()}
-                                  for _ in range(self.copies(vq.nbytes))]
+            names, copies = list(vq.buffers), self.copies(vq.nbytes)
+            tensors = in_large_pages(t.to(self.device) for _ in range(copies) for t in vq.buffers.values())
+            self.rings[preset] = [dict(zip(names, tensors[at: at + len(names)])) for at in range(0, len(tensors), len(names))]
         ring = self.rings[preset] if cold else self.rings[preset][:1]
 
         def contender(kind: str) -> Contender:
@@ -171,7 +176,7 @@ class Shape:
         dtype, nbytes = TORCH[name], self.rows * self.cols * TORCH[name].itemsize
         if name not in self.rings:
             weight = self._repeated(self.some).to(self.device, dtype)
-            self.rings[name] = [weight.clone() for _ in range(self.copies(nbytes))]
+            self.rings[name] = in_large_pages(weight for _ in range(self.copies(nbytes)))
         weights, x = self.rings[name] if cold else self.rings[name][:1], x.to(self.device, dtype)
 
         def run() -> Tensor:
@@ -197,7 +202,7 @@ class Shape:
         if "int4" not in self.rings:
             int4.load()
             packed = int4.pack(*(self._repeated(part) for part in int4.quantize(self.some)))
-            self.rings["int4"] = [int4.aligned(packed) for _ in range(self.copies(packed.numel()))]
+            self.rings["int4"] = in_large_pages(packed for _ in range(self.copies(packed.numel())))
         ring = self.rings["int4"]
         nbytes = ring[0].numel()
         products = int4.Products(ring if cold else ring[:1] * _again(nbytes), self.rows, x, INT4[name], threads)
@@ -211,7 +216,7 @@ class Shape:
         int4.load()
         needed = nbytes * (self.copies(nbytes) if cold else 1)
         if len(self.rings.get(READ, ())) < needed:
-            self.rings[READ] = int4.aligned(torch.ones(needed, dtype=torch.uint8))
+            self.rings[READ], = in_large_pages([torch.ones(needed, dtype=torch.uint8)])
         stretches = list(self.rings[READ][:needed].split(nbytes))
         reads = int4.Reads(stretches if cold else stretches * _again(nbytes), threads)
         return Contender(name, {**packed.row, "method": READ, "activations": None}, nbytes, reads.calls, reads)

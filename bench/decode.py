@@ -21,14 +21,14 @@ from gptvq.errors import BackendUnavailable, ConfigError
 from gptvq.evaluate import decode
 from gptvq.head import find_head, install
 from gptvq.hf import open_model
-from gptvq.large_pages import settle
+from gptvq.large_pages import settle, why_not
 from gptvq.linear import VQLinear
 from gptvq.model import dense_weight, find_blocks, linears
 from gptvq.stream import BlockStream
 from gptvq.weight import VQWeight
 
 from . import decode_gpu, llamacpp, runner
-from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Contender, Shape, inputs, label, malloc, random_weight, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Contender, Shape, inputs, label, random_weight, with_ggml
 
 PARTS = ("tokens", "linears")
 AS_CALLED = ", as in the model"
@@ -42,11 +42,10 @@ EXAMPLE = """examples:
 tokens per second: greedy, batch 1, with a cache, the prompt not timed.  Without --packed the packed weights are random, with the
 standard deviation of those they replace: what such a model says is noise, but it says it as fast.  The dense weights of the head and
 the embedding are bfloat16 here and Q8_0 in llama.cpp. All models but llama.cpp's lie in large pages, as packed ones do once they are
-loaded. linears: every linear of the decoder blocks once, in ms; weights are random, in pages as torch takes them (GLIBC_TUNABLES, see
-bench.gemv), and in as many copies as make at least 192 MB, so that no cache holds them: all of one shape after another, each on its own,
-and, packed ones, "as in the model": block by block, those that share an input one after another on it. --shape: a model of those sizes with
-random weights on any device, its steps called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed
-size."""
+loaded. linears: every linear of the decoder blocks once, in ms; weights are random, in large pages too, and in as many copies as make at
+least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed ones, "as in the model": block by
+block, those that share an input one after another on it. --shape: a model of those sizes with random weights on any device, its steps
+called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,7 +89,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     baselines, libraries = with_ggml(list(BASELINES))
     dense, tokenizer = open_model(source, device="cpu", dtype="bfloat16")
     results = runner.Results("decode", argv, args.json, {"model": Path(source).name, "tokens": args.tokens, "repeats": args.repeats,
-                                                         "ring_bytes": RING_BYTES, "malloc": malloc(), "ggml": libraries})
+                                                         "ring_bytes": RING_BYTES, "pages": why_not() or "large", "ggml": libraries})
     prompt = encode(tokenizer, PROMPT, chat=False)[0]
     found = blocks_linears(dense, prompt)
     try:

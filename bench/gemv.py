@@ -11,10 +11,11 @@ import torch
 from gptvq.backends import native
 from gptvq.config import PRESETS
 from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.large_pages import why_not
 
 from . import device as on
 from . import gemv_gpu, runner
-from .contenders import ACTIVATIONS, BASELINES, KERNEL, READ, RING_BYTES, SETTLE, Shape, label, malloc, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, KERNEL, READ, RING_BYTES, SETTLE, Shape, label, with_ggml
 
 SHAPES = [(4096, 4096), (11008, 4096), (576, 1536), (1536, 576), (576, 576)]
 WITH_SCALES = ["2d-2.25-s64", "4d-2.125-s64", "2d-3.125-s64", "4d-3.125-s64", "1d-4.125-s64"]
@@ -31,8 +32,8 @@ Cold: passes over a ring of copies of 192 MB; a last cache that is larger is not
 VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost, as is our
 compiled function with --alone (gptvq kernel), but for a call from Python with addresses.
 x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
-as a part of the time of the product.  Loaded packed models lie in large pages of memory; what puts the weights of all contenders there is
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296.  Leave OMP_WAIT_POLICY unset where nothing else runs.  GPTVQ_CPU=avx2: with the kernels for AVX2.
+as a part of the time of the product. All weights lie in large pages of memory, as those of loaded packed models do (GPTVQ_LARGE_PAGES=0: in
+small ones). Leave OMP_WAIT_POLICY unset where nothing else runs. GPTVQ_CPU=avx2: with the kernels for AVX2.
 On a GPU: one pass over 200 MB of copies as a CUDA graph, replayed; against cuBLAS, other packages where they can be imported, and a
 copy of 200 MB in the same run (of copy: the bytes of the weight per second, as a part of the bytes that the copy moves)."""
 
@@ -91,8 +92,9 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     if not native.serves(device):
         raise BackendUnavailable(f"there are no kernels to measure: {native.why_not(device)}")
     args.baselines, libraries = with_ggml(args.baselines)
-    results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": RING_BYTES, "malloc": malloc(),
-                                                       "ggml": libraries, "kernels": os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0]})
+    results = runner.Results("gemv", argv, args.json, {"repeats": args.repeats, "dtype": args.dtype, "ring_bytes": RING_BYTES,
+                                                       "pages": why_not() or "large", "ggml": libraries,
+                                                       "kernels": os.environ.get("GPTVQ_CPU") or native.instruction_sets()[0]})
     least = RING_BYTES if "cold" in args.cache else 1
     try:
         for rows, cols in args.shapes:
