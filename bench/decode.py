@@ -42,10 +42,10 @@ EXAMPLE = """examples:
 tokens per second: greedy, batch 1, with a cache, the prompt not timed.  Without --packed the packed weights are random, with the
 standard deviation of those they replace: what such a model says is noise, but it says it as fast.  The dense weights of the head and
 the embedding are bfloat16 here and Q8_0 in llama.cpp. All models but llama.cpp's lie in large pages, as packed ones do once they are
-loaded. linears: every linear of the decoder blocks once, in ms; weights are random, in large pages but for ggml's, and in as many copies as
-make at least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed ones, "as in the model":
-block by block, those that share an input one after another on it. --shape: a model of those sizes with random weights on any device, its
-steps called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
+loaded. linears: every linear of the decoder blocks once, in ms; weights are random, in large pages too, and in as many copies as make at
+least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed ones, "as in the model": block by
+block, those that share an input one after another on it. --shape: a model of those sizes with random weights on any device, its steps
+called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
 
 
 def main(argv: list[str] | None = None) -> None:

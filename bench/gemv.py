@@ -32,8 +32,8 @@ Cold: passes over a ring of copies of 192 MB; a last cache that is larger is not
 VQLinear and torch are called from Python, one call per product; ggml, INT4 and the read loop by themselves, without that cost, as is our
 compiled function with --alone (gptvq kernel), but for a call from Python with addresses.
 x ...: how many times faster than that baseline, median of paired ratios.  of read: the time that reading the packed bytes takes,
-as a part of the time of the product. All weights but ggml's, which is slower there, lie in large pages of memory, as those of loaded packed
-models do (GPTVQ_LARGE_PAGES=0: none). Leave OMP_WAIT_POLICY unset where nothing else runs. GPTVQ_CPU=avx2: with the kernels for AVX2.
+as a part of the time of the product. All weights lie in large pages of memory, as those of loaded packed models do (GPTVQ_LARGE_PAGES=0: in
+small ones). Leave OMP_WAIT_POLICY unset where nothing else runs. GPTVQ_CPU=avx2: with the kernels for AVX2.
 On a GPU: one pass over 200 MB of copies as a CUDA graph, replayed; against cuBLAS, other packages where they can be imported, and a
 copy of 200 MB in the same run (of copy: the bytes of the weight per second, as a part of the bytes that the copy moves)."""
 

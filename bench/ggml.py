@@ -5,12 +5,14 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import mmap
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 
 import numpy as np
 
 from gptvq.errors import BackendUnavailable, ConfigError
+from gptvq.large_pages import why_not
 
 # module, distribution, folder of its libraries; the first one compiles on the user's machine, for its instruction set
 PACKAGES = (("llama_cpp", "llama-cpp-python", "lib"), ("libggml", "libggml-python", "lib64"))
@@ -42,6 +44,7 @@ _BASE = {  # function: result, arguments
     "ggml_threadpool_params_init": (None, POINTER(_ThreadpoolParams), c_int),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, c_void_p, c_void_p),
     "ggml_backend_buft_alloc_buffer": (c_void_p, c_void_p, c_size_t), "ggml_backend_buffer_get_base": (c_void_p, c_void_p),
+    "ggml_backend_buffer_get_size": (c_size_t, c_void_p),
     "ggml_backend_buffer_free": (None, c_void_p), "ggml_backend_buft_name": (c_char_p, c_void_p),
     "ggml_backend_tensor_alloc": (c_int, c_void_p, c_void_p, c_void_p),
     "ggml_backend_tensor_set": (None, c_void_p, c_void_p, c_size_t, c_size_t),
@@ -150,6 +153,10 @@ class Weights:
         else:
             raise BackendUnavailable(f"ggml has no CPU kernel for {kind} [{self.rows}, {cols}], or no memory for {copies} copies")
         self.buffer = ggml.backend_buft_name(buft).decode()
+        if not why_not():           # as all weights here; nothing is written to them yet
+            start, size = ggml.backend_buffer_get_base(self.memory), ggml.backend_buffer_get_size(self.memory)
+            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            ctypes.CDLL(None).madvise(c_void_p(first), c_size_t(start + size - first), mmap.MADV_HUGEPAGE)
         for tensor in self.tensors:
             ggml.backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
 
