@@ -1,5 +1,5 @@
-// A layer called on a few tokens, without a line of Python.  Each line costs as much as a small layer's kernel takes for a thousand
-// weights, and ten times that behind a large layer, whose weights have pushed the interpreter out of the caches.
+// A layer's call from VQLinear.forward to the kernel and back.  Each line of Python that it saves costs as much as a small layer's kernel
+// takes for a thousand weights, and ten times that behind a large layer, whose weights have pushed the interpreter out of the caches.
 #include "bind.h"
 #include "cpu/linear.h"
 #include "dlpack.h"
@@ -19,15 +19,15 @@ struct Torch {
   PyObject *current_level = nullptr, *version = nullptr, *requires_grad = nullptr, *new_empty = nullptr, *bias = nullptr;
 } torch;
 
-// A layer as it was when its kernel was prepared.
+// A layer as it was when its kernel was prepared.  Borrows all objects from the tuple in which the function holds them: so the garbage
+// collector sees them.
 struct Call {
   const Linear* linear;
-  py::object owner;                                         // keeps `linear` and what it reads
-  std::vector<std::pair<py::object, py::object>> buffers;   // name, tensor
-  py::object bias;                                          // tensor or None
-  const void* bias_data;
-  std::vector<std::pair<py::object, long>> counted;         // tensor, its changes in place
-  std::array<py::object, 3> activations;                    // names, by Activations
+  std::vector<std::pair<PyObject*, PyObject*>> buffers;     // name, tensor
+  PyObject* bias;                                           // tensor or None
+  std::uintptr_t bias_data;
+  std::vector<std::pair<PyObject*, long>> counted;          // tensor, its changes in place
+  std::array<PyObject*, 3> activations;                     // names, by Activations
   std::int64_t most_tokens;
 };
 
@@ -58,12 +58,12 @@ char* address(PyObject* tensor, dlpack::Tensor& view) {
 
 bool unchanged(const Call& call, PyObject* buffers, PyObject* parameters) {
   for (const auto& [name, tensor] : call.buffers)
-    if (PyDict_GetItemWithError(buffers, name.ptr()) != tensor.ptr()) return false;
-  if (PyDict_GetItemWithError(parameters, torch.bias) != call.bias.ptr()) return false;
+    if (PyDict_GetItemWithError(buffers, name) != tensor) return false;
+  if (PyDict_GetItemWithError(parameters, torch.bias) != call.bias) return false;
   dlpack::Tensor view;
-  if (call.bias_data && address(call.bias.ptr(), view) != call.bias_data) return false;
+  if (call.bias != Py_None && reinterpret_cast<std::uintptr_t>(address(call.bias, view)) != call.bias_data) return false;
   for (const auto& [tensor, count] : call.counted)
-    if (!is_long(take(PyObject_GetAttr(tensor.ptr(), torch.version)), count)) return false;
+    if (!is_long(take(PyObject_GetAttr(tensor, torch.version)), count)) return false;
   return true;
 }
 
@@ -83,7 +83,9 @@ bool contiguous(const dlpack::Tensor& t) {
 
 int activations_code(const Call& call, PyObject* name) {
   for (int i = 0; i < 3; ++i)
-    if (call.activations[i].ptr() == name) return i;
+    if (call.activations[i] == name) return i;
+  for (int i = 0; PyUnicode_Check(name) && i < 3; ++i)      // from a file, say
+    if (PyUnicode_Compare(call.activations[i], name) == 0) return i;
   return -1;
 }
 
@@ -99,7 +101,7 @@ Owned empty_like(PyObject* x, const dlpack::Tensor& view, std::int64_t rows) {
 
 // y, or null where this is not for here.  A Python error may be set then.
 Owned attempt(const Call& call, PyObject* x, PyObject* activations, PyObject* buffers, PyObject* parameters) {
-  if (!unseen(x, call.bias.ptr()) || !unchanged(call, buffers, parameters)) return {};
+  if (!unseen(x, call.bias) || !unchanged(call, buffers, parameters)) return {};
   const Spec& spec = call.linear->spec();
   const int mode = activations_code(call, activations);
   dlpack::Tensor view, out;
@@ -123,18 +125,16 @@ Owned attempt(const Call& call, PyObject* x, PyObject* activations, PyObject* bu
 
 constexpr const char* kCapsule = "gptvq.Call";
 
-PyObject* run(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* run(PyObject* held, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 4 || !PyDict_Check(arguments[2]) || !PyDict_Check(arguments[3])) {
     PyErr_SetString(PyExc_TypeError, "need x, activations, buffers and parameters");
     return nullptr;
   }
-  const auto* call = static_cast<const Call*>(PyCapsule_GetPointer(capsule, kCapsule));
+  const auto* call = static_cast<const Call*>(PyCapsule_GetPointer(PyTuple_GET_ITEM(held, 0), kCapsule));
   if (!call) return nullptr;
   try {
     if (Owned y = attempt(*call, arguments[0], arguments[1], arguments[2], arguments[3])) return y.release().ptr();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-    return nullptr;
+  } catch (const std::exception&) {
   }
   if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;      // Ctrl-C in a mode of functions
   PyErr_Clear();                                            // the way by Python tells what is wrong, if anything
@@ -167,23 +167,32 @@ void set_torch(py::object type, const py::object& parameter, const py::object& m
   torch.exchange = exchange;
 }
 
-py::object caller(const Linear& linear, py::object owner, const py::dict& buffers, py::object bias,
+py::object caller(const Linear& linear, const py::object& owner, const py::dict& buffers, const py::object& bias, std::uintptr_t bias_data,
                   const std::vector<std::pair<py::object, long>>& counted, const std::array<py::object, 3>& activations,
                   std::int64_t most_tokens) {
   if (!torch.exchange) return py::none();
-  auto call = std::make_unique<Call>(Call{&linear, std::move(owner), {}, std::move(bias), nullptr, counted, activations, most_tokens});
-  for (const auto& [name, tensor] : buffers)
-    call->buffers.emplace_back(py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(tensor));
-  if (!call->bias.is_none()) {
-    dlpack::Tensor view;
-    call->bias_data = address(call->bias.ptr(), view);
-    PyErr_Clear();
-    if (!call->bias_data) return py::none();
+  auto call = std::make_unique<Call>(Call{&linear, {}, bias.ptr(), bias_data, {}, {}, most_tokens});
+  py::list held;
+  held.append(owner);                                       // which keeps `linear` and what it reads
+  held.append(bias);
+  for (const auto& [name, tensor] : buffers) {
+    call->buffers.emplace_back(name.ptr(), tensor.ptr());
+    held.append(name);
+    held.append(tensor);
   }
-  Owned capsule = take(PyCapsule_New(call.get(), kCapsule, [](PyObject* self) { delete static_cast<Call*>(PyCapsule_GetPointer(self, kCapsule)); }));
+  for (const auto& [tensor, count] : counted) {
+    call->counted.emplace_back(tensor.ptr(), count);
+    held.append(tensor);
+  }
+  for (std::size_t i = 0; i < activations.size(); ++i) {
+    call->activations[i] = activations[i].ptr();
+    held.append(activations[i]);
+  }
+  const Owned capsule = take(PyCapsule_New(call.get(), kCapsule, [](PyObject* self) { delete static_cast<Call*>(PyCapsule_GetPointer(self, kCapsule)); }));
   if (!capsule) throw py::error_already_set();
   call.release();
-  Owned function = take(PyCFunction_New(&method, capsule.ptr()));
+  held.insert(0, capsule);
+  Owned function = take(PyCFunction_New(&method, py::tuple(held).ptr()));
   if (!function) throw py::error_already_set();
   return function;
 }
@@ -193,8 +202,8 @@ py::object caller(const Linear& linear, py::object owner, const py::dict& buffer
 void bind_call(py::module_& m) {
   m.def("set_torch", &set_torch, py::arg("tensor"), py::arg("parameter"), py::arg("modes"), py::arg("tracing"), py::arg("level"),
         py::arg("forward_ad"), py::arg("grad_enabled"), py::arg("threads"), "what `caller` asks of PyTorch");
-  m.def("caller", &caller, py::arg("linear"), py::arg("owner"), py::arg("buffers"), py::arg("bias"), py::arg("counted"),
-        py::arg("activations"), py::arg("most_tokens"),
+  m.def("caller", &caller, py::arg("linear"), py::arg("owner"), py::arg("buffers"), py::arg("bias"), py::arg("bias_data"),
+        py::arg("counted"), py::arg("activations"), py::arg("most_tokens"),
         "f(x, activations, buffers, parameters) -> y, or None where the way by Python is to be taken; None where this PyTorch hands out no "
         "tensors to C");
 }

@@ -103,7 +103,7 @@ class VQLinear(nn.Module):
             if not x.is_inference():
                 return self._with_followers(kernel, x)
             if not self._followers:
-                self._go_alone(kernel)
+                self._go_alone(kernel, _PATIENCE)
         return kernel(x, self.activations)
 
     def _by_operators(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,9 +130,7 @@ class VQLinear(nn.Module):
             _leader = weakref.ref(self), weakref.ref(x)
         activations, followers = self.activations, self._followers
         if not followers:
-            self.__dict__["_lonely"] = self._lonely + 1
-            if self._lonely == _PATIENCE:
-                self._go_alone(kernel)
+            self._go_alone(kernel, 1)
             return kernel(x, activations)
         here = type(kernel) if kernel.turn is None else None        # a kernel of that type is on the CPU: devices compare slowly
         for follower in followers:
@@ -150,10 +148,13 @@ class VQLinear(nn.Module):
             follower.__dict__["_ready"] = x, version, other, activations, y, turn
         return mine
 
-    def _go_alone(self, kernel) -> None:
-        """From the next call on, a layer on a CPU takes the short way, and joins no others."""
-        if kernel.turn is None:
-            self._call = kernel.caller(self._buffers, self._own_bias(), self._kernel[2])
+    def _go_alone(self, kernel, calls: int) -> None:
+        """After _PATIENCE calls that nobody followed, a layer on a CPU takes the short way, and joins no others."""
+        if kernel.turn is None and self._lonely < _PATIENCE:
+            self.__dict__["_lonely"] = self._lonely + calls
+            made = self._kernel
+            if self._lonely >= _PATIENCE and made is not None and made[0] is kernel:
+                self._call = _short_way(made)
 
     def _learnable(self, leader: VQLinear) -> bool:
         return self not in leader._followers and len(leader._followers) < 8 and self.in_features == leader.in_features
@@ -171,9 +172,11 @@ class VQLinear(nn.Module):
                     break
             else:
                 return made[0]
+        # The state first: what another thread changes meanwhile then counts as a change.
+        state = *_state(buffers, bias), bias, 0 if bias is None else bias.data_ptr()
         kernel = ops.prepare_linear(*self._decode_tables(), bias, self.spec)
-        self._kernel = kernel, *_state(buffers, bias), bias, None if bias is None else bias.data_ptr()
-        self._call, self._lonely = None if getattr(kernel, "joins", True) else kernel.caller(buffers, bias, self._kernel[2]), 0
+        self._kernel = made = kernel, *state
+        self._call, self._lonely = None if getattr(kernel, "joins", True) else _short_way(made), 0
         return kernel
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -214,8 +217,9 @@ class VQLinear(nn.Module):
         with torch.inference_mode(False):                       # tables that backward may keep, whoever calls first
             for buffer in self.spec.buffer_shapes():            # kernels read the buffers themselves, and so see later changes
                 buffers[buffer] = buffers[buffer].contiguous()
+            state = _state(buffers)
             tables = decode_tables(self.spec, buffers)
-        self._tables = tables, *_state(buffers)
+        self._tables = tables, *state
         return tables
 
     def __setattr__(self, name: str, value) -> None:
@@ -273,9 +277,16 @@ def set_activations(model: nn.Module, activations: str) -> None:
 
 
 def _state(buffers: dict[str, Tensor], bias: Tensor | None = None) -> tuple:
-    """(ids of the buffers, what of them and the bias is copied or decoded and how often it was changed in place, the buffers).
+    """(ids of the buffers, what of them and the bias is copied or decoded and how often it was changed in place, the buffers by name).
 
     Inference tensors do not count changes.  The buffers are held so that no other can get the id of one.
     """
+    buffers = dict(buffers)
     copied = (*(buffers[name] for name in ("gs", "sz", "cb_u", "cb_v") if name in buffers), bias)
-    return [*map(id, buffers.values())], tuple((t, t._version) for t in copied if t is not None and not t.is_inference()), [*buffers.values()]
+    return [*map(id, buffers.values())], tuple((t, t._version) for t in copied if t is not None and not t.is_inference()), buffers
+
+
+def _short_way(made: tuple):
+    """See PreparedLinear.caller of the kernel in `made`, VQLinear._kernel."""
+    kernel, _, counted, buffers, bias, bias_data = made
+    return kernel.caller(buffers, bias, bias_data, counted)

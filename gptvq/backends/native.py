@@ -144,14 +144,14 @@ class PreparedLinear:
         self.kernel.run(x.data_ptr(), _TYPES[x.dtype], tokens, y.data_ptr(), _MODES[activations], torch.get_num_threads())
         return y
 
-    def caller(self, buffers: dict[str, Tensor], bias: nn.Parameter | None, counted: tuple[tuple[Tensor, int], ...]):
+    def caller(self, buffers: dict[str, Tensor], bias: nn.Parameter | None, bias_data: int, counted: tuple[tuple[Tensor, int], ...]):
         """f(x, activations, buffers, parameters) -> y, as a layer that holds these would compute it, in C++ from end to end.
 
         None where that is not to be had; and f gives None where x, the layer or PyTorch's state ask for more than this kernel: a type,
-        device or size of x that it does not take as it is, gradients, something that watches operators, other buffers than these or
-        the `counted` ones at other counts.
+        device or size of x that it does not take as it is, gradients, something that watches operators, other buffers than these, a
+        bias at another address or the `counted` ones at other counts.
         """
-        return _C.caller(self.kernel, self, buffers, bias, counted, ACTIVATIONS, DENSE_FROM - 1)
+        return _C.caller(self.kernel, self, buffers, bias, bias_data, counted, ACTIVATIONS, DENSE_FROM - 1)
 
     def _tiles_win(self, dtype: torch.dtype) -> bool:
         """Measured on a Xeon with AMX: against products of PyTorch in bfloat16, which take tiles too, only in large layers whose scales

@@ -61,7 +61,7 @@ def test_views_that_lie_in_one_piece_are_taken():
 
 
 def flipped(x):
-    return torch.complex(torch.zeros(3, 96), -x).conj().imag       # contiguous or not, with its negative bit set
+    return torch.complex(torch.zeros(3, 96), -x).conj().imag       # with its negative bit set
 
 
 def own_type(x):
@@ -167,7 +167,7 @@ def test_codebooks_are_read_where_they_lie():
 def test_activations_are_looked_at():
     layer, x = made(), torch.randn(3, 96)
     layer.activations = "".join(["a", "8"])             # equal to the name, but not the same object
-    assert torch.equal(layer(x), by_python(layer, x))
+    assert torch.equal(short(layer, x), by_python(layer, x))
     layer.activations = "a4"
     assert short(layer, x) is None
     with pytest.raises(ConfigError, match="a4"):
@@ -221,16 +221,53 @@ def test_nothing_is_kept_or_lost():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["bias", "idx"])
+def test_cycles_through_it_are_collected(name):
+    layer = made()
+    getattr(layer, name).loader = layer.dequantize      # as loaders of weights do
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+@torch.no_grad()
+def test_a_kernel_of_a_layer_that_changed_since_is_not_taken(monkeypatch):
+    """As where another thread changes it: what was made before is filed under what it was made from."""
+    layer, x = made(), torch.randn(3, 96)
+    old, prepare = layer._kernel[0], linear.ops.prepare_linear
+    other = VQLinear.from_weight(random_weight(PLAIN, 1))
+
+    def meanwhile(*arguments):
+        kernel = prepare(*arguments)
+        layer._buffers["idx"] = other.idx
+        return kernel
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear.ops, "prepare_linear", meanwhile)
+        layer._forget()
+        layer(x)
+    assert short(layer, x) is None and torch.equal(layer(x), by_python(layer, x)) and torch.equal(short(layer, x), by_python(layer, x))
+    layer._go_alone(old, linear._PATIENCE)
+    assert torch.equal(layer(x), by_python(layer, x))
+
+
+@torch.no_grad()
 def test_large_layers_take_it_when_nobody_joins(monkeypatch):
     monkeypatch.setattr(native, "JOIN_FROM", 0)
     monkeypatch.setattr(linear, "_leader", (None, None))
     layer, other = (VQLinear.from_weight(random_weight(PLAIN, seed)) for seed in (0, 1))
+    made = []
+    caller = native.PreparedLinear.caller
+    monkeypatch.setattr(native.PreparedLinear, "caller", lambda *arguments: made.append(1) or caller(*arguments))
     for mode, patience in ((torch.no_grad(), linear._PATIENCE), (torch.inference_mode(), 1)):
         layer._forget()
         with mode:
             for step in range(patience + 2):
                 assert (layer._call is not None) == (step >= patience)
                 assert torch.equal(layer(x := torch.randn(2, 96)), by_python(layer, x))
+            layer(torch.randn(96, 2).T)
+    assert made == [1, 1]
     layer._forget()
     for step in range(linear._PATIENCE + 2):
         x = torch.randn(2, 96)
