@@ -15,10 +15,9 @@
 namespace gptvq {
 namespace {
 
-// A worker keeps looking this long before it sleeps: the next layer of a model is usually not far, and waking takes longer.  Between
-// large layers, whose weights push the caller's code out of the caches, a call takes some 100 us; but what looks on while the threads of
-// PyTorch compute takes their processors: a prompt of 64 tokens went through SmolLM2 16 % slower on two of them when it stayed, too.
-constexpr std::chrono::microseconds kPatience{30}, kStay{200};
+// A worker keeps looking this long before it sleeps: the next layer of a model is usually not far, and waking takes longer.  It stays for
+// longer only where asked to: what looks on while the threads of PyTorch compute takes their processors.
+constexpr std::chrono::microseconds kPatience{30}, kStay{100};
 constexpr std::int64_t kMostThreads = 256;      // they stay: a slip of the caller's may not fill the process with them
 
 inline void relax() {
