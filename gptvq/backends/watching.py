@@ -16,5 +16,5 @@ def transformed() -> bool:
 
 def watched(x: Tensor) -> bool:
     """Whether something has to see operators on x: a tracer, a dispatch mode, a transformation, a type of x's own."""
-    # `transformed` written out: this is asked on every call of a layer.
+    # `transformed` written out: this is asked on every call of a layer.  csrc/bind_call.cpp asks the same; change both.
     return type(x) not in PLAIN or modes() > 0 or tracing() is not None or level() is not None or forward_ad._current_level >= 0
