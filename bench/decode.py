@@ -5,7 +5,6 @@ import copy
 import statistics
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,19 +22,20 @@ from gptvq.head import find_head, install
 from gptvq.hf import open_model
 from gptvq.large_pages import settle, why_not
 from gptvq.linear import VQLinear
-from gptvq.model import dense_weight, find_blocks, linears
+from gptvq.model import dense_weight
 from gptvq.stream import BlockStream
 from gptvq.weight import VQWeight
 
 from . import decode_gpu, llamacpp, runner
-from .contenders import ACTIVATIONS, BASELINES, READ, RING_BYTES, SETTLE, Contender, Shape, inputs, label, random_weight, with_ggml
+from .contenders import ACTIVATIONS, BASELINES, RING_BYTES, label, random_weight, with_ggml
+from .decode_linears import blocks_linears, calls, compare_linears, ratios
 
 PARTS = ("tokens", "linears")
-AS_CALLED = ", as in the model"
 PROMPT = "The tower stands on the hill above the river, and"
 EXAMPLE = """examples:
   python -m bench.decode --json bench/results/decode-cpu.json
   python -m bench.decode --packed my-model-2.25 --tokens 128
+  python -m bench.decode --parts tokens --modes eager,compile --activations a16
   python -m bench.decode --table bench/results/decode-cpu.json
   python -m bench.decode --device cuda --shape llama2-7b --modes eager,graph --json decode-gpu.json
 
@@ -44,7 +44,8 @@ standard deviation of those they replace: what such a model says is noise, but i
 the embedding are bfloat16 here and Q8_0 in llama.cpp. All models but llama.cpp's lie in large pages, as packed ones do once they are
 loaded. linears: every linear of the decoder blocks once, in ms; weights are random, in large pages too, and in as many copies as make at
 least 192 MB, so that no cache holds them: all of one shape after another, each on its own, and, packed ones, "as in the model": block by
-block, those that share an input one after another on it. --shape: a model of those sizes with random weights on any device, its steps
+block, those that share an input one after another on it. --modes compile: through torch.compile, with a key and value cache of fixed
+size, which has room for the prompt and the tokens; compiling is not timed.  --shape: a model of those sizes with random weights on any device, its steps
 called one by one, as one CUDA graph, or through torch.compile; the key and value cache has a fixed size."""
 
 
@@ -60,7 +61,7 @@ def parser():
     p.add_argument("--shape", choices=tuple(decode_gpu.MODELS), help="no model: random weights of these sizes")
     p.add_argument("--device", default="cpu", metavar="NAME", help="with --shape: cpu, cuda or cuda:N, default %(default)s")
     p.add_argument("--modes", type=runner.names, default=["eager"], metavar="A,B",
-                   help=f"with --shape: of {','.join(decode_gpu.MODES)}; default eager")
+                   help=f"how models are called: of {','.join(decode_gpu.MODES)}, graph with --shape alone; default eager")
     p.add_argument("--no-dense", dest="dense", action="store_false", help="with --shape: without the dense model beside the packed ones")
     p.add_argument("--packed", metavar="FOLDER", help="a packed checkpoint of it, in the place of random packed weights")
     p.add_argument("--presets", type=runner.names, default=["2d-2.25-s64", "2d-3.125-s64"], metavar="A,B",
@@ -81,6 +82,7 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     runner.check_names("--head", [args.head] if args.head else [], PRESETS)
     runner.check_names("--activations", args.activations, ACTIVATIONS)
     runner.check_names("--parts", args.parts, PARTS)
+    runner.check_names("--modes", args.modes, [mode for mode in decode_gpu.MODES if mode != "graph"])
     if args.tokens < 2:
         raise ConfigError("--tokens: got 1, need at least 2: the first one is the prompt's")
     if args.packed and not is_packed(Path(args.packed)):
@@ -109,107 +111,17 @@ def measure(args, argv: list[str] | None) -> list[dict]:
     return results.rows
 
 
-def blocks_linears(model: nn.Module, prompt: Tensor) -> dict[str, nn.Module]:
-    """{name: linear} of the decoder blocks."""
-    return {name: linear for block in find_blocks(model, prompt[None]) for name, linear in linears(block.module, block.name).items()}
-
-
-def calls(model: nn.Module, prompt: Tensor, found: dict[str, nn.Module]) -> list[list[tuple[int, int]]]:
-    """The shapes (rows, cols) of the linears in the order in which the model calls them, those together that get the same tensor."""
-    groups, last = [], []
-
-    def note(linear: nn.Module, args: tuple) -> None:
-        if not last or last[-1] is not args[0]:
-            groups.append([])
-        groups[-1].append(tuple(dense_weight(linear).shape))
-        last[:] = args[:1]
-
-    hooks = [linear.register_forward_pre_hook(note) for linear in found.values()]
-    try:
-        with torch.no_grad():
-            model(prompt[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return groups
-
-
-# ---- the linears alone
-@torch.inference_mode()
-def compare_linears(groups: list[list[tuple[int, int]]], args, baselines: list[str], threads: int) -> list[dict]:
-    """Rows for the `calls` of a model; those that cannot do every shape are left out."""
-    shapes = Counter(shape for group in groups for shape in group)
-    total = sum(rows * cols * count for (rows, cols), count in shapes.items())
-    parts: dict[str, list[Contender]] = {}
-    every = []
-    for (rows, cols), count in shapes.items():
-        def copies(nbytes: int, count: int = count, weights: int = rows * cols) -> int:
-            return count * rounds(nbytes / weights * total)
-
-        every.append(Shape(rows, cols, torch.device("cpu"), torch.bfloat16, copies))
-        for one in every[-1].contenders(args.presets, args.activations, baselines, 1, threads, cold=True):
-            parts.setdefault(one.name, []).append(one)
-    parts = {name: ones for name, ones in parts.items() if len(ones) == len(shapes)}
-    passing = {name: lambda ones=ones: [one.run() for one in ones] for name, ones in parts.items()}
-    for name in [name for name, ones in parts.items() if ones[0].layers]:
-        parts[name + AS_CALLED], passing[name + AS_CALLED] = parts[name], as_called(groups, dict(zip(shapes, parts[name])))
-    times = runner.paired(passing, args.repeats, settle=SETTLE)
-    passes = {name: sum(one.calls for one in ones) / shapes.total() for name, ones in parts.items()}
-    times = {name: [seconds / passes[name] for seconds in found] for name, found in times.items()}
-    rows = []
-    for name, ones in parts.items():
-        nbytes = sum(one.nbytes * count for one, count in zip(ones, shapes.values()))
-        read = {"of_read": runner.ratio(times, name, ones[0].read)} if ones[0].read in times else {}
-        rows.append({"operation": "linears of one token" + AS_CALLED * name.endswith(AS_CALLED), **ones[0].row, "format": plain(ones[0].row["format"]),
-                     "bits_per_value": 8 * nbytes / total, "linears": shapes.total(), "device": "cpu", "threads": threads,
-                     "cache": "cold", "median_seconds": statistics.median(times[name]),
-                     "gb_per_second": nbytes / statistics.median(times[name]) / 1e9,
-                     "speedup": ratios(times, name, [n for n in times if not n.startswith(("gptvq", READ))]), **read})
-    for one in (one for ones in parts.values() for one in ones):
-        one.close()
-    for shape in every:
-        shape.close()
-    return rows
-
-
-def as_called(groups: list[list[tuple[int, int]]], parts: dict[tuple[int, int], Contender]) -> Callable[[], None]:
-    """A pass over all copies of a packed model's linears, each group of them on a tensor of its own."""
-    rings = {shape: iter(one.layers) for shape, one in parts.items()}
-    with torch.inference_mode(False):               # tensors of inference mode do not count their changes, and so share nothing
-        x = {cols: [inputs(1, cols).bfloat16() for _ in range(2)] for _, cols in parts}
-    copies = sum(len(one.layers) for one in parts.values()) // sum(map(len, groups))
-    order = [(x[group[0][1]][at % 2], [next(rings[shape]) for shape in group]) for at, group in enumerate(groups * copies)]
-
-    def run() -> None:
-        for tokens, layers in order:
-            for layer in layers:
-                layer(tokens)
-
-    run()                                           # learns who shares
-    return run
-
-
-def rounds(nbytes: float) -> int:
-    """How many copies of a whole model's linears of `nbytes` bytes are cold in every pass."""
-    return max(1, round(RING_BYTES / nbytes))
-
-
-def plain(text: str) -> str:
-    """A format without its group shape, which differs from layer to layer."""
-    return " ".join(part for part in text.split() if "x" not in part)
-
-
-def ratios(times: dict[str, list[float]], name: str, baselines: list[str]) -> dict[str, float]:
-    return {baseline: runner.ratio(times, name, baseline) for baseline in baselines if baseline != name}
-
-
 # ---- the whole model
 def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Path) -> dict[str, tuple[dict, Callable[[int], float]]]:
     """{name: (what a row says of it, threads -> tokens per second)}; llama.cpp's files are written into `folder`."""
-    def here(model: nn.Module) -> Callable[[int], float]:
-        return lambda threads: decode(model, prompt, args.tokens)[1]
-
     found = {}
+
+    def add(name: str, row: dict, model: nn.Module) -> None:
+        if "eager" in args.modes:
+            found[name] = row, lambda threads: decode(model, prompt, args.tokens)[1]
+        if "compile" in args.modes:
+            found[f"{name}, compile"] = {**row, "operation": "decode, compile"}, compiled(model, prompt, args.tokens)
+
     packed = [(None, open_model(args.packed, device="cpu", dtype="bfloat16")[0])] if args.packed else [
         (preset, with_random_weights(dense, prompt, VQConfig.preset(preset, head=head)))
         for preset in args.presets for head in ("", args.head) if head is not None]
@@ -222,10 +134,10 @@ def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Pa
             row = {"method": "gptvq", "preset": preset, "format": kinds, "activations": kind,
                    "bits_per_value": 8 * sum(layer.packed.nbytes for layer in layers) / sum(
                        layer.in_features * layer.out_features for layer in layers)}
-            found[f"gptvq {preset or 'packed'} {'with head ' * bool(head)}{kind}"] = row, here(model)
+            add(f"gptvq {preset or 'packed'} {'with head ' * bool(head)}{kind}", row, model)
     for name, dtype in (("torch bf16", torch.bfloat16), ("torch fp32", torch.float32)):
         row = {"method": "torch", "preset": None, "format": name.split()[1], "bits_per_value": 8.0 * dtype.itemsize}
-        found[name] = row, here(settle(dense if dtype == torch.bfloat16 else copy.deepcopy(dense).float()))
+        add(name, row, settle(dense if dtype == torch.bfloat16 else copy.deepcopy(dense).float()))
     if source.suffix == ".gguf":
         try:
             found.update(llama_models(source, prompt.tolist(), args.tokens, folder))
@@ -234,6 +146,19 @@ def open_models(args, source: Path, dense: nn.Module, prompt: Tensor, folder: Pa
     else:
         runner.log("no rows of llama.cpp: it opens .gguf files alone")
     return found
+
+
+def compiled(model: nn.Module, prompt: Tensor, new_tokens: int) -> Callable[[int], float]:
+    """threads -> tokens per second of the steps after the first, as `evaluate.decode` counts them."""
+    with torch.no_grad():
+        steps = decode_gpu.Steps(model, "compile", torch.device("cpu"), len(prompt) + new_tokens)
+
+    @torch.no_grad()
+    def speed(threads: int) -> float:
+        steps.restart(prompt)
+        return 1 / decode_gpu.on.seconds(steps.run, new_tokens - 1, torch.device("cpu"))
+
+    return speed
 
 
 def llama_models(source: Path, prompt: list[int], new_tokens: int, folder: Path) -> dict:

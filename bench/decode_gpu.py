@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -94,11 +94,11 @@ def _pack(layer: nn.Module, config: VQConfig, made: dict[tuple, VQWeight]) -> No
 
 
 class Steps:
-    """One token after the other: a call feeds the last token, its position and a cache of fixed size, all in place."""
+    """One token after the other: a call feeds the last token, its position and a cache with `room` for as many, all in place."""
 
-    def __init__(self, model: nn.Module, mode: str, place: torch.device):
+    def __init__(self, model: nn.Module, mode: str, place: torch.device, room: int = _CACHE):
         from transformers import StaticCache
-        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=_CACHE)
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=room)
         self.token, self.position = torch.ones(1, 1, dtype=torch.long, device=place), torch.zeros(1, dtype=torch.long, device=place)
         self.forward: Callable = torch.compile(model.forward, mode="reduce-overhead") if mode == "compile" else model.forward
         for _ in range(3):
@@ -111,9 +111,13 @@ class Steps:
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.add_(1)
 
-    def restart(self) -> None:
+    def restart(self, prompt: Iterable[int] = ()) -> None:
+        """Forgets everything but `prompt`; the token that follows it is the next one to feed."""
         self.cache.reset()
         self.position.zero_()
+        for token in prompt:
+            self.token.fill_(int(token))
+            self.run()
 
 
 @torch.no_grad()                        # not inference_mode, in which layers called on one input are not computed together

@@ -1,5 +1,9 @@
-// A layer's call from VQLinear.forward to the kernel and back.  Each line of Python that it saves costs as much as a small layer's kernel
-// takes for a thousand weights, and ten times that behind a large layer, whose weights have pushed the interpreter out of the caches.
+// A layer's call from VQLinear.forward to the kernel and back, and that of the operator behind torch.compile.  Each line of Python that it
+// saves costs as much as a small layer's kernel takes for a thousand weights, and ten times that behind a large layer, whose weights have
+// pushed the interpreter out of the caches.
+#include <cstdlib>
+#include <unordered_map>
+
 #include "bind.h"
 #include "cpu/linear.h"
 #include "dlpack.h"
@@ -19,17 +23,32 @@ struct Torch {
   PyObject *current_level = nullptr, *version = nullptr, *requires_grad = nullptr, *new_empty = nullptr, *bias = nullptr;
 } torch;
 
-// A layer as it was when its kernel was prepared.  Borrows all objects from the tuple in which the function holds them: so the garbage
-// collector sees them.
-struct Call {
+// Borrows the names, as all objects below are borrowed, from what Python holds as long: so the garbage collector sees them.
+struct Kernel {
   const Linear* linear;
+  std::array<PyObject*, 3> activations;                     // names, by Activations
+  std::int64_t most_tokens;
+};
+
+// A layer as it was when its kernel was prepared.
+struct Call : Kernel {
   std::vector<std::pair<PyObject*, PyObject*>> buffers;     // name, tensor
   PyObject* bias;                                           // tensor or None
   std::uintptr_t bias_data;
   std::vector<std::pair<PyObject*, long>> counted;          // tensor, its changes in place
-  std::array<PyObject*, 3> activations;                     // names, by Activations
-  std::int64_t most_tokens;
 };
+
+// The operator's tensors idx, cb, gs, sc, table and bias as they were when a kernel was prepared from them, which keeps their memory: what
+// lies at these addresses, unchanged, is what the kernel knows, whoever holds it.
+constexpr std::size_t kTensors = 6;
+struct Known : Kernel {
+  PyObject *owner, *idx, *key;                              // owner: of `linear`; key: of its spec
+  std::array<std::uintptr_t, kTensors> data;                // 0: None
+  std::array<long, kTensors> counts;                        // of changes in place; -1: not counted
+};
+
+// By idx.  Entries are Python's, and leave when it lets them go.
+std::unordered_map<PyObject*, const Known*> known;
 
 using Owned = py::object;
 
@@ -81,11 +100,20 @@ bool contiguous(const dlpack::Tensor& t) {
   return true;
 }
 
-int activations_code(const Call& call, PyObject* name) {
+bool unchanged(const Known& entry, PyObject* const* tensors) {
+  dlpack::Tensor view;
+  for (std::size_t i = 0; i < kTensors; ++i) {
+    if (tensors[i] == Py_None ? entry.data[i] != 0 : reinterpret_cast<std::uintptr_t>(address(tensors[i], view)) != entry.data[i]) return false;
+    if (entry.counts[i] >= 0 && !is_long(take(PyObject_GetAttr(tensors[i], torch.version)), entry.counts[i])) return false;
+  }
+  return true;
+}
+
+int activations_code(const Kernel& kernel, PyObject* name) {
   for (int i = 0; i < 3; ++i)
-    if (call.activations[i] == name) return i;
+    if (kernel.activations[i] == name) return i;
   for (int i = 0; PyUnicode_Check(name) && i < 3; ++i)      // from a file, say
-    if (PyUnicode_Compare(call.activations[i], name) == 0) return i;
+    if (PyUnicode_Compare(kernel.activations[i], name) == 0) return i;
   return -1;
 }
 
@@ -99,18 +127,17 @@ Owned empty_like(PyObject* x, const dlpack::Tensor& view, std::int64_t rows) {
   return take(PyObject_VectorcallMethod(torch.new_empty, arguments.data(), static_cast<std::size_t>(view.ndim) + 1, nullptr));
 }
 
-// y, or null where this is not for here.  A Python error may be set then.
-Owned attempt(const Call& call, PyObject* x, PyObject* activations, PyObject* buffers, PyObject* parameters) {
-  if (!unseen(x, call.bias) || !unchanged(call, buffers, parameters)) return {};
-  const Spec& spec = call.linear->spec();
-  const int mode = activations_code(call, activations);
+// y, or null where x is not for here.  A Python error may be set then.
+Owned compute(const Kernel& kernel, PyObject* x, PyObject* activations) {
+  const Spec& spec = kernel.linear->spec();
+  const int mode = activations_code(kernel, activations);
   dlpack::Tensor view, out;
   const char* from = address(x, view);
   if (mode < 0 || !from || view.ndim < 1 || view.ndim > kMostDimensions || view.shape[view.ndim - 1] != spec.cols || !contiguous(view)) return {};
   const int type = float_code(view.dtype);
   std::int64_t tokens = 1;
   for (int i = 0; i + 1 < view.ndim; ++i) tokens *= view.shape[i];
-  if (type < 0 || tokens < 1 || tokens > call.most_tokens) return {};
+  if (type < 0 || tokens < 1 || tokens > kernel.most_tokens) return {};
   const Owned count = take(PyObject_CallNoArgs(torch.threads));
   const long threads = count ? PyLong_AsLong(count.ptr()) : -1;
   if (threads < 1) return {};
@@ -118,12 +145,24 @@ Owned attempt(const Call& call, PyObject* x, PyObject* activations, PyObject* bu
   char* to = y ? address(y.ptr(), out) : nullptr;
   if (!to) return {};
   without_gil([&] {
-    linear({call.linear}, from, static_cast<OutType>(type), tokens, {to}, static_cast<Activations>(mode), static_cast<int>(threads));
+    linear({kernel.linear}, from, static_cast<OutType>(type), tokens, {to}, static_cast<Activations>(mode), static_cast<int>(threads));
   });
   return y;
 }
 
 constexpr const char* kCapsule = "gptvq.Call";
+
+// f(), or None where it gives null or fails: the way by Python tells what is wrong, if anything.
+template <class F>
+PyObject* or_none(F&& f) {
+  try {
+    if (Owned y = f()) return y.release().ptr();
+  } catch (const std::exception&) {
+  }
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;      // Ctrl-C in a mode of functions
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
 
 PyObject* run(PyObject* held, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 4 || !PyDict_Check(arguments[2]) || !PyDict_Check(arguments[3])) {
@@ -132,17 +171,31 @@ PyObject* run(PyObject* held, PyObject* const* arguments, Py_ssize_t count) {
   }
   const auto* call = static_cast<const Call*>(PyCapsule_GetPointer(PyTuple_GET_ITEM(held, 0), kCapsule));
   if (!call) return nullptr;
-  try {
-    if (Owned y = attempt(*call, arguments[0], arguments[1], arguments[2], arguments[3])) return y.release().ptr();
-  } catch (const std::exception&) {
+  return or_none([&] {
+    return unseen(arguments[0], call->bias) && unchanged(*call, arguments[2], arguments[3]) ? compute(*call, arguments[0], arguments[1]) : Owned();
+  });
+}
+
+// Below PyTorch's dispatcher, where nothing has to see operators any more.
+PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 9 || !PyUnicode_Check(arguments[7])) {
+    PyErr_SetString(PyExc_TypeError, "need x, idx, cb, gs, sc, table, bias, the spec's key and activations");
+    return nullptr;
   }
-  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;      // Ctrl-C in a mode of functions
-  PyErr_Clear();                                            // the way by Python tells what is wrong, if anything
-  Py_RETURN_NONE;
+  return or_none([&]() -> Owned {
+    const auto found = known.find(arguments[1]);
+    if (found == known.end() || std::getenv("GPTVQ_BACKEND")) return {};
+    const Known entry = *found->second;
+    if (PyUnicode_Compare(entry.key, arguments[7]) != 0 || !unchanged(entry, arguments + 1)) return {};
+    const Owned owner = py::reinterpret_borrow<py::object>(entry.owner);        // other threads may let it go meanwhile
+    return compute(entry, arguments[0], arguments[8]);
+  });
 }
 
 PyMethodDef method{"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run)), METH_FASTCALL,
                    "call(x, activations, buffers, parameters) -> y, or None where the way by Python is to be taken"};
+PyMethodDef recalling{"recall", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&recall)), METH_FASTCALL,
+                      "recall(x, idx, cb, gs, sc, table, bias, key, activations) -> y, or None where the way by Python is to be taken"};
 
 void set_torch(py::object type, const py::object& parameter, const py::object& modes, const py::object& tracing, const py::object& level,
                const py::object& forward_ad, const py::object& grad_enabled, const py::object& threads) {
@@ -171,7 +224,7 @@ py::object caller(const Linear& linear, const py::object& owner, const py::dict&
                   const std::vector<std::pair<py::object, long>>& counted, const std::array<py::object, 3>& activations,
                   std::int64_t most_tokens) {
   if (!torch.exchange) return py::none();
-  auto call = std::make_unique<Call>(Call{&linear, {}, bias.ptr(), bias_data, {}, {}, most_tokens});
+  auto call = std::make_unique<Call>(Call{{&linear, {}, most_tokens}, {}, bias.ptr(), bias_data, {}});
   py::list held;
   held.append(owner);                                       // which keeps `linear` and what it reads
   held.append(bias);
@@ -197,6 +250,26 @@ py::object caller(const Linear& linear, const py::object& owner, const py::dict&
   return function;
 }
 
+void forget(PyObject* capsule) {
+  const auto* entry = static_cast<const Known*>(PyCapsule_GetPointer(capsule, kCapsule));
+  if (const auto found = known.find(entry->idx); found != known.end() && found->second == entry) known.erase(found);
+  delete entry;
+}
+
+py::object remember(const Linear& linear, const py::object& owner, const py::object& idx, const py::str& key,
+                    const std::array<std::pair<std::uintptr_t, long>, kTensors>& state, const std::array<py::object, 3>& activations,
+                    std::int64_t most_tokens) {
+  if (!torch.exchange) return py::none();
+  auto entry = std::make_unique<Known>(Known{{&linear, {}, most_tokens}, owner.ptr(), idx.ptr(), key.ptr(), {}, {}});
+  for (std::size_t i = 0; i < activations.size(); ++i) entry->activations[i] = activations[i].ptr();
+  for (std::size_t i = 0; i < kTensors; ++i) std::tie(entry->data[i], entry->counts[i]) = state[i];
+  const Owned capsule = take(PyCapsule_New(entry.get(), kCapsule, &forget));
+  if (!capsule) throw py::error_already_set();
+  const Known* mine = entry.release();
+  known[mine->idx] = mine;
+  return capsule;
+}
+
 }  // namespace
 
 void bind_call(py::module_& m) {
@@ -206,6 +279,10 @@ void bind_call(py::module_& m) {
         py::arg("counted"), py::arg("activations"), py::arg("most_tokens"),
         "f(x, activations, buffers, parameters) -> y, or None where the way by Python is to be taken; None where this PyTorch hands out no "
         "tensors to C");
+  m.def("remember", &remember, py::arg("linear"), py::arg("owner"), py::arg("idx"), py::arg("key"), py::arg("state"), py::arg("activations"),
+        py::arg("most_tokens"), "As long as the result lives, `recall` takes calls on tensors in this state, (address or 0, count of changes "
+        "or -1) each, with this idx.  None: see `caller`");
+  m.attr("recall") = take(PyCFunction_New(&recalling, nullptr));
 }
 
 }  // namespace gptvq

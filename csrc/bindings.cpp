@@ -56,7 +56,7 @@ py::dict cuda() {
 
 // As INTERFACE of gptvq/backends/native.py, which refuses a module of another one: raise both when a function, what it takes, or the
 // layout of what it reads or writes changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 }  // namespace
 

@@ -14,14 +14,16 @@ class DenseHead(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or ops.watched(x) or not self._is_one_token(x):
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return ops.matvec_operator(x, self.weight, self.bias) if self._is_one_token(x) else super().forward(x)
+        if torch.compiler.is_compiling() or ops.watched(x) or ops.watched(self.weight) or not self._is_one_token(x):
             return super().forward(x)
         return ops.matvec(x, self.weight, self.bias)
 
     def _is_one_token(self, x: Tensor) -> bool:
-        """Whether x is that, and neither gradients nor another dtype, device or kind of weight call for an operator of torch."""
+        """Whether x is that, and neither gradients nor another dtype or device call for an operator of torch."""
         tensors = [x, self.weight] + [self.bias] * (self.bias is not None)
-        return (x.ndim > 0 and x.shape[-1] == x.numel() == self.in_features and not ops.watched(self.weight)
+        return (x.ndim > 0 and x.shape[-1] == x.numel() == self.in_features
                 and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and not torch.is_autocast_enabled("cpu")
                 and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 

@@ -121,20 +121,29 @@ def prepare_linear(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table
 
 
 def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
-           spec: QuantSpec, activations: str = "a16") -> Tensor:
-    """x [.., cols] -> x W^T + bias [.., rows] in x's dtype, as the operator gptvq::linear, which torch.compile takes as a whole."""
-    return torch.ops.gptvq.linear(x, idx, cb, gs, sc, table, bias, list(spec.to_dict().values()), activations)
+           spec: QuantSpec, activations: str = "a16", gradients: bool = True) -> Tensor:
+    """x [.., cols] -> x W^T + bias [.., rows] in x's dtype, as one operator, which torch.compile takes as a whole.
+
+    Without `gradients` as another one, faster to call and for good without them.
+    """
+    operator = torch.ops.gptvq.linear if gradients else torch.ops.gptvq.linear_inference
+    return operator(x, idx, cb, gs, sc, table, bias, spec.key, activations)
 
 
 def dequantize_operator(idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, spec: QuantSpec,
                         dtype: torch.dtype) -> Tensor:
     """`dequantize` as the operator gptvq::dequantize."""
-    return torch.ops.gptvq.dequantize(idx, cb, gs, sc, table, list(spec.to_dict().values()), dtype)
+    return torch.ops.gptvq.dequantize(idx, cb, gs, sc, table, spec.key, dtype)
 
 
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear of one token x [.., cols] with a dense weight [rows, cols], all bfloat16, without gradients."""
     return backend(x.device).matvec(x, weight, bias)
+
+
+def matvec_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`matvec` as the operator gptvq::matvec."""
+    return torch.ops.gptvq.matvec(x, weight, bias)
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
@@ -197,23 +206,30 @@ def collect(index: Tensor, values: Tensor, strip: Tensor, group_rows: int, shape
 
 # ---- What torch.compile takes as a whole.  Library.define costs a call a fifth of the decorator torch.library.custom_op.
 _library = torch.library.Library("gptvq", "DEF")
-_library.define("dequantize(Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, int[] spec, ScalarType dtype) -> Tensor")
-_library.define("linear(Tensor x, Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, Tensor? bias, int[] spec, "
-                "str activations) -> Tensor")
-_spec_of = functools.lru_cache(maxsize=None)(lambda fields: QuantSpec(*fields))
+_LINEAR = "(Tensor x, Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, Tensor? bias, str spec, str activations) -> Tensor"
+_library.define("dequantize(Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, str spec, ScalarType dtype) -> Tensor")
+_library.define("matvec(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("linear" + _LINEAR)
+_library.define("linear_inference" + _LINEAR)       # without gradients, the way to which costs a call as much as a small layer's kernel
 
 
 def _linear(x, idx, cb, gs, sc, table, bias, spec, activations):
-    spec = _spec_of(tuple(spec))
+    spec = QuantSpec.from_key(spec)
     check_input(x, spec.cols)
     check_activations(activations)
     return backend(x.device).linear(x, idx, cb, gs, sc, table, bias, spec, activations)
 
 
+def _linear_on_cpu(*args):
+    y = native.recall(*args)
+    return _linear(*args) if y is None else y
+
+
 def _linear_fake(x, idx, cb, gs, sc, table, bias, spec, activations):
-    check_input(x, spec[1])
+    spec = QuantSpec.from_key(spec)
+    check_input(x, spec.cols)
     check_activations(activations)
-    return x.new_empty((*x.shape[:-1], spec[0]))
+    return x.new_empty((*x.shape[:-1], spec.rows))
 
 
 def _linear_context(ctx, inputs, output):
@@ -229,16 +245,21 @@ def _linear_backward(ctx, grad):
 
 
 def _dequantize(idx, cb, gs, sc, table, spec, dtype):
-    return dequantize(idx, cb, gs, sc, table, _spec_of(tuple(spec)), dtype)
+    return dequantize(idx, cb, gs, sc, table, QuantSpec.from_key(spec), dtype)
 
 
 def _dequantize_fake(idx, cb, gs, sc, table, spec, dtype):
-    return idx.new_empty(spec[0], spec[1], dtype=dtype)
+    spec = QuantSpec.from_key(spec)
+    return idx.new_empty(spec.rows, spec.cols, dtype=dtype)
 
 
+for _name in ("linear", "linear_inference"):
+    _library.impl(_name, _linear_on_cpu, "CPU")
+    _library.impl(_name, _linear, "CUDA")
+    torch.library.register_fake(f"gptvq::{_name}", _linear_fake, lib=_library)
 for _device in ("CPU", "CUDA"):
-    _library.impl("linear", _linear, _device)
     _library.impl("dequantize", _dequantize, _device)
 torch.library.register_fake("gptvq::dequantize", _dequantize_fake, lib=_library)
-torch.library.register_fake("gptvq::linear", _linear_fake, lib=_library)
+_library.impl("matvec", matvec, "CPU")
+torch.library.register_fake("gptvq::matvec", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])), lib=_library)
 torch.library.register_autograd("gptvq::linear", _linear_backward, setup_context=_linear_context, lib=_library)

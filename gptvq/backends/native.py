@@ -15,7 +15,7 @@ from . import reference, watching
 from .prepared import Remembered
 
 #: As kInterface of csrc/bindings.cpp.
-INTERFACE = 2
+INTERFACE = 3
 
 
 def _compiled() -> tuple[object, str]:
@@ -153,6 +153,10 @@ class PreparedLinear:
         """
         return _C.caller(self.kernel, self, buffers, bias, bias_data, counted, ACTIVATIONS, DENSE_FROM - 1)
 
+    def remember(self, idx: Tensor, spec: QuantSpec, state: list[tuple[int, int]]):
+        """As long as the result lives, `recall` takes calls of a few tokens on tensors in that state; see Remembered."""
+        return _C.remember(self.kernel, self, idx, spec.key, state, ACTIVATIONS, DENSE_FROM - 1)
+
     def _tiles_win(self, dtype: torch.dtype) -> bool:
         """Measured on a Xeon with AMX: against products of PyTorch in bfloat16, which take tiles too, only in large layers whose scales
         change rarely."""
@@ -206,6 +210,9 @@ def _output(x: Tensor, rows: int) -> Tensor:
 
 prepare_linear = PreparedLinear
 linear = Remembered(PreparedLinear)
+#: (x, idx, cb, gs, sc, table, bias, the spec's key, activations) -> what `linear` gives, in C++ from end to end, or None where that is to
+#: be asked: for the first time, after a change, or with GPTVQ_BACKEND set.
+recall = _C.recall if _C is not None else lambda *args: None
 
 
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

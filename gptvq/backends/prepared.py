@@ -16,16 +16,17 @@ class Remembered:
 
     def __init__(self, prepare):
         self.prepare = prepare
-        self.known = WeakTensorKeyDictionary()      # idx -> (state of the other tensors, what prepare made)
+        self.known = WeakTensorKeyDictionary()      # idx -> (spec, state of the tensors, what prepare made, what it remembers)
 
     def __call__(self, x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, table: Tensor | None, bias: Tensor | None,
                  spec: QuantSpec, activations: str) -> Tensor:
-        state, known = [_state(t) for t in (cb, gs, sc, table, bias)], self.known.get(idx)
-        if known is None or known[0] != state:
-            known = self.known[idx] = state, self.prepare(idx, cb, gs, sc, table, bias, spec)
-        return known[1](x, activations)
+        state, known = [_state(t) for t in (idx, cb, gs, sc, table, bias)], self.known.get(idx)
+        if known is None or known[0] != spec or known[1] != state:
+            made = self.prepare(idx, cb, gs, sc, table, bias, spec)
+            known = self.known[idx] = spec, state, made, made.remember(idx, spec, state)
+        return known[2](x, activations)
 
 
-def _state(tensor: Tensor | None) -> tuple | None:
-    """Address and, from `_version`, the count of changes in place."""
-    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and, from `_version`, the count of changes in place, which inference tensors do not have."""
+    return (0, -1) if tensor is None else (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)

@@ -120,7 +120,7 @@ def test_compiled_is_one_graph_and_equals_eager(name):
 
 def test_operator_follows_the_rules_of_torch_library():
     vq = layer("2D K256 scales")
-    args = (*vq._decode_tables(), vq.bias.detach().requires_grad_(), list(vq.spec.to_dict().values()), "fp32")
+    args = (*vq._decode_tables(), vq.bias.detach().requires_grad_(), vq.spec.key, "fp32")
     torch.library.opcheck(torch.ops.gptvq.linear.default, (torch.randn(3, 64, requires_grad=True), *args))
     with pytest.raises(ConfigError, match="need torch.float32, float16 or bfloat16 with last dimension 64"):
         torch.ops.gptvq.linear(torch.randn(3, 65), *args)

@@ -8,7 +8,7 @@ import torch
 from bench_runs import bench, check_file
 from job.tiny_models import build
 
-from bench import arm_mca, decode, gemv, ggml, int4, llamacpp, runner
+from bench import arm_mca, decode, decode_linears, gemv, ggml, int4, llamacpp, runner
 from bench.contenders import BASELINES, Contender, Shape, inputs, label, random_weight
 from gptvq import evaluate
 from gptvq.config import VQConfig
@@ -33,7 +33,7 @@ def missing(*loads):
 
 @pytest.fixture(autouse=True)
 def small_rings(monkeypatch):
-    for module in (gemv, decode):
+    for module in (gemv, decode_linears):
         monkeypatch.setattr(module, "RING_BYTES", 1 << 16)
 
 
@@ -183,6 +183,33 @@ def test_a_head_alone_leaves_an_embedding_of_its_own(name):
     model = decode.with_random_weights(dense, torch.arange(8), VQConfig.preset("2d-2.25", head="2d-4.125"))
     assert isinstance(model.get_input_embeddings(), torch.nn.Embedding) == (name == "llama")
     assert model.get_output_embeddings().spec.label == "2d K256"
+
+
+@torch.no_grad()
+def test_compiled_decoding_feeds_the_tokens_that_eager_decoding_does(my_model):
+    dense, _ = open_model(my_model, device="cpu", dtype="float32")
+    prompt = torch.arange(1, 9)
+    steps, found = decode.decode_gpu.Steps(dense, "eager", torch.device("cpu"), 16), []
+    for _ in range(2):
+        steps.restart(prompt)
+        found.append([int(steps.token), *(steps.run() or int(steps.token) for _ in range(5))])
+    assert found[0] == found[1] == evaluate.decode(dense, prompt, 6)[0]
+
+
+def test_decode_through_torch_compile(my_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, inner=torch.compile, **options: inner(f, backend="aot_eager"))
+    out = tmp_path / "decode.json"
+    options = ["--presets", "2d-2.25", "--tokens", "3", "--repeats", "1", "--threads", "1", "--parts", "tokens", "--activations", "a16"]
+    assert bench(decode, "--model", my_model, *options, "--modes", "eager,compile", "--json", out) == 0
+    rows = check_file(out, "decode")
+    assert [(row["operation"], row["method"]) for row in rows] == [(operation, method) for method in ("gptvq", "torch", "torch")
+                                                                  for operation in ("decode", "decode, compile")]
+    assert rows[1]["speedup"]["torch bf16, compile"] > 0 and rows[0]["bits_per_value"] == rows[1]["bits_per_value"]
+
+
+def test_decode_takes_no_mode_that_is_for_gpus(my_model, capsys):
+    assert bench(decode, "--model", my_model, "--modes", "graph") == 1
+    assert "--modes: got graph" in capsys.readouterr().err
 
 
 def test_decode_of_a_checkpoint(my_model, tmp_path, capsys):
