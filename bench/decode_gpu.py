@@ -100,7 +100,10 @@ class Steps:
         from transformers import StaticCache
         self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=room)
         self.token, self.position = torch.ones(1, 1, dtype=torch.long, device=place), torch.zeros(1, dtype=torch.long, device=place)
-        self.forward: Callable = torch.compile(model.forward, mode="reduce-overhead") if mode == "compile" else model.forward
+        self.forward: Callable = model.forward
+        if mode == "compile":
+            torch._dynamo.config.recompile_limit = 64           # models of one class share it, and numbers of threads
+            self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
         for _ in range(3):
             self.step()
         self.run = on.graphed(self.step, place) if mode == "graph" else self.step

@@ -47,8 +47,8 @@ struct Known : Kernel {
   std::array<long, kTensors> counts;                        // of changes in place; -1: not counted
 };
 
-// By idx.  Entries are Python's, and leave when it lets them go.
-std::unordered_map<PyObject*, const Known*> known;
+// By idx.  Entries are Python's, and leave when it lets them go, which may be after static objects have gone.
+std::unordered_map<PyObject*, const Known*>& known = *new std::unordered_map<PyObject*, const Known*>;
 
 using Owned = py::object;
 
@@ -71,7 +71,7 @@ bool unseen(PyObject* x, PyObject* bias) {
 
 // The address of a CPU tensor's first element, and the rest of it in `view`; null, and perhaps a Python error, where it has none.
 char* address(PyObject* tensor, dlpack::Tensor& view) {
-  if (torch.exchange->view(tensor, &view) || view.device.type != dlpack::cpu || !view.data) return nullptr;
+  if (!PyObject_TypeCheck(tensor, torch.tensor) || torch.exchange->view(tensor, &view) || view.device.type != dlpack::cpu || !view.data) return nullptr;
   return static_cast<char*>(view.data) + view.byte_offset;
 }
 
@@ -186,8 +186,8 @@ PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const auto found = known.find(arguments[1]);
     if (found == known.end() || std::getenv("GPTVQ_BACKEND")) return {};
     const Known entry = *found->second;
-    if (PyUnicode_Compare(entry.key, arguments[7]) != 0 || !unchanged(entry, arguments + 1)) return {};
     const Owned owner = py::reinterpret_borrow<py::object>(entry.owner);        // other threads may let it go meanwhile
+    if (PyUnicode_Compare(entry.key, arguments[7]) != 0 || !unchanged(entry, arguments + 1)) return {};
     return compute(entry, arguments[0], arguments[8]);
   });
 }

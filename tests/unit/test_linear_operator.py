@@ -75,6 +75,15 @@ def test_wrong_inputs_say_so_when_a_kernel_is_known_too(wrong, message):
         called({**args, **wrong})
 
 
+def test_what_is_no_tensor_is_not_recalled():
+    args = arguments()
+    called(args)
+    for name in NAMES:
+        assert recalled({**args, name: "no tensor"}) is None
+    with pytest.raises(TypeError, match="need x, idx"):
+        native.recall(1)
+
+
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("how", ["replaced", "in place", "in place by another view"])
 def test_changes_are_seen(name, how):
