@@ -1,5 +1,6 @@
 // gptvq._C: every argument is checked again here, whatever Python checked before.
 #include "bind.h"
+#include "common/pool.h"
 #include "cpu/linear.h"
 #include "cpu/packing.h"
 #include "cuda/runtime.h"
@@ -54,7 +55,7 @@ py::dict cuda() {
   return d;
 }
 
-// As INTERFACE of gptvq/backends/native.py, which refuses a module of another one: raise both when a function, what it takes, or the
+// As INTERFACE of gptvq/backends/module.py, which refuses a module of another one: raise both when a function, what it takes, or the
 // layout of what it reads or writes changes.
 constexpr int kInterface = 3;
 
@@ -63,6 +64,8 @@ constexpr int kInterface = 3;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of gptvq.  A tensor is (address, dtype, shape, strides); call them through gptvq.ops.";
   m.attr("interface") = kInterface;
+  m.def("use_threads_of", [](std::uintptr_t torch_parallel_for) { use_threads_of(reinterpret_cast<TorchParallelFor>(torch_parallel_for)); },
+        py::arg("torch_parallel_for"), "The address of that function, whose threads are taken from now on; 0: threads of our own");
   m.def("pack_codes", &pack, py::arg("codes"), py::arg("idx"), py::arg("spec"));
   m.def("unpack_codes", &unpack, py::arg("idx"), py::arg("codes"), py::arg("spec"));
   m.def("dequantize", &decode_packed, py::arg("idx"), py::arg("cb"), py::arg("gs"), py::arg("sc").none(true),

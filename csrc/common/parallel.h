@@ -11,9 +11,9 @@ namespace gptvq {
 
 // Calls work(part) once for every part in [0, parts) on up to `threads` threads, this one included.  Which thread runs a
 // part is left open, so a part may not depend on another; then the result does not depend on the number of threads.  The first
-// exception ends the call and is thrown here.  `helpers`: see run_on_threads.
+// exception ends the call and is thrown here.
 template <class F>
-void parallel_for(std::int64_t parts, std::int64_t threads, F&& work, Helpers helpers = {}) {
+void parallel_for(std::int64_t parts, std::int64_t threads, F&& work) {
   struct Job {
     F& work;
     std::int64_t parts;
@@ -31,7 +31,7 @@ void parallel_for(std::int64_t parts, std::int64_t threads, F&& work, Helpers he
       job.next = job.parts;
     }
   };
-  run_on_threads(std::min(parts, threads), run, &job, helpers);
+  run_on_threads(std::min(parts, threads), run, &job);
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -15,9 +15,8 @@
 namespace gptvq {
 namespace {
 
-// A worker keeps looking this long before it sleeps: the next layer of a model is usually not far, and waking takes longer.  It stays for
-// longer only where asked to: what looks on while the threads of PyTorch compute takes their processors.
-constexpr std::chrono::microseconds kPatience{30}, kStay{100};
+// A worker keeps looking this long before it sleeps: the next layer of a model is usually not far, and waking takes longer.
+constexpr std::chrono::microseconds kPatience{30};
 constexpr std::int64_t kMostThreads = 256;      // they stay: a slip of the caller's may not fill the process with them
 
 inline void relax() {
@@ -29,8 +28,8 @@ inline void relax() {
 }
 
 template <class Ready>
-bool look_for(const Ready& ready, std::chrono::microseconds patience) {
-  const auto end = std::chrono::steady_clock::now() + patience;
+bool look_for(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
   do
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
@@ -40,18 +39,17 @@ bool look_for(const Ready& ready, std::chrono::microseconds patience) {
   return ready();
 }
 
+// Threads that outlive a call.  For one caller at a time.
 class Pool {
  public:
-  void run(std::int64_t threads, void (*work)(void*), void* context, Helpers helpers) {
-    if (threads < 2 || busy_.test_and_set(std::memory_order_acquire)) return work(context);
+  void run(std::int64_t threads, void (*work)(void*), void* context) {
     grow(std::min(threads, kMostThreads) - 1);
     const std::int64_t seats = std::min(threads - 1, workers_);
     work_ = work;
     context_ = context;
     done_.store(0, std::memory_order_relaxed);
-    stay_.store(helpers.stay, std::memory_order_relaxed);
     seats_.store(seats);                // publishes the job
-    if (helpers.wake && sleepers_.load() > 0) {
+    if (sleepers_.load() > 0) {
       { std::lock_guard<std::mutex> lock(sleep_); }     // a worker on its way to sleep sees the seats or hears the call
       wake_.notify_all();
     }
@@ -60,7 +58,6 @@ class Pool {
     for (int spins = 0; done_.load(std::memory_order_acquire) != taken; ++spins)
       if (spins < 4096) relax();
       else std::this_thread::yield();     // more threads than processors: let the last one finish
-    busy_.clear(std::memory_order_release);
   }
 
  private:
@@ -74,7 +71,7 @@ class Pool {
 
   void serve() {
     for (;;) {
-      if (!look_for([this] { return seats_.load() > 0; }, stay_.load(std::memory_order_relaxed) ? kStay : kPatience)) {
+      if (!look_for([this] { return seats_.load() > 0; })) {
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
         wake_.wait(lock, [this] { return seats_.load() > 0; });
@@ -88,27 +85,51 @@ class Pool {
     }
   }
 
-  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   std::mutex sleep_;
   std::condition_variable wake_;
   std::atomic<std::int64_t> seats_{0}, done_{0}, sleepers_{0};
-  std::atomic<bool> stay_{false};
   std::int64_t workers_ = 0;
   void (*work_)(void*) = nullptr;
   void* context_ = nullptr;
 };
 
-// Never destroyed: its threads may still run while the process ends.  A forked child has none of them and starts anew.  Made when
-// the module is loaded, so that no fork can fall into its making.
-Pool* pool = [] {
+struct Threads {
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  TorchParallelFor torch = nullptr;
+  Pool pool;
+};
+
+// Never destroyed: its threads may still run while the process ends.  A forked child has none of them, nor those of PyTorch's OpenMP,
+// which would wait for them forever, and starts a pool anew.  Made when the module is loaded, so that no fork can fall into its making.
+Threads* threads_here = [] {
 #if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  pthread_atfork(nullptr, nullptr, [] { threads_here = new Threads; });
 #endif
-  return new Pool;
+  return new Threads;
 }();
+
+void run_on_threads_of(TorchParallelFor torch, std::int64_t threads, void (*work)(void*), void* context) {
+  struct Job {
+    void (*work)(void*);
+    void* context;
+  } job{work, context};
+  const auto body = [](std::int64_t from, std::int64_t to, void* of) {
+    const Job& job = *static_cast<const Job*>(of);
+    for (; from < to; ++from) job.work(job.context);
+  };
+  if (torch(0, threads, 1, body, &job) != 0) work(context);       // no threads to be had; what they left is done here
+}
 
 }  // namespace
 
-void run_on_threads(std::int64_t threads, void (*work)(void*), void* context, Helpers helpers) { pool->run(threads, work, context, helpers); }
+void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) {
+  Threads& here = *threads_here;
+  if (threads < 2 || here.busy.test_and_set(std::memory_order_acquire)) return work(context);
+  if (here.torch) run_on_threads_of(here.torch, threads, work, context);
+  else here.pool.run(threads, work, context);
+  here.busy.clear(std::memory_order_release);
+}
+
+void use_threads_of(TorchParallelFor torch) { threads_here->torch = torch; }
 
 }  // namespace gptvq

@@ -14,12 +14,8 @@ namespace {
 
 constexpr std::int64_t kBlock = Spec::block_cols, kTile = Spec::tile_rows;
 constexpr std::int64_t kWidestSpan = 8;                 // blocks that share an activation step where no block scale cuts them
-constexpr std::int64_t kBytesPerPart = 16 << 10;        // of indices and tokens: less is not worth another thread
+constexpr std::int64_t kBytesPerPart = 48 << 10;        // of indices and tokens, measured: less is not worth another thread
 constexpr std::int64_t kThreadedFrom = 1 << 18;         // weights to unpack; below, starting threads costs more than it saves
-constexpr std::int64_t kBytesToWake = 768 << 10;        // measured: less is done before a sleeping one comes
-// Behind one token's layer of so many bytes the next call takes longer than helping threads wait: it finds the caches full of weights.
-constexpr std::int64_t kBytesToStay = 1 << 20;
-
 constexpr std::int64_t kFewForTiles = 4;                // tokens; fewer are never multiplied by tiles
 
 struct InstructionSet {
@@ -257,7 +253,7 @@ struct LinearRun {
       static thread_local std::vector<float> sums;
       float* start = aligned(at_least(sums, linear_scratch(tokens) + 16));
       kernel_of(layer).tiles(a, part.first, part.last, start);
-    }, {work * tokens >= kBytesToWake, tokens == 1 && work >= kBytesToStay});
+    });
   }
 
   void exact(std::size_t l) {

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +10,12 @@ from torch import Tensor, nn
 from ..config import ACTIVATIONS
 from ..errors import ConfigError
 from ..spec import QuantSpec
-from . import reference, watching
+from . import module, reference
 from .prepared import Remembered
 
-#: As kInterface of csrc/bindings.cpp.
-INTERFACE = 3
-
-
-def _compiled() -> tuple[object, str]:
-    """(the module gptvq._C, "") or (None, why it is not used)."""
-    tree = Path(__file__).resolve().parents[2]
-    sources = (tree / "setup.py").is_file() and (tree / "csrc").is_dir()
-    try:
-        from .. import _C
-    except ImportError as error:    # a source tree that was not built, or a build for another Python
-        return None, f"cannot be imported ({error}); " + (
-            f"{tree} is the source tree: run `pip install -e .` there, or work in another folder, where an installed gptvq is found"
-            if sources else "install gptvq with `pip install .`")
-    if getattr(_C, "interface", None) != INTERFACE:
-        return None, f"was built from other sources than {tree / 'gptvq'}; run `pip install {'-e ' if sources else ''}.` again"
-    return _C, ""
-
-
-_C, _why = _compiled()
+_C, _why = module.compiled()
 if _C is not None:
-    _C.set_torch(Tensor, nn.Parameter, watching.modes, watching.tracing, watching.level, watching.forward_ad, torch.is_grad_enabled,
-                 torch.get_num_threads)
+    module.introduce_torch(_C)
 
 
 def serves(device: torch.device) -> bool:

@@ -105,9 +105,9 @@ def test_imports_go_one_way(path):
         assert allowed, f"gptvq/{name} may not import {target}"
 
 
-def test_only_native_sees_the_compiled_module():
+def test_one_place_imports_the_compiled_module():
     users = [p.name for p in MODULES if "_C" in imported(p, ast.parse(p.read_text()))]
-    assert users == ["native.py"]
+    assert users == ["module.py"]
 
 
 @pytest.mark.parametrize("folder", LINE_CEILINGS)

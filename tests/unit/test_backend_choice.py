@@ -8,7 +8,7 @@ import torch
 
 import gptvq
 from gptvq import ops
-from gptvq.backends import cuda, cuda_call, native, reference, triton
+from gptvq.backends import cuda, cuda_call, module, native, reference, triton
 from gptvq.doctor import diagnose
 from gptvq.errors import BackendUnavailable, ConfigError
 
@@ -76,16 +76,16 @@ def test_a_missing_build_is_said_once(not_built, monkeypatch):
 
 
 def test_a_module_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(gptvq, "_C", types.SimpleNamespace(interface=native.INTERFACE), raising=False)
-    assert native._compiled() == (gptvq._C, "")
-    for other in (types.SimpleNamespace(), types.SimpleNamespace(interface=native.INTERFACE - 1)):
+    monkeypatch.setattr(gptvq, "_C", types.SimpleNamespace(interface=module.INTERFACE), raising=False)
+    assert module.compiled() == (gptvq._C, "")
+    for other in (types.SimpleNamespace(), types.SimpleNamespace(interface=module.INTERFACE - 1)):
         monkeypatch.setattr(gptvq, "_C", other)
-        module, why = native._compiled()
-        assert module is None and "was built from other sources" in why and "pip install" in why
+        found, why = module.compiled()
+        assert found is None and "was built from other sources" in why and "pip install" in why
     monkeypatch.delattr(gptvq, "_C")
     monkeypatch.setitem(sys.modules, "gptvq._C", None)
-    module, why = native._compiled()
-    assert module is None and "cannot be imported" in why and "pip install" in why
+    found, why = module.compiled()
+    assert found is None and "cannot be imported" in why and "pip install" in why
 
 
 @pytest.mark.parametrize("device, machine, message", [

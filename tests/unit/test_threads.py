@@ -1,4 +1,4 @@
-"""The pool of threads behind the kernels: calls at the same time, forks, the end of the process, many threads."""
+"""The threads behind the kernels, PyTorch's or a pool of our own: calls at the same time, forks, the end of the process, many threads."""
 import os
 import subprocess
 import sys
@@ -18,7 +18,11 @@ PREPARE = """
 import os, sys, threading, time
 import torch
 from linear_cases import Layer
+from gptvq.backends import native
 from gptvq.spec import QuantSpec
+torch.set_num_threads(4)
+if {own}:
+    native._C.use_threads_of(0)
 layer, x = Layer(QuantSpec(403, 520, 2, 2, 16, 520, 0)), torch.randn(9, 520)
 want = layer.run(x)
 
@@ -27,10 +31,15 @@ def right(threads=4, calls=20):
 """
 
 
-def python(code):
-    """Output of a program that starts with PREPARE; fails where it does not end by itself."""
+@pytest.fixture(params=["torch", "own"])
+def python(request):
+    """f(code) -> output of a program that starts with PREPARE; fails where it does not end by itself."""
+    return lambda code: output(PREPARE.format(own=request.param == "own") + textwrap.dedent(code))
+
+
+def output(code):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", PREPARE + textwrap.dedent(code)], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
@@ -78,7 +87,7 @@ def test_sleeping_threads_wake_up():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_after_a_fork():
+def test_after_a_fork(python):
     """Before and after the parent's threads exist, from several threads of the child, and in a grandchild."""
     assert python("""
         def child(*, deeper):
@@ -101,7 +110,7 @@ def test_after_a_fork():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_fork_in_the_middle_of_calls():
+def test_fork_in_the_middle_of_calls(python):
     """The pool is busy for good in the child's copy of the memory, which the child must not look at."""
     assert python("""
         stop = threading.Event()
@@ -122,7 +131,7 @@ def test_fork_in_the_middle_of_calls():
     """) == ["0"] * 20
 
 
-def test_process_ends_while_threads_work():
+def test_process_ends_while_threads_work(python):
     """The threads meet a dead interpreter when they come back (and must not call torch, which does not survive that)."""
     assert python("""
         y = torch.empty(9, 403)
@@ -138,9 +147,9 @@ def test_process_ends_while_threads_work():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
-def test_many_threads():
+def test_many_threads_of_our_own():
     """64 are given where there is work for them; the number is bounded, and they are the same ones in later calls."""
-    counts = [int(n) for n in python("""
+    counts = [int(n) for n in output(PREPARE.format(own=True) + textwrap.dedent("""
         layer, x = Layer(QuantSpec(20000, 64, 2, 2, 16, 64, 0)), torch.randn(9, 64)
         want = layer.run(x)
 
@@ -151,6 +160,23 @@ def test_many_threads():
         for threads in (64, 64, 64, 10**6, 10**6):
             assert torch.equal(layer.run(x, threads=threads), want)
             print(count() - before)
-    """)]
+    """))]
     assert 0 < counts[0] < 64 and counts[:3] == counts[:1] * 3
     assert counts[3] <= 255 and counts[3] == counts[4]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+def test_the_threads_of_torch_are_taken():
+    counts = [int(n) for n in output(PREPARE.format(own=False) + textwrap.dedent("""
+        def count():
+            return len(os.listdir("/proc/self/task"))
+
+        torch.randn(1000, 1000).exp_()
+        before = count()
+        assert before >= 4 and right()
+        print(count() - before)
+        native._C.use_threads_of(0)
+        assert right()
+        print(count() - before)
+    """))]
+    assert counts == [0, 3]
