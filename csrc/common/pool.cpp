@@ -93,8 +93,16 @@ class Pool {
   void* context_ = nullptr;
 };
 
+using Clock = std::chrono::steady_clock;
+
+// Where other processes want the processors a thread may come late by milliseconds, for which a small layer cannot wait.  After such a
+// wait calls compute alone for twenty times as long, so that they lose a twentieth of their time by them at most.
+constexpr std::chrono::microseconds kLate{500}, kLatest{20000};
+constexpr int kAloneFor = 20;
+
 struct Threads {
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  Clock::time_point alone_until{};        // busy's holder's
   TorchParallelFor torch = nullptr;
   Pool pool;
 };
@@ -108,16 +116,24 @@ Threads* threads_here = [] {
   return new Threads;
 }();
 
-void run_on_threads_of(TorchParallelFor torch, std::int64_t threads, void (*work)(void*), void* context) {
+// -> when this thread's own share was done.
+Clock::time_point run_on_threads_of(TorchParallelFor torch, std::int64_t threads, void (*work)(void*), void* context) {
   struct Job {
     void (*work)(void*);
     void* context;
-  } job{work, context};
+    std::thread::id caller;
+    Clock::time_point done;
+  } job{work, context, std::this_thread::get_id(), {}};
   const auto body = [](std::int64_t from, std::int64_t to, void* of) {
-    const Job& job = *static_cast<const Job*>(of);
+    Job& job = *static_cast<Job*>(of);
     for (; from < to; ++from) job.work(job.context);
+    if (std::this_thread::get_id() == job.caller) job.done = Clock::now();
   };
-  if (torch(0, threads, 1, body, &job) != 0) work(context);       // no threads to be had; what they left is done here
+  if (torch(0, threads, 1, body, &job) != 0) {
+    work(context);                        // no threads to be had; what they left is done here
+    job.done = Clock::now();
+  }
+  return job.done;
 }
 
 }  // namespace
@@ -125,8 +141,15 @@ void run_on_threads_of(TorchParallelFor torch, std::int64_t threads, void (*work
 void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) {
   Threads& here = *threads_here;
   if (threads < 2 || here.busy.test_and_set(std::memory_order_acquire)) return work(context);
-  if (here.torch) run_on_threads_of(here.torch, threads, work, context);
-  else here.pool.run(threads, work, context);
+  const Clock::time_point began = Clock::now();
+  if (began < here.alone_until) {
+    work(context);
+  } else if (here.torch) {
+    const Clock::time_point done = run_on_threads_of(here.torch, threads, work, context), end = Clock::now();
+    if (end - done > std::max<Clock::duration>(kLate, done - began)) here.alone_until = end + kAloneFor * std::min<Clock::duration>(end - done, kLatest);
+  } else {
+    here.pool.run(threads, work, context);
+  }
   here.busy.clear(std::memory_order_release);
 }
 

@@ -180,3 +180,47 @@ def test_the_threads_of_torch_are_taken():
         print(count() - before)
     """))]
     assert counts == [0, 3]
+
+
+PARALLEL_FOR = """
+import ctypes
+
+BODY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+calls, late = [], [0.0]
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, BODY, ctypes.c_void_p)
+def parallel_for(begin, end, grain, body, context):
+    calls.append((begin, end, grain))
+    if fails:
+        return 1
+    body(begin, end, context)
+    time.sleep(late[0])
+    return 0
+
+fails = False
+native._C.use_threads_of(ctypes.cast(parallel_for, ctypes.c_void_p).value)
+"""
+
+
+def test_after_a_thread_came_late_calls_compute_alone_for_a_while():
+    """20 ms of waiting are worth 400 ms, in which no call waits for others."""
+    assert output(PREPARE.format(own=False) + PARALLEL_FOR + textwrap.dedent("""
+        late[0] = 0.02
+        assert right(calls=1)
+        print(len(calls), calls[0])
+        began, late[0] = time.monotonic(), 0.0
+        while time.monotonic() < began + 0.2:
+            assert right(calls=5)
+        print(len(calls))
+        time.sleep(0.4)
+        assert right(calls=1)
+        print(len(calls))
+    """)) == ["1", "(0,", "4,", "1)", "1", "2"]
+
+
+def test_without_threads_to_be_had_the_caller_computes_alone():
+    assert output(PREPARE.format(own=False) + PARALLEL_FOR + textwrap.dedent("""
+        fails = True
+        assert right(calls=5)
+        print(len(calls))
+    """)) == ["5"]
