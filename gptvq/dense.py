@@ -14,7 +14,7 @@ class DenseHead(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
             return ops.matvec_operator(x, self.weight, self.bias) if self._is_one_token(x) else super().forward(x)
         if torch.compiler.is_compiling() or ops.watched(x) or ops.watched(self.weight) or not self._is_one_token(x):
             return super().forward(x)

@@ -109,7 +109,7 @@ class VQLinear(nn.Module):
     def _by_operators(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """For what records or transforms operators."""
         if torch.compiler.is_compiling() or not ops.transformed():
-            gradients = not is_dynamo_compiling() or torch.compiler.is_exporting() or _learns(x, bias)
+            gradients = not is_dynamo_compiling() or _learns(x, bias)
             return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations, gradients)
         weight = ops.dequantize_operator(*self._decode_tables(), self.spec, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -259,7 +259,7 @@ for _name in ("linear", "linear_inference"):
     torch.library.register_fake(f"gptvq::{_name}", _linear_fake, lib=_library)
 for _device in ("CPU", "CUDA"):
     _library.impl("dequantize", _dequantize, _device)
+    _library.impl("matvec", matvec, _device)
 torch.library.register_fake("gptvq::dequantize", _dequantize_fake, lib=_library)
-_library.impl("matvec", matvec, "CPU")
 torch.library.register_fake("gptvq::matvec", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])), lib=_library)
 torch.library.register_autograd("gptvq::linear", _linear_backward, setup_context=_linear_context, lib=_library)

@@ -154,7 +154,7 @@ def test_graphs_take_the_operator_with_gradients_where_these_are_asked_for(case,
 
 
 def test_exported_programs_keep_the_operator_with_gradients():
-    program = torch.export.export(nn.Sequential(VQLinear.from_weight(random_weight(PLAIN))), (torch.randn(2, 96),), strict=True)
+    program = torch.export.export(nn.Sequential(VQLinear.from_weight(random_weight(PLAIN))), (torch.randn(2, 96),), strict=False)
     assert "gptvq.linear.default" in [str(node.target) for node in program.graph.nodes]
 
 
