@@ -38,13 +38,19 @@ struct Call : Kernel {
   std::vector<std::pair<PyObject*, long>> counted;          // tensor, its changes in place
 };
 
-// The operator's tensors idx, cb, gs, sc, table and bias as they were when a kernel was prepared from them, which keeps their memory: what
-// lies at these addresses, unchanged, is what the kernel knows, whoever holds it.
+// One of the operator's tensors as it was when a kernel was prepared from it.
+struct Seen {
+  std::uintptr_t data = 0;                                  // 0: None
+  std::uint64_t geometry = 0;                               // type, shape and strides
+  long count = -1;                                          // of changes in place; -1: not counted
+};
+
+// idx, cb, gs, sc, table and bias, whose memory Python keeps as long: what lies there, unchanged and of the same geometry, is what the kernel
+// knows, whoever holds it.
 constexpr std::size_t kTensors = 6;
 struct Known : Kernel {
   PyObject *owner, *idx, *key;                              // owner: of `linear`; key: of its spec
-  std::array<std::uintptr_t, kTensors> data;                // 0: None
-  std::array<long, kTensors> counts;                        // of changes in place; -1: not counted
+  std::array<Seen, kTensors> seen;
 };
 
 // By idx.  Entries are Python's, and leave when it lets them go, which may be after static objects have gone.
@@ -100,11 +106,22 @@ bool contiguous(const dlpack::Tensor& t) {
   return true;
 }
 
+std::uint64_t geometry(const dlpack::Tensor& view) {
+  std::uint64_t hash = view.dtype.code | view.dtype.bits << 8 | view.dtype.lanes << 16 | static_cast<std::uint64_t>(view.ndim) << 32;
+  for (int i = 0; i < view.ndim; ++i)
+    for (const std::int64_t n : {view.shape[i], view.strides ? view.strides[i] : 0})
+      hash = (hash ^ static_cast<std::uint64_t>(n)) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
+  return hash;
+}
+
 bool unchanged(const Known& entry, PyObject* const* tensors) {
-  dlpack::Tensor view;
   for (std::size_t i = 0; i < kTensors; ++i) {
-    if (tensors[i] == Py_None ? entry.data[i] != 0 : reinterpret_cast<std::uintptr_t>(address(tensors[i], view)) != entry.data[i]) return false;
-    if (entry.counts[i] >= 0 && !is_long(take(PyObject_GetAttr(tensors[i], torch.version)), entry.counts[i])) return false;
+    const Seen& seen = entry.seen[i];
+    if ((seen.data == 0) != (tensors[i] == Py_None)) return false;
+    if (seen.data == 0) continue;
+    dlpack::Tensor view;
+    if (reinterpret_cast<std::uintptr_t>(address(tensors[i], view)) != seen.data || geometry(view) != seen.geometry) return false;
+    if (seen.count >= 0 && !is_long(take(PyObject_GetAttr(tensors[i], torch.version)), seen.count)) return false;
   }
   return true;
 }
@@ -257,12 +274,18 @@ void forget(PyObject* capsule) {
 }
 
 py::object remember(const Linear& linear, const py::object& owner, const py::object& idx, const py::str& key,
-                    const std::array<std::pair<std::uintptr_t, long>, kTensors>& state, const std::array<py::object, 3>& activations,
-                    std::int64_t most_tokens) {
+                    const std::array<py::object, kTensors>& views, const std::array<std::optional<long>, kTensors>& counts,
+                    const std::array<py::object, 3>& activations, std::int64_t most_tokens) {
   if (!torch.exchange) return py::none();
-  auto entry = std::make_unique<Known>(Known{{&linear, {}, most_tokens}, owner.ptr(), idx.ptr(), key.ptr(), {}, {}});
+  auto entry = std::make_unique<Known>(Known{{&linear, {}, most_tokens}, owner.ptr(), idx.ptr(), key.ptr(), {}});
   for (std::size_t i = 0; i < activations.size(); ++i) entry->activations[i] = activations[i].ptr();
-  for (std::size_t i = 0; i < kTensors; ++i) std::tie(entry->data[i], entry->counts[i]) = state[i];
+  for (std::size_t i = 0; i < kTensors; ++i) {
+    if (views[i].is_none()) continue;
+    dlpack::Tensor view;
+    const auto data = reinterpret_cast<std::uintptr_t>(address(views[i].ptr(), view));
+    if (!data) return PyErr_Clear(), py::none();
+    entry->seen[i] = {data, geometry(view), counts[i].value_or(-1)};
+  }
   const Owned capsule = take(PyCapsule_New(entry.get(), kCapsule, &forget));
   if (!capsule) throw py::error_already_set();
   const Known* mine = entry.release();
@@ -279,9 +302,9 @@ void bind_call(py::module_& m) {
         py::arg("counted"), py::arg("activations"), py::arg("most_tokens"),
         "f(x, activations, buffers, parameters) -> y, or None where the way by Python is to be taken; None where this PyTorch hands out no "
         "tensors to C");
-  m.def("remember", &remember, py::arg("linear"), py::arg("owner"), py::arg("idx"), py::arg("key"), py::arg("state"), py::arg("activations"),
-        py::arg("most_tokens"), "As long as the result lives, `recall` takes calls on tensors in this state, (address or 0, count of changes "
-        "or -1) each, with this idx.  None: see `caller`");
+  m.def("remember", &remember, py::arg("linear"), py::arg("owner"), py::arg("idx"), py::arg("key"), py::arg("views"), py::arg("counts"),
+        py::arg("activations"), py::arg("most_tokens"), "As long as the result lives, `recall` takes calls with this idx on tensors that lie "
+        "where these views do, changed in place so often (None: not counted).  None: see `caller`");
   m.attr("recall") = take(PyCFunction_New(&recalling, nullptr));
 }
 

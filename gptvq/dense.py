@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import ops
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 class DenseHead(nn.Linear):
@@ -15,17 +18,18 @@ class DenseHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
-            return ops.matvec_operator(x, self.weight, self.bias) if self._is_one_token(x) else super().forward(x)
-        if torch.compiler.is_compiling() or ops.watched(x) or ops.watched(self.weight) or not self._is_one_token(x):
+            quick = not torch.is_grad_enabled() and self._fits(x) and all(guard_or_false(size == 1) for size in x.shape[:-1])
+            return ops.matvec_operator(x, self.weight, self.bias) if quick else super().forward(x)
+        if torch.compiler.is_compiling() or ops.watched(x) or not self._fits(x) or x.numel() != self.in_features:
             return super().forward(x)
         return ops.matvec(x, self.weight, self.bias)
 
-    def _is_one_token(self, x: Tensor) -> bool:
-        """Whether x is that, and neither gradients nor another dtype or device call for an operator of torch."""
+    def _fits(self, x: Tensor) -> bool:
+        """Whether neither gradients nor another dtype, device or kind of weight call for an operator of torch."""
         tensors = [x, self.weight] + [self.bias] * (self.bias is not None)
-        return (x.ndim > 0 and x.shape[-1] == x.numel() == self.in_features
-                and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and not torch.is_autocast_enabled("cpu")
-                and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
+        return (x.ndim > 0 and x.shape[-1] == self.in_features
+                and all(type(t) in PLAIN and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+                and not torch.is_autocast_enabled("cpu") and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 
 def quicken(model: nn.Module) -> nn.Module:

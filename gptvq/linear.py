@@ -89,7 +89,7 @@ class VQLinear(nn.Module):
         bias, buffers = self._own_bias(), self._buffers
         if torch.compiler.is_compiling() or ops.watched(x):
             return self._by_operators(x, bias)
-        if x.device != buffers["idx"].device or _learns(x, bias):
+        if x.device != buffers["idx"].device or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
             return Unpacked.apply(x, bias, self.spec, *self._decode_tables())
         kernel, ready = self._prepared(buffers, bias), self._ready
         if ready is not None:
@@ -109,7 +109,7 @@ class VQLinear(nn.Module):
     def _by_operators(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """For what records or transforms operators."""
         if torch.compiler.is_compiling() or not ops.transformed():
-            gradients = not is_dynamo_compiling() or _learns(x, bias)
+            gradients = not is_dynamo_compiling() or torch.is_grad_enabled()    # torch.func may want some where x.requires_grad is False
             return ops.linear(x, *self._decode_tables(), bias, self.spec, self.activations, gradients)
         weight = ops.dequantize_operator(*self._decode_tables(), self.spec, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -285,11 +285,6 @@ def _state(buffers: dict[str, Tensor], bias: Tensor | None = None) -> tuple:
     buffers = dict(buffers)
     copied = (*(buffers[name] for name in ("gs", "sz", "cb_u", "cb_v") if name in buffers), bias)
     return [*map(id, buffers.values())], tuple((t, t._version) for t in copied if t is not None and not t.is_inference()), buffers
-
-
-def _learns(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether gradients are asked for."""
-    return torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
 
 
 def _short_way(made: tuple):

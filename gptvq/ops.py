@@ -124,7 +124,7 @@ def linear(x: Tensor, idx: Tensor, cb: Tensor, gs: Tensor, sc: Tensor | None, ta
            spec: QuantSpec, activations: str = "a16", gradients: bool = True) -> Tensor:
     """x [.., cols] -> x W^T + bias [.., rows] in x's dtype, as one operator, which torch.compile takes as a whole.
 
-    Without `gradients` as another one, faster to call and for good without them.
+    Without `gradients` as another one, faster to call, for where none can be asked for.
     """
     operator = torch.ops.gptvq.linear if gradients else torch.ops.gptvq.linear_inference
     return operator(x, idx, cb, gs, sc, table, bias, spec.key, activations)
@@ -210,7 +210,7 @@ _LINEAR = "(Tensor x, Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? tabl
 _library.define("dequantize(Tensor idx, Tensor cb, Tensor gs, Tensor? sc, Tensor? table, str spec, ScalarType dtype) -> Tensor")
 _library.define("matvec(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("linear" + _LINEAR)
-_library.define("linear_inference" + _LINEAR)       # without gradients, the way to which costs a call as much as a small layer's kernel
+_library.define("linear_inference" + _LINEAR)       # for torch.no_grad: looking for gradients costs a call as much as a small layer's kernel
 
 
 def _linear(x, idx, cb, gs, sc, table, bias, spec, activations):

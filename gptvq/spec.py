@@ -37,8 +37,12 @@ class QuantSpec:
     scale_block: int = 0
     svd_rank: int = 0
 
-    def __post_init__(self):
+    def __setstate__(self, state: dict) -> None:        # pickles of older versions lack the key
+        self.__dict__.update(state)
         object.__setattr__(self, "key", ",".join(map(str, self.to_dict().values())))
+
+    def __post_init__(self):
+        self.__setstate__({})
         for name, value in self.to_dict().items():
             least = 0 if name in ("scale_block", "svd_rank") else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
@@ -168,7 +172,10 @@ class QuantSpec:
     @functools.lru_cache(maxsize=None)
     def from_key(cls, key: str) -> QuantSpec:
         """The same object for the same text."""
-        return cls(*map(int, key.split(",")))
+        try:
+            return cls(*map(int, key.split(",")))
+        except (TypeError, ValueError):
+            raise ConfigError(f"spec: got {key!r}, need the `key` of a QuantSpec") from None
 
 
 def known_fields(cls, values: dict) -> dict:

@@ -11,9 +11,9 @@ namespace gptvq {
 
 // Calls work(part) once for every part in [0, parts) on up to `threads` threads, this one included.  Which thread runs a
 // part is left open, so a part may not depend on another; then the result does not depend on the number of threads.  The first
-// exception ends the call and is thrown here.
+// exception ends the call and is thrown here.  `brief`: see run_on_threads.
 template <class F>
-void parallel_for(std::int64_t parts, std::int64_t threads, F&& work) {
+void parallel_for(std::int64_t parts, std::int64_t threads, F&& work, bool brief = false) {
   struct Job {
     F& work;
     std::int64_t parts;
@@ -31,7 +31,7 @@ void parallel_for(std::int64_t parts, std::int64_t threads, F&& work) {
       job.next = job.parts;
     }
   };
-  run_on_threads(std::min(parts, threads), run, &job);
+  run_on_threads(std::min(parts, threads), run, &job, brief);
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -95,8 +95,8 @@ class Pool {
 
 using Clock = std::chrono::steady_clock;
 
-// Where other processes want the processors a thread may come late by milliseconds, for which a small layer cannot wait.  After such a
-// wait calls compute alone for twenty times as long, so that they lose a twentieth of their time by them at most.
+// Where other processes want the processors a thread may come late by milliseconds, for which a brief call cannot wait.  After such a
+// wait brief calls compute alone for twenty times as long.
 constexpr std::chrono::microseconds kLate{500}, kLatest{20000};
 constexpr int kAloneFor = 20;
 
@@ -138,21 +138,25 @@ Clock::time_point run_on_threads_of(TorchParallelFor torch, std::int64_t threads
 
 }  // namespace
 
-void run_on_threads(std::int64_t threads, void (*work)(void*), void* context) {
+void run_on_threads(std::int64_t threads, void (*work)(void*), void* context, bool brief) {
   Threads& here = *threads_here;
   if (threads < 2 || here.busy.test_and_set(std::memory_order_acquire)) return work(context);
   const Clock::time_point began = Clock::now();
-  if (began < here.alone_until) {
+  if (brief && began < here.alone_until) {
     work(context);
   } else if (here.torch) {
     const Clock::time_point done = run_on_threads_of(here.torch, threads, work, context), end = Clock::now();
-    if (end - done > std::max<Clock::duration>(kLate, done - began)) here.alone_until = end + kAloneFor * std::min<Clock::duration>(end - done, kLatest);
+    if (brief && end - done > std::max<Clock::duration>(kLate, done - began))
+      here.alone_until = end + kAloneFor * std::min<Clock::duration>(end - done, kLatest);
   } else {
     here.pool.run(threads, work, context);
   }
   here.busy.clear(std::memory_order_release);
 }
 
-void use_threads_of(TorchParallelFor torch) { threads_here->torch = torch; }
+void use_threads_of(TorchParallelFor torch) {
+  threads_here->torch = torch;
+  threads_here->alone_until = {};
+}
 
 }  // namespace gptvq

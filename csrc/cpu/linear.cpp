@@ -16,6 +16,7 @@ constexpr std::int64_t kBlock = Spec::block_cols, kTile = Spec::tile_rows;
 constexpr std::int64_t kWidestSpan = 8;                 // blocks that share an activation step where no block scale cuts them
 constexpr std::int64_t kBytesPerPart = 48 << 10;        // of indices and tokens, measured: less is not worth another thread
 constexpr std::int64_t kThreadedFrom = 1 << 18;         // weights to unpack; below, starting threads costs more than it saves
+constexpr std::int64_t kFewTokens = 8;                  // calls of so many are brief
 constexpr std::int64_t kFewForTiles = 4;                // tokens; fewer are never multiplied by tiles
 
 struct InstructionSet {
@@ -253,7 +254,7 @@ struct LinearRun {
       static thread_local std::vector<float> sums;
       float* start = aligned(at_least(sums, linear_scratch(tokens) + 16));
       kernel_of(layer).tiles(a, part.first, part.last, start);
-    });
+    }, tokens <= kFewTokens);
   }
 
   void exact(std::size_t l) {

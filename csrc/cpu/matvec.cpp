@@ -90,7 +90,7 @@ void matvec(const std::uint16_t* W, const std::uint16_t* x, const float* bias, i
   const int64_t size = (rows / (useful * 4) / kRows + 1) * kRows, parts = (rows + size - 1) / size;
   parallel_for(parts, useful, [&](int64_t part) {
     some(W, {even, odd}, bias, part * size, std::min(rows, (part + 1) * size), cols, y);
-  });
+  }, true);
 }
 
 }  // namespace gptvq

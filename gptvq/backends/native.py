@@ -132,9 +132,9 @@ class PreparedLinear:
         """
         return _C.caller(self.kernel, self, buffers, bias, bias_data, counted, ACTIVATIONS, DENSE_FROM - 1)
 
-    def remember(self, idx: Tensor, spec: QuantSpec, state: list[tuple[int, int]]):
-        """As long as the result lives, `recall` takes calls of a few tokens on tensors in that state; see Remembered."""
-        return _C.remember(self.kernel, self, idx, spec.key, state, ACTIVATIONS, DENSE_FROM - 1)
+    def remember(self, idx: Tensor, views: list[Tensor | None], counts: list[int | None], spec: QuantSpec):
+        """As long as the result lives, `recall` takes calls of a few tokens on tensors like `views`, so often changed; see Remembered."""
+        return _C.remember(self.kernel, self, idx, spec.key, views, counts, ACTIVATIONS, DENSE_FROM - 1)
 
     def _tiles_win(self, dtype: torch.dtype) -> bool:
         """Measured on a Xeon with AMX: against products of PyTorch in bfloat16, which take tiles too, only in large layers whose scales

@@ -10,6 +10,7 @@ import pytest
 import torch
 from linear_cases import Layer
 
+from gptvq.backends import module, native
 from gptvq.spec import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +46,18 @@ def output(code):
     return done.stdout.split()
 
 
+@pytest.fixture(params=["torch", "own"])
+def either(request):
+    """PyTorch's threads or our own in this process."""
+    if request.param == "own":
+        native._C.use_threads_of(0)
+    yield
+    native._C.use_threads_of(module._parallel_for())
+
+
+@pytest.mark.usefixtures("either")
 def test_calls_from_many_threads_at_once():
-    """One of them gets the pool, the others compute alone; every one of them is right."""
+    """One of them gets the threads, the others compute alone; every one of them is right."""
     layers = [Layer(SPEC, seed=i) for i in range(8)]
     inputs = [torch.randn(1 + i % 5, SPEC.cols) for i in range(8)]
     want = [layer.run(x) for layer, x in zip(layers, inputs)]
@@ -64,6 +75,7 @@ def test_calls_from_many_threads_at_once():
     assert not wrong
 
 
+@pytest.mark.usefixtures("either")
 def test_one_layer_from_many_threads():
     layer, x = Layer(SPEC), torch.randn(3, SPEC.cols)
     want, wrong = layer.run(x), []
@@ -77,6 +89,7 @@ def test_one_layer_from_many_threads():
     assert not wrong
 
 
+@pytest.mark.usefixtures("either")
 def test_sleeping_threads_wake_up():
     """Pauses longer and shorter than the threads' patience, and numbers of threads that grow and shrink."""
     layer, x = Layer(SPEC), torch.randn(9, SPEC.cols)
@@ -202,20 +215,23 @@ native._C.use_threads_of(ctypes.cast(parallel_for, ctypes.c_void_p).value)
 """
 
 
-def test_after_a_thread_came_late_calls_compute_alone_for_a_while():
-    """20 ms of waiting are worth 400 ms, in which no call waits for others."""
+def test_after_a_thread_came_late_brief_calls_compute_alone_for_a_while():
+    """20 ms of waiting are worth 400 ms, in which calls of few tokens wait for no others, and those of many do."""
     assert output(PREPARE.format(own=False) + PARALLEL_FOR + textwrap.dedent("""
+        few, want_few = x[:8], layer.run(x[:8])
         late[0] = 0.02
-        assert right(calls=1)
+        layer.run(few, threads=4)
         print(len(calls), calls[0])
         began, late[0] = time.monotonic(), 0.0
         while time.monotonic() < began + 0.2:
-            assert right(calls=5)
+            assert torch.equal(layer.run(few, threads=4), want_few)
+        print(len(calls))
+        assert right(calls=2)
         print(len(calls))
         time.sleep(0.4)
-        assert right(calls=1)
+        layer.run(few, threads=4)
         print(len(calls))
-    """)) == ["1", "(0,", "4,", "1)", "1", "2"]
+    """)) == ["1", "(0,", "4,", "1)", "1", "3", "4"]
 
 
 def test_without_threads_to_be_had_the_caller_computes_alone():
