@@ -3,11 +3,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import ops
-
-PLAIN = (Tensor, nn.Parameter)
 
 
 class DenseHead(nn.Linear):
@@ -18,6 +15,7 @@ class DenseHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
+            from torch.fx.experimental.symbolic_shapes import guard_or_false        # takes a third of a second
             quick = not torch.is_grad_enabled() and self._fits(x) and all(guard_or_false(size == 1) for size in x.shape[:-1])
             return ops.matvec_operator(x, self.weight, self.bias) if quick else super().forward(x)
         if torch.compiler.is_compiling() or ops.watched(x) or not self._fits(x) or x.numel() != self.in_features:
@@ -28,7 +26,7 @@ class DenseHead(nn.Linear):
         """Whether neither gradients nor another dtype, device or kind of weight call for an operator of torch."""
         tensors = [x, self.weight] + [self.bias] * (self.bias is not None)
         return (x.ndim > 0 and x.shape[-1] == self.in_features
-                and all(type(t) in PLAIN and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+                and all(type(t) in ops.PLAIN and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
                 and not torch.is_autocast_enabled("cpu") and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 

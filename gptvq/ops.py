@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import cuda, native, reference, triton
-from .backends.watching import transformed, watched
+from .backends.watching import PLAIN, transformed, watched
 from .config import ACTIVATIONS
 from .errors import BackendUnavailable, ConfigError
 from .spec import QuantSpec
