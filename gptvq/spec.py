@@ -174,6 +174,8 @@ class QuantSpec:
         """The same object for the same text."""
         try:
             return cls(*map(int, key.split(",")))
+        except ConfigError:                                 # which says what is wrong with the fields
+            raise
         except (TypeError, ValueError):
             raise ConfigError(f"spec: got {key!r}, need the `key` of a QuantSpec") from None
 

@@ -133,6 +133,8 @@ def test_wrong_specs_and_pickles_without_a_key():
     for wrong in ("", "1,2", "a", PLAIN.key + ",1"):
         with pytest.raises(ConfigError, match="need the `key` of a QuantSpec"):
             called({**args, "spec": wrong})
+    with pytest.raises(ConfigError, match="rows must be an integer >= 1"):
+        QuantSpec.from_key("0" + PLAIN.key[2:])
     old = QuantSpec.__new__(QuantSpec)
     old.__setstate__(PLAIN.to_dict())
     assert old == PLAIN and old.key == PLAIN.key == pickle.loads(pickle.dumps(PLAIN)).key
