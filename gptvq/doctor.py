@@ -31,7 +31,8 @@ def diagnose() -> dict[str, str]:
     else:
         found["CPU kernels"] = f"none: {native.why_not(cpu)}; packed layers are unpacked on every call"
     found["weights in RAM"] = f"small pages: {large_pages.why_not()}" if large_pages.why_not() else "in large pages"
-    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors (torch.set_num_threads or OMP_NUM_THREADS)"
+    found["threads"] = (f"{torch.get_num_threads()} of {os.cpu_count()} processors (torch.set_num_threads or OMP_NUM_THREADS)" +
+                        "; they sleep between layers (OMP_WAIT_POLICY), which slows decoding down" * _sleepy())
     found["CUDA in torch"] = (f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                               f"no device (torch built with CUDA {torch.version.cuda})" if torch.version.cuda else "torch is a CPU build")
     found["CUDA in gptvq"] = native.cuda_text()
@@ -48,6 +49,10 @@ def _name(device: torch.device) -> str:
         return ops.chosen(device).__name__.rpartition(".")[2]
     except BackendUnavailable as error:
         return f"none ({error})"
+
+
+def _sleepy() -> bool:
+    return torch.get_num_threads() > 1 and os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
 
 
 def _forced(variable: str) -> str:

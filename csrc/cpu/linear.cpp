@@ -32,7 +32,7 @@ const std::vector<InstructionSet>& known() {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("fma");
 #if defined(GPTVQ_AMX)
     found.push_back({"amx", linear_avx512, linear_amx, avx512 && has_tiles(Tiles::int8)});
 #endif

@@ -10,7 +10,7 @@ namespace {
 struct Avx2 {
   static constexpr int rows = 16, tokens = 4, wide_tokens = 0, chains = 1;
   static constexpr bool offset = true;                      // unsigned bytes are cheaper to widen
-  static constexpr bool finds_256 = false;
+  static constexpr bool finds_256 = false, nibbles = false;
   struct Bytes { __m256i v[2]; };                           // rows 0..7, rows 8..15
   struct Weights { __m256i even[2], odd[2]; };              // of each row's four, 16 bits each
   struct Ints { __m256i v[2]; };

@@ -1,7 +1,7 @@
-// AVX-512 with VBMI and VNNI.
+// AVX-512 with VBMI, VNNI and GFNI, which all processors with the first two have.
 #include "cpu/linear_kernel.h"
 
-#if defined(__x86_64__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#if defined(__x86_64__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
 #include "cpu/linear_avx512.h"
 #include "cpu/linear_unpack.h"
 

@@ -1,4 +1,4 @@
-// Vectors of AVX-512 with VBMI and VNNI: a slab is a whole tile, a lookup in up to 64 entries one vpermb.  Included after
+// Vectors of AVX-512 with VBMI, VNNI and GFNI: a slab is a whole tile, a lookup in up to 64 entries one vpermb.  Included after
 // linear_kernel.h.
 #pragma once
 #include "cpu/linear_x86.h"
@@ -11,7 +11,7 @@ struct Avx512 {
   static constexpr int rows = 16, tokens = 2, chains = 8;
   static constexpr int wide_slabs = 2, wide_tokens = 6;     // 24 sums, 2 weights, 1 activation
   static constexpr bool offset = Offset;
-  static constexpr bool finds_256 = true;
+  static constexpr bool finds_256 = true, nibbles = true;
   using Bytes = __m512i;
   using Index = __m512i;
   using Weights = __m512i;
@@ -46,6 +46,8 @@ struct Avx512 {
       }
     }
     GPTVQ_INLINE Index index(Bytes code) const { return code; }
+    template <int Half>
+    GPTVQ_INLINE Index nibble(Bytes codes) const { return down<4 * Half>(codes); }
     GPTVQ_INLINE Bytes find(Index at) const { return _mm512_permutexvar_epi8(at, entries); }
   };
 
@@ -78,6 +80,14 @@ struct Avx512 {
       offsets = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lane_offset)));
     }
     GPTVQ_INLINE Index index(Bytes code) const { return _mm512_ternarylogic_epi32(code, _mm512_set1_epi8(K - 1), offsets, 0xea); }
+    // index of the low or high half of each byte, without a shift: bits 4 to 7 of a byte times a matrix of bits.  K: 16, so that
+    // four rows share one codebook and no offset is needed.
+    template <int Half>
+    GPTVQ_INLINE Index nibble(Bytes codes) const {
+      static_assert(K == 16);
+      if constexpr (Half) return _mm512_gf2p8affine_epi64_epi8(codes, _mm512_set1_epi64(0x1020408000000000), 0);
+      else return _mm512_and_si512(codes, _mm512_set1_epi8(15));
+    }
     GPTVQ_INLINE Bytes find(Index at) const { return _mm512_shuffle_epi8(entries, at); }
   };
 
@@ -123,7 +133,8 @@ struct Avx512 {
 
   static GPTVQ_INLINE Floats block_scale(const uint8_t* pair, const LinearSpan& span, const float* table) {
     const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pair)));
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(both, _mm_loadu_si64(&span.shift)), _mm512_loadu_ps(table));     // by the low 4 bits
+    const __m512i code = _mm512_srlv_epi32(both, _mm512_set1_epi32(static_cast<int>(span.shift)));       // in the low 4 bits
+    return _mm512_permutexvar_ps(code, _mm512_loadu_ps(table));
   }
 
   static GPTVQ_INLINE __mmask16 mask(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1); }

@@ -113,13 +113,34 @@ GPTVQ_INLINE typename V::Floats total(const typename V::Ints* chain) {
   return V::real(sum);
 }
 
-// The scales of a slab's rows in the columns of a span.
+// The block scales of a slab's rows.
+struct BlockScales {
+  const float* table;
+  int64_t tile;                 // bytes
+  const uint8_t* codes;
+
+  GPTVQ_INLINE BlockScales(const LinearArgs& a, int64_t row)
+      : table(a.scale_table), tile((a.scale_blocks + 1) / 2 * 16), codes(a.sc + row / 16 * tile + row % 16) {}
+
+  // In the columns of a span.
+  template <class V>
+  GPTVQ_INLINE typename V::Floats of(const LinearSpan& span) const {
+    const uint8_t* pair = codes + span.codes;
+    __builtin_prefetch(pair + tile);
+    return V::block_scale(pair, span, table + span.table);
+  }
+};
+
 template <class V>
 GPTVQ_INLINE typename V::Floats scales_of(const LinearArgs& a, int64_t row, const LinearSpan& span) {
-  const int64_t tile = (a.scale_blocks + 1) / 2 * 16;
-  const uint8_t* pair = a.sc + row / 16 * tile + row % 16 + span.codes;
-  __builtin_prefetch(pair + tile);
-  return V::block_scale(pair, span, a.scale_table + span.table);
+  return BlockScales(a, row).template of<V>(span);
+}
+
+// Where the weights of quad Q lie in a table.
+template <class V, class C, int Q, class Table>
+GPTVQ_INLINE typename V::Index index_of(const Table& table, const typename V::Bytes* planes) {
+  if constexpr (V::nibbles && C::bits == 4) return table.template nibble<Q % 2>(planes[Q / 2]);
+  else return table.index(C::template quad<V, Q>(planes));
 }
 
 // Bytes between what is read and what is asked for.  The processor's own guesses end with a page, and memory answers after
@@ -152,6 +173,8 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
     GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) x[t][p] = reinterpret_cast<const Activation*>(p ? a.lo : a.hi) + (token + t) * line;
   const LinearSpan* span = a.span + token * a.spans;
 
+  const BlockScales block_scales(a, row);
+  const bool scaled = a.sc;
   Books<V, C, One> books;
   books.start(a, row);
   const int8_t* next_books = a.cb + (row / 16 + 1) * 16 / a.group_rows * a.strips * C::dim * C::k;
@@ -173,8 +196,7 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
             if constexpr (Planes == 2) acc[t][1][0] = V::whole(span[t * a.spans].lo_sum);
           }
         }
-        int64_t blocks = in_strip < a.span_blocks ? in_strip : a.span_blocks;
-        do {
+        const auto add_block = [&]() __attribute__((always_inline)) {
           // GCC 12 keeps each distance between two of them in a register of its own otherwise.
           GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
             GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) asm("" : "+r"(x[t][p]));
@@ -186,7 +208,7 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
           }
           for_each<0, kQuads>([&](auto number) __attribute__((always_inline)) {
             constexpr int Q = decltype(number)::value + kQuads * decltype(part)::value;
-            const typename V::Index index = books.table[0].index(C::template quad<V, Q>(planes));
+            const typename V::Index index = index_of<V, C, Q>(books.table[0], planes);
             for_each<0, C::dim>([&](auto dimension) __attribute__((always_inline)) {
               constexpr int i = decltype(dimension)::value;
               const typename V::Weights w = weights_of<V, C, Q, i>(books.table[i], index, planes);
@@ -200,14 +222,22 @@ GPTVQ_INLINE void slab(const LinearArgs& a, int64_t row, int64_t token) {
             GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t)
               GPTVQ_UNROLL for (int p = 0; p < Planes; ++p) x[t][p] += 32;
           }
-        } while (--blocks);
+        };
+        int64_t blocks = in_strip < a.span_blocks ? in_strip : a.span_blocks;
+        if (C::bits == 4 && blocks == 2) {        // as with scales for 64 columns: no loop, in which GCC 12 moves sums about
+          add_block();
+          add_block();
+        } else {
+          do add_block();
+          while (--blocks);
+        }
         Floats scale;
-        if (a.sc) scale = scales_of<V>(a, row, *span);
+        if (scaled) scale = block_scales.template of<V>(*span);
         GPTVQ_UNROLL for (int t = 0; t < Tokens; ++t) {
           Floats found = total<V, Chains>(acc[t][0]);
           if constexpr (Planes == 2) found = V::fma(found, V::full(254.f), total<V, Chains>(acc[t][1]));
           const Floats step = V::full(span[t * a.spans].step);
-          of_strip[t] = a.sc ? V::fma(V::mul(found, step), scale, of_strip[t]) : V::fma(found, step, of_strip[t]);
+          of_strip[t] = scaled ? V::fma(V::mul(found, step), scale, of_strip[t]) : V::fma(found, step, of_strip[t]);
         }
         ++span;
       });

@@ -12,7 +12,7 @@ namespace {
 struct Neon {
   static constexpr int rows = 16, tokens = 2, wide_tokens = 0, chains = 2;
   static constexpr bool offset = false;
-  static constexpr bool finds_256 = true;
+  static constexpr bool finds_256 = true, nibbles = false;
   struct Bytes { uint8x16_t v[4]; };                        // rows 0..3, 4..7, 8..11, 12..15
   struct Weights { int8x16_t v[4]; };
   struct Ints { int32x4_t v[4]; };

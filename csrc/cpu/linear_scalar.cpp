@@ -9,7 +9,7 @@ namespace {
 struct Scalar {
   static constexpr int rows = 16, tokens = 1, wide_tokens = 0, chains = 1;
   static constexpr bool offset = false;
-  static constexpr bool finds_256 = true;
+  static constexpr bool finds_256 = true, nibbles = false;
   struct Bytes { uint8_t v[4 * rows]; };
   struct Ints { int32_t v[rows]; };
   struct Floats { float v[rows]; };

@@ -26,7 +26,7 @@ void look_up(const LinearArgs& a, int64_t row, int64_t strip, int64_t first, int
     }
     for_each<0, C::quads>([&](auto number) __attribute__((always_inline)) {
       constexpr int Q = decltype(number)::value;
-      const typename V::Index index = books.table[0].index(C::template quad<V, Q>(planes));
+      const typename V::Index index = index_of<V, C, Q>(books.table[0], planes);
       for_each<0, C::dim>([&](auto dimension) __attribute__((always_inline)) {
         constexpr int i = decltype(dimension)::value;
         V::put(out + (Q * C::dim + i) * 4 * V::rows, weights_of<V, C, Q, i>(books.table[i], index, planes));

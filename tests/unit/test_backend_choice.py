@@ -162,3 +162,10 @@ def test_what_cuda_refuses_is_an_error_of_ours(monkeypatch):
 def test_doctor_has_a_line_for_it():
     line = diagnose()["CUDA kernels"]
     assert line.startswith("run on ") if cuda.serves(torch.device("cuda")) else line.startswith("none: ")
+
+
+@pytest.mark.parametrize("policy, threads, said", [("PASSIVE", 2, True), (" passive", 2, True), ("active", 2, False), ("", 2, False), ("passive", 1, False)])
+def test_doctor_tells_of_threads_that_sleep(monkeypatch, policy, threads, said):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert ("sleep" in diagnose()["threads"]) is said
