@@ -70,6 +70,7 @@ def parser():
     p.add_argument("--activations", type=runner.names, default=list(ACTIVATIONS[:2]), metavar="A,B",
                    help=f"of {','.join(ACTIVATIONS)}; default a16,a8")
     p.add_argument("--parts", type=runner.names, default=list(PARTS), metavar="A,B", help="of tokens,linears; default both")
+    p.add_argument("--alone", action="store_true", help="of the linears: also our kernels by themselves, not through VQLinear")
     p.add_argument("--tokens", type=runner.positive, default=64, metavar="N", help="new tokens, default %(default)s")
     p.add_argument("--threads", type=runner.numbers, default=[1, 2], metavar="N,M", help="default 1,2")
     p.add_argument("--repeats", type=runner.positive, default=11, metavar="N", help="rounds, default %(default)s")

@@ -53,7 +53,7 @@ def compare_linears(groups: list[list[tuple[int, int]]], args, baselines: list[s
             return count * rounds(nbytes / weights * total)
 
         every.append(Shape(rows, cols, torch.device("cpu"), torch.bfloat16, copies))
-        for one in every[-1].contenders(args.presets, args.activations, baselines, 1, threads, cold=True):
+        for one in every[-1].contenders(args.presets, args.activations, baselines, 1, threads, cold=True, alone=args.alone):
             parts.setdefault(one.name, []).append(one)
     parts = {name: ones for name, ones in parts.items() if len(ones) == len(shapes)}
     passing = {name: lambda ones=ones: [one.run() for one in ones] for name, ones in parts.items()}
