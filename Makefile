@@ -17,7 +17,7 @@ demo: $(VENV)/.model
 	@$(VENV)/bin/gptvq demo
 
 # Threads that spin while they wait make each other wait where other programs run too.  Never for what is measured: decoding takes
-# half as long again where they sleep between layers.
+# 1.6 to 1.9 times as long where they sleep between layers.
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -q -rs --durations=10
