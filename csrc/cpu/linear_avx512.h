@@ -80,8 +80,8 @@ struct Avx512 {
       offsets = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lane_offset)));
     }
     GPTVQ_INLINE Index index(Bytes code) const { return _mm512_ternarylogic_epi32(code, _mm512_set1_epi8(K - 1), offsets, 0xea); }
-    // index of the low or high half of each byte, without a shift: bits 4 to 7 of a byte times a matrix of bits.  K: 16, so that
-    // four rows share one codebook and no offset is needed.
+    // As `index`, of the codes in the low or high half of each byte: the product with a matrix of bits moves bits 4 to 7 down and
+    // clears the rest in one instruction.  With 16 entries four rows share one codebook, and need no offsets.
     template <int Half>
     GPTVQ_INLINE Index nibble(Bytes codes) const {
       static_assert(K == 16);
